@@ -1,0 +1,61 @@
+"""The Plan: where the work runs. It changes time and memory only, or says which part is lossy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from shoal.errors import UserError
+from shoal.recipe.typed import from_mapping, read_toml, to_toml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    mesh: Mapping[str, int] = field(default_factory=lambda: {"data": 1})  # axis -> workers along it
+    rules: Mapping[str, str] = field(default_factory=lambda: {"batch": "data"})  # named dimension -> mesh axis
+    placement: tuple[int, ...] = ()  # shards of each worker, in order; () spreads them evenly
+    sync: Literal["exact", "fast"] = "exact"  # fast: sums in an order that depends on the number of workers
+    bucket_bytes: int = 4 << 20  # gradients are reduced in pieces of this size, while backward still runs
+    prefetch: int = 2  # batches made ahead by each worker's loaders; 0 loads in line
+    loaders: int = 1  # background loading threads of each worker
+    device: str = "auto"  # auto, cpu or cuda
+    hang_after_s: float = 120.0  # a worker without progress for so long (or 20 of its own steps) is called hung
+
+    def __post_init__(self) -> None:
+        if set(self.mesh) != {"data"}:
+            raise UserError(f"plan: mesh axes {sorted(self.mesh)} are not known here: the only axis is 'data'.")
+        if self.workers < 1:
+            raise UserError(f"plan: mesh axis 'data' must have at least 1 worker, got {self.workers}.")
+        if self.rules != {"batch": "data"}:
+            raise UserError("plan: the only rule known here is batch = 'data'.")
+        if self.placement and (len(self.placement) != self.workers or min(self.placement) < 1):
+            raise UserError(
+                f"plan: placement {list(self.placement)} must give each of the {self.workers} workers at least one shard."
+            )
+
+    @property
+    def workers(self) -> int:
+        return self.mesh["data"]
+
+    def owned(self, shards: int) -> tuple[range, ...]:
+        """The contiguous run of shards of each worker. Raises UserError when they cannot be placed."""
+        if self.workers > shards:
+            raise UserError(
+                f"{self.workers} workers for {shards} shards: each worker needs one. Use at most {shards} workers, "
+                f"or raise shards in the recipe (that changes the recipe's arithmetic)."
+            )
+        counts = self.placement or tuple(
+            shards // self.workers + (rank < shards % self.workers) for rank in range(self.workers)
+        )
+        if sum(counts) != shards:
+            raise UserError(f"plan: placement {list(counts)} places {sum(counts)} shards, the recipe has {shards}.")
+        starts = [sum(counts[:rank]) for rank in range(self.workers)]
+        return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
+
+    @staticmethod
+    def from_toml(path: str | Path) -> "Plan":
+        """Raises UserError naming the file and the key."""
+        return from_mapping(Plan, read_toml(Path(path)), str(path))
+
+    def to_toml(self) -> str:
+        return to_toml(self)

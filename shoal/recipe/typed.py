@@ -1,0 +1,155 @@
+"""Frozen dataclasses to and from plain mappings and TOML: typed, with the nearest name for an unknown key.
+
+A field with metadata ``{"rest": True}`` (a mapping) takes the keys that the dataclass itself does not name, so that
+``[model] layers = 6`` can stand beside ``kind = "gpt"``; whoever knows that kind checks them later.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal.errors import UserError, unknown_name
+
+T = TypeVar("T")
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _rest_field(cls: type) -> str | None:
+    return next((f.name for f in dataclasses.fields(cls) if f.metadata.get("rest")), None)
+
+
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass ``cls`` from nested plain values.
+
+    Raises UserError, naming the dotted key and ``where`` it stood, for an unknown key or a value of the wrong type."""
+    return _build(cls, mapping, where, "")
+
+
+def _build(cls: type[T], mapping: Mapping[str, Any], where: str, prefix: str) -> T:
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"{_at(prefix, where)} must be a table, got {mapping!r}.")
+    rest_name = _rest_field(cls)
+    names = {f.name for f in dataclasses.fields(cls) if f.init} - {rest_name}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if key in names:
+            values[key] = _convert(_hints(cls)[key], value, where, f"{prefix}{key}")
+        elif rest_name:
+            rest[key] = value
+        else:
+            raise unknown_name("key", f"{prefix}{key}", [f"{prefix}{n}" for n in names], where)
+    if rest_name:
+        values[rest_name] = rest
+    return cls(**values)
+
+
+def _at(key: str, where: str) -> str:
+    return f"{key.rstrip('.') or 'the file'!r}{f' in {where}' if where else ''}"
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, where, f"{key}.")  # type: ignore[arg-type]
+    if origin is typing.Literal:
+        if value not in args:
+            raise unknown_name(f"value for {key}", str(value), [str(a) for a in args], where)
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for arm in args:
+            try:
+                return _convert(arm, value, where, key)
+            except UserError:
+                continue
+    elif origin is tuple and isinstance(value, list | tuple):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
+        if len(args) == len(value):
+            return tuple(_convert(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {str(k): _convert(args[1], v, where, f"{key}.{k}") for k, v in value.items()}
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint is int and isinstance(value, bool):
+        pass
+    elif isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise UserError(f"{_at(key, where)} must be {_name(hint)}, got {value!r}.")
+
+
+def _name(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    return words.get(hint, str(hint).replace("typing.", "").replace("collections.abc.", ""))
+
+
+def to_mapping(value: Any) -> Any:
+    """The plain nested mapping that ``from_mapping`` reads back; ``None`` values are left out (TOML has none)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out: dict[str, Any] = {}
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if field.metadata.get("rest"):
+                out.update({k: to_mapping(v) for k, v in item.items()})
+            elif item is not None:
+                out[field.name] = to_mapping(item)
+        return out
+    if isinstance(value, Mapping):
+        return {str(k): to_mapping(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_mapping(v) for v in value]
+    return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises UserError when the file is missing or is not TOML, naming the line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file {str(path)!r}: check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {str(path)!r}: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{str(path)!r} is not valid TOML: {error}.") from None
+
+
+def to_toml(value: Any) -> str:
+    import tomli_w
+
+    return tomli_w.dumps(to_mapping(value))
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``: the dotted keys that flags and origins use."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``flatten``. Raises UserError when a key is used both as a value and as a table."""
+    nested: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *tables, leaf = dotted.split(".")
+        place = nested
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{dotted!r}: {table!r} is a value, not a table.")
+        place[leaf] = value
+    return nested

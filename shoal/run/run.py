@@ -1,0 +1,90 @@
+"""The Run: a directory with recipe, plan, event log, checkpoints and report. Verbs pass nothing else on."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import UserError
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Recipe
+from shoal.run.events import EventLog, read_events
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe.from_toml(self.path / "recipe.toml")
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.from_toml(self.path / "plan.toml")
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Dotted key -> where its value came from: "default", "file recipe.toml", "flag --steps", "measured", ..."""
+        file = self.path / "origins.json"
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `train` returned, once it has ended."""
+        file = self.path / "result.json"
+        return dict(json.loads(file.read_text())) if file.exists() else None
+
+    def events(self) -> list[dict[str, Any]]:
+        return list(read_events(self.path / "events.jsonl"))
+
+    def open_log(self) -> EventLog:
+        return EventLog(self.path / "events.jsonl")
+
+    @staticmethod
+    def create(recipe: Recipe, plan: Plan, origins: Mapping[str, str], path: Path | None = None) -> "Run":
+        """Make the directory and write recipe, plan and origins into it.
+
+        Without a path: runs/<model>-<time> under the working directory, and runs/latest points at it.
+        Raises UserError when the path holds a run already or cannot be written."""
+        chosen = path or Path("runs") / f"{recipe.model.kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+        number = 1
+        while path is None and chosen.exists():
+            number += 1
+            chosen = chosen.with_name(f"{chosen.name.split('_')[0]}_{number}")
+        if (chosen / "recipe.toml").exists():
+            raise UserError(f"{str(chosen)!r} holds a run already: continue it with --resume, or name another folder.")
+        try:
+            (chosen / "checkpoints").mkdir(parents=True, exist_ok=True)
+            run = Run(chosen.absolute())
+            run.write_inputs(recipe, plan, origins)
+            if path is None:
+                latest = chosen.parent / "latest"
+                latest.unlink(missing_ok=True)
+                latest.symlink_to(chosen.name)
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {str(chosen)!r}: {error.strerror}.") from None
+        return run
+
+    def write_inputs(self, recipe: Recipe, plan: Plan, origins: Mapping[str, str]) -> None:
+        (self.path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+        (self.path / "plan.toml").write_text(plan.to_toml(), encoding="utf-8")
+        (self.path / "origins.json").write_text(json.dumps(dict(origins), indent=1), encoding="utf-8")
+
+    @staticmethod
+    def find(target: str | Path) -> "Run":
+        """The run in a folder; "latest" is the newest one under ./runs. Raises UserError when there is none."""
+        path = Path("runs/latest") if str(target) == "latest" else Path(target)
+        if not (path / "recipe.toml").exists():
+            raise UserError(f"no run in {str(path)!r}: a run directory holds recipe.toml. Try `shoal train` first.")
+        return Run(path.resolve())
