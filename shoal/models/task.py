@@ -10,11 +10,20 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """Losses come as (sum, count), never as a mean: the mean over the global batch is taken once, after the reduction."""
+    """Losses come as (sum, count), never as a mean: the mean over the global batch is taken once, after the tree.
 
-    name: str
-    unit: str  # what the loss is counted in: "samples" or "tokens"
-    best: tuple[str, Literal["min", "max"]]  # the figure of `summarise` that names the best checkpoint
+    The caller sets the model to training or evaluation mode, and chooses the autocast."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> str:
+        """What the loss is counted in: "samples" or "tokens"."""
+
+    @property
+    def best(self) -> tuple[str, Literal["min", "max"]]:
+        """The figure of ``summarise`` that names the best checkpoint, and which way is better."""
 
     def loss(self, model: "nn.Module", batch: "Batch") -> tuple["Tensor", int]:
         """(scalar sum of the losses, number of targets). Randomness comes from torch's default generator only."""

@@ -1,0 +1,28 @@
+"""Named dimensions: every parameter of a built-in model says what each of its dims is."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+Dimensions = dict[str, tuple[str, ...]]
+
+
+@runtime_checkable
+class Named(Protocol):
+    def dimensions(self) -> Dimensions:
+        """Parameter name -> the names of its dims, in order; no name comes twice in one parameter."""
+
+
+def name_dimensions(model: nn.Module, patterns: Mapping[str, tuple[str, ...]]) -> Dimensions:
+    """The names of the first pattern (fnmatch) that fits each parameter's name and its number of dims.
+
+    Raises LookupError for a parameter that no pattern fits: a model must name all of its own."""
+    named: Dimensions = {}
+    for name, parameter in model.named_parameters():
+        fits = [dims for p, dims in patterns.items() if fnmatchcase(name, p) and len(dims) == parameter.dim()]
+        if not fits:
+            raise LookupError(f"{type(model).__name__} does not name the dims of {name} {tuple(parameter.shape)}")
+        named[name] = fits[0]
+    return named

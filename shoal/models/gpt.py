@@ -1,0 +1,138 @@
+"""GPT: a causal Transformer language model with the arithmetic of GPT-2 (Radford et al., 2019)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoal.errors import UserError
+from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.facts import at_least_one, probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    ffn: int = 0  # width of the hidden layer in each block; 0: 4 x width
+    context: int = 0  # most tokens seen at once; 0: from the data
+    vocab: int = 0  # 0: from the data
+    dropout: float = 0.0  # on the embeddings and on what each block adds
+    attention_dropout: float = 0.0  # on the attention weights; above 0 it rules out the fused attention on a CPU
+    tied: bool = True  # the output layer is the token embedding
+    bias: bool = True  # in the linear layers and layer norms
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # GPT-2's own weights need gelu_tanh
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "layers", "heads", "width")
+        probability(self, "dropout", "attention_dropout")
+        if self.width % self.heads:
+            raise UserError(
+                f"model.width = {self.width} is not divisible by model.heads = {self.heads}: "
+                f"try width = {math.ceil(self.width / self.heads) * self.heads}."
+            )
+
+
+class Attention(nn.Module):
+    """Causal self-attention: [n, T, width] -> [n, T, width]."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
+        projected: Tensor = self.out(mixed.transpose(1, 2).reshape(n, length, width))
+        return projected
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: attention, then a hidden layer, each added to its input."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        ffn = config.ffn or 4 * config.width
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+        self.up = nn.Linear(config.width, ffn, bias=config.bias)
+        self.down = nn.Linear(ffn, config.width, bias=config.bias)
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        hidden = F.gelu(self.up(self.norm2(x)), approximate=self.approximate)
+        added: Tensor = self.dropout(self.down(hidden))
+        return x + added
+
+
+class GPT(nn.Module):
+    """Tokens [n, T] -> logits [n, T, vocab]; the logits at t depend on tokens 0..t only.
+
+    Raises UserError in ``forward`` when T is longer than the context."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        at_least_one(config, "context", "vocab")
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab, config.width)
+        self.positions = nn.Embedding(config.context, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+        self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal(0, 0.02); what adds to the residual stream is scaled by 1 / sqrt(2 layers) (GPT-2, section 2.3)."""
+        added = {layer for block in self.blocks for layer in (block.attention.out, block.down)}  # type: ignore[union-attr]
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                scale = (2 * self.config.layers) ** -0.5 if module in added else 1.0
+                nn.init.normal_(module.weight, std=0.02 * scale)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        if length > self.config.context:
+            raise UserError(f"{length} tokens do not fit the model's context of {self.config.context}.")
+        # a slice of the weight, not a lookup: its gradient is a sum over samples instead of a scatter
+        x = self.dropout(self.tokens(tokens) + self.positions.weight[:length])
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = F.linear(self.norm(x), self.tokens.weight if self.head is None else self.head.weight)
+        return logits
+
+    def dimensions(self) -> Dimensions:
+        return name_dimensions(self, _DIMENSIONS)
+
+
+_DIMENSIONS = {
+    "tokens.weight": ("vocab", "width"),
+    "positions.weight": ("context", "width"),
+    "head.weight": ("vocab", "width"),
+    "*norm*": ("width",),
+    "*.qkv.weight": ("qkv", "width"),  # queries, keys, values of all heads, one after the other
+    "*.qkv.bias": ("qkv",),
+    "*.attention.out.weight": ("width", "heads"),  # "heads": the outputs of all heads, one after the other
+    "*.attention.out.bias": ("width",),
+    "*.up.weight": ("ffn", "width"),
+    "*.up.bias": ("ffn",),
+    "*.down.weight": ("width", "ffn"),
+    "*.down.bias": ("width",),
+}

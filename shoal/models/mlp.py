@@ -1,0 +1,55 @@
+"""A multi-layer perceptron for feature tables and small images."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from shoal.errors import UserError
+from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.facts import at_least_one, probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    hidden: tuple[int, ...] = (128, 128)  # width of each hidden layer; () is a linear model
+    dropout: float = 0.0
+    features: int = 0  # numbers in one sample; 0: from the data
+    classes: int = 0  # for classification; 0: from the data
+    outputs: int = 0  # for regression; 0: from the data
+
+    def __post_init__(self) -> None:
+        probability(self, "dropout")
+        if any(width < 1 for width in self.hidden):
+            raise UserError(f"model.hidden = {list(self.hidden)}: every width must be at least 1.")
+
+
+class MLP(nn.Module):
+    """[n, ...] with ``features`` numbers a sample -> logits [n, classes] or values [n, outputs]."""
+
+    def __init__(self, config: MLPConfig) -> None:
+        super().__init__()
+        at_least_one(config, "features")
+        self.config = config
+        self.last = config.classes or config.outputs
+        widths = (config.features, *config.hidden, self.last)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.dropout = nn.Dropout(config.dropout)
+        for layer in self.layers[:-1]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.flatten(1)
+        for layer in self.layers[:-1]:
+            x = self.dropout(layer(x).relu())
+        output: Tensor = self.layers[-1](x)
+        return output
+
+    def dimensions(self) -> Dimensions:
+        names = ["features", *(f"hidden{i}" for i in range(len(self.config.hidden)))]
+        names.append("classes" if self.config.classes else "outputs")
+        patterns: Dimensions = {}
+        for i, (before, after) in enumerate(pairwise(names)):
+            patterns |= {f"layers.{i}.weight": (after, before), f"layers.{i}.bias": (after,)}
+        return name_dimensions(self, patterns)

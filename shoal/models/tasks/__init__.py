@@ -1,0 +1,1 @@
+"""The tasks that models are trained for; see shoal.models.task for what a task is."""
