@@ -30,7 +30,8 @@ class Plan:
             raise UserError("plan: the only rule known here is batch = 'data'.")
         if self.placement and (len(self.placement) != self.workers or min(self.placement) < 1):
             raise UserError(
-                f"plan: placement {list(self.placement)} must give each of the {self.workers} workers at least one shard."
+                f"plan: placement {list(self.placement)} must give each of the {self.workers} workers "
+                f"at least one shard."
             )
 
     @property

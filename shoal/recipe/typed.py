@@ -8,19 +8,13 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal.errors import UserError, unknown_name
 
 T = TypeVar("T")
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _rest_field(cls: type) -> str | None:
@@ -39,11 +33,16 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str, prefix: str) ->
         raise UserError(f"{_at(prefix, where)} must be a table, got {mapping!r}.")
     rest_name = _rest_field(cls)
     names = {f.name for f in dataclasses.fields(cls) if f.init} - {rest_name}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for key, value in mapping.items():
         if key in names:
-            values[key] = _convert(_hints(cls)[key], value, where, f"{prefix}{key}")
+            values[key] = _convert(hints[key], value, where, f"{prefix}{key}")
+        elif key == rest_name and isinstance(value, Mapping):
+            raise UserError(
+                f"{_at(prefix + key, where)} is not a table of its own: write its keys under {prefix[:-1]!r}."
+            )
         elif rest_name:
             rest[key] = value
         else:
@@ -51,6 +50,54 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str, prefix: str) ->
     if rest_name:
         values[rest_name] = rest
     return cls(**values)
+
+
+def hint_of(cls: type, key: str, where: str = "") -> Any:
+    """The declared type of a dotted key; ``Any`` for a key that only its kind knows (see ``rest`` above).
+
+    Raises UserError with the nearest key when there is none."""
+    hint: Any = cls
+    for part in key.split("."):
+        origin = typing.get_origin(hint)
+        if hint is Any:
+            return hint
+        if dataclasses.is_dataclass(hint):
+            names = {f.name for f in dataclasses.fields(hint) if f.init and not f.metadata.get("rest")}
+            if part not in names and not _rest_field(hint):  # type: ignore[arg-type]
+                raise unknown_key(key, dotted_keys(cls), where)
+            hint = typing.get_type_hints(hint)[part] if part in names else Any
+        elif isinstance(origin, type) and issubclass(origin, Mapping):
+            hint = typing.get_args(hint)[1]
+        else:
+            raise UserError(f"{_at(key, where)}: {key.rpartition('.')[0]!r} is a value, not a table.")
+    return hint
+
+
+def dotted_keys(cls: type) -> list[str]:
+    """Every key that the dataclass and those inside it name."""
+    hints = typing.get_type_hints(cls)
+    keys: list[str] = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            keys += [f"{field.name}.{key}" for key in dotted_keys(hint)]  # type: ignore[arg-type]
+        elif not field.metadata.get("rest"):
+            keys.append(field.name)
+    return keys
+
+
+def unknown_key(key: str, known: Iterable[str], where: str = "") -> UserError:
+    """As ``unknown_name``; a key whose table was forgotten (lr for optimizer.lr) is told so."""
+    known = list(known)
+    tables = [k for k in known if k.rpartition(".")[2] == key]
+    if tables:
+        return UserError(f"unknown key {key!r}{f' in {where}' if where else ''}: did you mean {tables[0]!r}?")
+    return unknown_name("key", key, known, where)
+
+
+def convert_key(cls: type, key: str, value: Any, where: str = "") -> Any:
+    """``value`` as the type that ``cls`` declares for the dotted key. Raises UserError, as ``from_mapping``."""
+    return _convert(hint_of(cls, key, where), value, where, key)
 
 
 def _at(key: str, where: str) -> str:

@@ -1,0 +1,23 @@
+"""argparse whose errors are one line with the nearest option, raised as UserError."""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from shoal.errors import UserError, unknown_name
+
+
+class OneLineParser(ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. `{self.prog} --help` shows the options.")
+
+    def refuse(self, extra: Sequence[str]) -> None:
+        """Raises UserError naming the first argument that the verb does not know, with the nearest option."""
+        for argument in extra:
+            if argument.startswith("-"):
+                raise unknown_name("option", argument.split("=")[0], self._option_string_actions, f"`{self.prog}`")
+        if extra:
+            self.error(f"unexpected argument {extra[0]!r}")

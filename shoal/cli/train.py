@@ -1,0 +1,110 @@
+"""``shoal train``: train a model, or go on with a run."""
+
+import shlex
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shoal.cli.exit_codes import DONE, INTERRUPTED
+from shoal.cli.output import count, duration, figures, json_line, table
+from shoal.cli.progress import display
+from shoal.cli.recipe_arguments import Chosen, add_plan_arguments, add_recipe_arguments, choose, speaks
+from shoal.recipe.typed import flatten, to_mapping
+
+HELP = "train a model; without arguments, a small GPT on Python's own sources"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    add_plan_arguments(parser)
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="where the run is kept; runs/<model>-<time> if unset"
+    )
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with a run ('latest': the newest), on any number of workers"
+    )
+    parser.add_argument("--explain", action="store_true", help="show every value and where it came from, and stop")
+
+
+def run(args: Namespace) -> int:
+    chosen = choose(args)
+    if args.explain:
+        rows = explained(chosen)
+        print(json_line([row._asdict() for row in rows]) if args.json else table(Explained._fields, map(_shown, rows)))
+        return DONE
+    from shoal.train import api
+
+    sampled: list[str] = []
+    with display(args.json, speaks()) as show:
+
+        def progress(event: Mapping[str, Any]) -> None:
+            show(event)
+            if event["event"] == "sampled":
+                sampled[:] = [event["text"]]
+
+        result = api.train(
+            chosen.recipe,
+            chosen.plan,
+            origins=chosen.origins,
+            run_dir=args.run_dir,
+            resume=args.resume,
+            progress=progress,
+        )
+    if speaks():
+        print(json_line(result) if args.json else summary(result, *sampled))
+    return INTERRUPTED if result["interrupted"] else DONE
+
+
+class Explained(NamedTuple):
+    key: str
+    value: Any
+    origin: str
+
+
+def explained(chosen: Chosen) -> list[Explained]:
+    """Every effective value of the recipe and of the plan, and where it came from."""
+    values = flatten(to_mapping(chosen.recipe)) | flatten(to_mapping(chosen.plan))
+    return [Explained(key, value, chosen.origins[key]) for key, value in values.items()]
+
+
+def _shown(row: Explained) -> tuple[str, str, str]:
+    value = row.value if isinstance(row.value, str) and row.value else json_line(row.value)
+    return row.key, value, row.origin
+
+
+def summary(result: Mapping[str, Any], sample: str | None = None) -> str:
+    """What a person wants to know at the end: the figures, a sample, where the run is and what to type next."""
+    run = _shortest(result["run_dir"])
+    ended = "interrupted after" if result["interrupted"] else "trained"
+    lines = [
+        "",
+        f"{ended} {result['steps']} steps on {count(result['samples'])} samples in {duration(result['seconds'])}, "
+        f"loss {result['loss']:.4f}",
+    ]
+    if result["figures"]:
+        lines.append(f"held out: {figures(result['figures'])}")
+    if sample is not None:
+        lines += ["", "a sample of the model:", *(f"  | {line}" for line in sample.splitlines())]
+    lines += [
+        "",
+        f"run         {run}",
+        f"checkpoint  {_shortest(result['checkpoint']) if result['checkpoint'] else 'none'}",
+        f"weights     {result['weights_sha256']}",
+        "",
+        "next:",
+    ]
+    following = {"train --resume": "go on from here"} if result["interrupted"] else {}
+    following |= {
+        "report": "a page with curves and where the time went",
+        "eval": "the task's figures on held-out data",
+        "inspect": "show and verify the checkpoints",
+    }
+    lines += [f"  {f'shoal {verb} {shlex.quote(run)}':<{len(run) + 24}} {why}" for verb, why in following.items()]
+    return "\n".join(lines)
+
+
+def _shortest(path: str | Path) -> str:
+    """Relative to the working directory where it lies inside it."""
+    place = Path(path)
+    return str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
