@@ -1,0 +1,161 @@
+"""Checkpoints written behind the training loop: it pays for a copy in memory, a thread does the rest."""
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shoal.errors import ShoalError
+from shoal.train import checkpoint
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one submitted checkpoint."""
+
+    step: int
+    path: Path | None  # None: it was not written, and error says why
+    bytes: int  # of tensor data
+    stall_s: float  # seconds that the training loop stood still: waiting for the previous write, and the copy
+    write_s: float  # seconds of the thread: hashing, writing, pruning
+    best: bool
+    error: str  # "" when it was written
+    warnings: tuple[str, ...] = ()
+
+
+class BackgroundWriter:
+    """Writes checkpoints of changing tensors into one folder. One thread submits, polls and closes.
+
+    A submitted state is copied into memory that was allocated and touched before, then hashed and written by a
+    thread while training goes on. One copy is held at a time. A write that fails is reported and nothing else is
+    lost: training goes on and the next one is tried.
+
+        with BackgroundWriter(run.checkpoints, like=state, keep=3) as writer:
+            ...
+            stall_s = writer.submit(state, {"step": step}, best=False)
+            for written in writer.poll(): ...
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        like: Mapping[str, Tensor] | None = None,
+        *,
+        keep: int = 0,
+        busy: Literal["wait", "skip"] = "wait",
+        shard_bytes: int = checkpoint.SHARD_BYTES,
+        chunk_bytes: int = checkpoint.CHUNK_BYTES,
+    ) -> None:
+        """``like`` has the names, shapes and dtypes to come, so that the first submit finds its memory ready; what it
+        does not name is allocated when it is first submitted. ``keep``: prune to so many after each write, 0 never.
+        ``busy``: what a submit does while the previous write still runs; "skip" spares ordinary ones only."""
+        self._folder, self._keep, self._busy = folder, keep, busy
+        self._sizes = {"shard_bytes": shard_bytes, "chunk_bytes": chunk_bytes}
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._done: list[Written] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        for name, tensor in (like or {}).items():
+            self._copies[name] = _touched(tensor)
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(
+        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], best: bool = False, final: bool = False
+    ) -> float:
+        """Copy the state and start to write it; returns the seconds that the caller was held up.
+
+        Waits first while the previous write runs; with ``busy="skip"`` it gives up at once instead, and says so in
+        ``poll``, unless the checkpoint is the ``best`` or the ``final`` one: those always wait and are never skipped.
+        ``facts`` must hold "step" and are not to be changed until the write is over."""
+        if self._closed:
+            raise ShoalError("this checkpoint writer is closed: make a new one.")
+        began = time.perf_counter()
+        step = int(facts["step"])
+        if self._running() and self._busy == "skip" and not (best or final):
+            self._report(Written(step, None, 0, 0.0, 0.0, best, "skipped: the previous checkpoint is still written"))
+            return time.perf_counter() - began
+        self._join()
+        copies = self._copy(tensors)
+        stall_s = time.perf_counter() - began
+        state = checkpoint.Checkpoint(copies, facts)
+        self._thread = threading.Thread(
+            target=self._write, args=(state, step, best, stall_s), name=f"checkpoint of step {step}"
+        )
+        self._thread.start()
+        return stall_s
+
+    def poll(self) -> list[Written]:
+        """What has been written, or has failed, since the last call; oldest first. Does not wait."""
+        with self._lock:
+            done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        """Wait until everything is on disk. What came of it is left for ``poll``."""
+        self._join()
+        self._copies.clear()
+        self._closed = True
+
+    def _running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _report(self, written: Written) -> None:
+        with self._lock:
+            self._done.append(written)
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies: dict[str, Tensor] = {}
+        devices: set[torch.device] = set()
+        for name, tensor in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = self._copies[name] = _touched(tensor)
+            copy.copy_(tensor.detach(), non_blocking=True)
+            if tensor.device.type == "cuda":
+                devices.add(tensor.device)
+            copies[name] = copy
+        for device in devices:  # copies from the accelerator run beside each other; all must have arrived
+            torch.cuda.synchronize(device)
+        return copies
+
+    def _write(self, state: checkpoint.Checkpoint, step: int, best: bool, stall_s: float) -> None:
+        began = time.perf_counter()
+        warnings: list[str] = []
+        path: Path | None = None
+        error = ""
+        try:
+            path = checkpoint.save(state, self._folder, best=best, warn=warnings.append, **self._sizes)
+        except Exception as problem:  # whatever it is, training goes on and hears of it
+            error = str(problem) if isinstance(problem, ShoalError) else f"{type(problem).__name__}: {problem}"
+        if self._keep and path is not None:
+            try:
+                checkpoint.prune(self._folder, self._keep)
+            except OSError as problem:
+                warnings.append(f"old checkpoints in {self._folder} could not be removed: {problem.strerror}.")
+        size = sum(tensor.nbytes for tensor in state.tensors.values())
+        took = time.perf_counter() - began
+        self._report(Written(step, path, size, stall_s, took, best, error, tuple(warnings)))
+
+
+def _touched(tensor: Tensor) -> Tensor:
+    """Contiguous CPU memory of the tensor's shape with every page mapped; page-locked for an accelerator's tensor."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda").fill_(0)
