@@ -1,0 +1,35 @@
+"""The sources by name, and the one way in: a recipe's [data] to the samples to train on and those held out."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from shoal.data.factory import load_function
+from shoal.data.preprocess import Preprocessed
+from shoal.data.source import Source, Splits
+from shoal.errors import unknown_name
+from shoal.recipe.recipe import DataSpec
+
+SOURCES = {  # name -> the function that opens it: (DataSpec, seed) -> Splits
+    "text": "shoal.data.text:open_text",
+    "idx": "shoal.data.idx:open_idx",
+}
+
+
+def open_data(spec: DataSpec, seed: int) -> Splits:
+    """The splits of the source that ``spec`` names; ``seed`` chooses what is held out and keys random augmentation.
+
+    Raises UserError for an unknown source or option, and for files that are missing or damaged."""
+    if spec.source not in SOURCES:
+        raise unknown_name("data source", spec.source, SOURCES)
+    module, function = SOURCES[spec.source].split(":")
+    opener: Callable[[DataSpec, int], Splits] = getattr(import_module(module), function)
+    splits = opener(spec, seed)
+    name = str(spec.options.get("preprocess", ""))
+    if not name:
+        return splits
+    step = load_function(name, "data.preprocess")
+
+    def wrapped(source: Source | None) -> Source | None:
+        return None if source is None else Preprocessed(source, step, name)
+
+    return Splits(Preprocessed(splits.train, step, name), wrapped(splits.validation), wrapped(splits.test))
