@@ -43,6 +43,7 @@ __all__ = [
     "Listed",
     "best",
     "damage",
+    "is_folder_name",
     "listing",
     "load",
     "newest",
@@ -151,6 +152,11 @@ def _rename_to_free_name(hidden: Path, folder: Path, step: int) -> Path:
             return path
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether ``save`` gives such a name to a checkpoint's folder."""
+    return _FOLDER.fullmatch(name) is not None
+
+
 def _number(path: Path) -> tuple[int, int]:
     """(step, version): the order of age of checkpoint folders."""
     match = _FOLDER.fullmatch(path.name)
@@ -160,7 +166,7 @@ def _number(path: Path) -> tuple[int, int]:
 def _folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, whole or not."""
     try:
-        names = [entry for entry in folder.iterdir() if _FOLDER.fullmatch(entry.name)]
+        names = [entry for entry in folder.iterdir() if is_folder_name(entry.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(names, key=_number, reverse=True)
