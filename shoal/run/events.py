@@ -20,25 +20,37 @@ def _plain(value: Any) -> Any:
 
 
 class EventLog:
-    """Appends events; every line holds at least ``time`` (Unix seconds), ``event`` and, where there is one, ``step``."""
+    """Appends events; every line holds ``time`` (Unix seconds), ``event`` and, where there is one, ``step``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._file).st_size
+        self._torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"  # the last writer was killed in mid-line
 
     def write(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"time": time.time(), "event": event, **_plain(fields)}) + "\n"
-        os.write(self._file, line.encode())  # one write: lines of several processes never mix
+        """Raises OSError when the line cannot be written whole; the log stays readable."""
+        line = (json.dumps({"time": time.time(), "event": event, **_plain(fields)}) + "\n").encode()
+        if self._torn:
+            line = b"\n" + line
+        written = os.write(self._file, line)  # one write: lines of several processes never mix
+        self._torn = written < len(line)
+        if self._torn:
+            raise OSError(f"only {written} of {len(line)} bytes of an event fitted into {str(self.path)!r}")
 
     def close(self) -> None:
         os.close(self._file)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """All whole lines of the log; a last line torn by a kill is left out."""
+    """All whole lines of the log; a line torn by a kill is left out, also where a resumed run went on after it."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if line.endswith("\n") and isinstance(event, dict):
+                yield event

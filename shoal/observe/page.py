@@ -1,0 +1,120 @@
+"""The report page put together: head, headline, sections. Pure, from what is known of the runs to one HTML text."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from html import escape
+
+from shoal.observe import figures, tables, timeline
+from shoal.observe.comparison import comparison
+from shoal.observe.figures import Named
+from shoal.observe.headline import date, headline
+from shoal.observe.subject import Subject
+
+SHOWN_SAMPLES = 6
+
+
+def render(subjects: Sequence[Subject], style: str, script: str, now: float) -> str:
+    """The whole document, with ``style`` and ``script`` inside. ``now``: Unix seconds, for the foot of the page.
+
+    The policy in the head forbids the page to load anything and to run any script but this one."""
+    runs = [Named(subject.name, subject.curves) for subject in subjects]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    body = headline(subjects[0]) if len(subjects) == 1 else comparison(subjects)
+    sections = [
+        ("learning", "Learning", *_learning(runs)),
+        ("speed", "Speed", *_speed(runs)),
+        ("life", "Checkpoints and restarts", *_life(subjects)),
+        ("samples", "Samples from the model", *_samples(subjects)),
+        ("recipe", "Recipe and plan", *_settings(subjects)),
+        ("environment", "Environment", *_environment(subjects)),
+    ]
+    shown = [(anchor, title, text) for anchor, title, text, present in sections if present]
+    contents = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in shown)
+    title = subjects[0].name if len(subjects) == 1 else f"{len(subjects)} runs compared"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)} · Shoal report</title><style>{style}</style></head>"
+        f"<body><main>{body}<nav>{contents}</nav>"
+        + "".join(f'<section id="{anchor}"><h2>{head}</h2>{text}</section>' for anchor, head, text in shown)
+        + f"<footer>Written by Shoal on {date(now)}. This page is one file and needs no network.</footer>"
+        f"</main><script>{script}</script></body></html>\n"
+    )
+
+
+def _learning(runs: Sequence[Named]) -> tuple[str, bool]:
+    charts = figures.learning(runs)
+    return f'<div class="charts">{charts}</div>', bool(charts)
+
+
+def _speed(runs: Sequence[Named]) -> tuple[str, bool]:
+    charts = figures.speed(runs)
+    shares = tables.time_shares([(run.name, run.curves) for run in runs])
+    waits = "".join(_titled(run.name if len(runs) > 1 else "", tables.waiting(run.curves)) for run in runs)
+    panels = f'<div class="panel"><h3>Shares of a step</h3>{shares}</div>' if shares else ""
+    panels += f'<div class="panel"><h3>Time spent waiting for data</h3>{waits}</div>' if waits else ""
+    return f'<div class="charts">{charts}</div><div class="panels">{panels}</div>', bool(charts or panels)
+
+
+def _titled(name: str, text: str) -> str:
+    return f"<h4>{escape(name)}</h4>{text}" if name and text else text
+
+
+def _life(subjects: Sequence[Subject]) -> tuple[str, bool]:
+    strips = "".join(timeline.strip(s.name if len(subjects) > 1 else "", s.curves) for s in subjects)
+    text = f"{timeline.key()}{strips}" if strips else ""
+    for subject in subjects:
+        table = tables.happenings(subject.curves)
+        if len(subjects) > 1:
+            text += f"<details><summary>{escape(subject.name)}</summary>{table}</details>"
+        else:
+            text += table
+    return text, any(subject.curves.sessions for subject in subjects)
+
+
+def _samples(subjects: Sequence[Subject]) -> tuple[str, bool]:
+    text = ""
+    for subject in subjects:
+        newest = subject.curves.samples[-SHOWN_SAMPLES if len(subjects) == 1 else -1 :]
+        for sample in reversed(newest):
+            name = f"{subject.name} · " if len(subjects) > 1 else ""
+            text += (
+                f'<figure class="sample"><figcaption>{escape(name)}step {sample.step:,}</figcaption>'
+                f"<pre>{escape(sample.text)}</pre></figure>"
+            )
+    return text, bool(text)
+
+
+def _settings(subjects: Sequence[Subject]) -> tuple[str, bool]:
+    text = ""
+    for subject in subjects:
+        both = (
+            '<div class="panels"><div class="panel"><h3>Recipe</h3>'
+            '<p class="note">What decides the run’s arithmetic.</p>'
+            f"{tables.settings(subject.recipe, subject.origins)}</div>"
+            '<div class="panel"><h3>Plan</h3>'
+            '<p class="note">Where the work runs: time and memory, never the result.</p>'
+            f"{tables.settings(subject.plan, subject.origins, 'plan.')}</div></div>"
+        )
+        if len(subjects) > 1:
+            both = f"<details><summary>{escape(subject.name)}</summary>{both}</details>"
+        text += both
+    return text, True
+
+
+def _environment(subjects: Sequence[Subject]) -> tuple[str, bool]:
+    text = ""
+    for subject in subjects:
+        for number, session in enumerate(subject.curves.sessions):
+            known = {key: value for key, value in session.facts.items() if key not in ("event", "time", "recipe_hash")}
+            if not known:
+                continue
+            several = len(subject.curves.sessions) > 1
+            heading = subject.name if len(subjects) > 1 else ""
+            heading += f"{' · ' if heading else ''}session {number + 1}" if several else ""
+            text += f'<div class="panel">{_titled(heading, tables.facts(known))}</div>'
+    return f'<div class="panels">{text}</div>', bool(text)
