@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.errors import UserError
+from shoal.models.activation import ACTIVATIONS, Activation
 from shoal.models.dimensions import Dimensions, name_dimensions
 from shoal.models.facts import at_least_one, probability
 
@@ -25,7 +25,7 @@ class GPTConfig:
     attention_dropout: float = 0.0  # on the attention weights; above 0 it rules out the fused attention on a CPU
     tied: bool = True  # the output layer is the token embedding
     bias: bool = True  # in the linear layers and layer norms
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # GPT-2's own weights need gelu_tanh
+    activation: Activation = "gelu"  # GPT-2's own weights need gelu_tanh
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -69,12 +69,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
         self.up = nn.Linear(config.width, ffn, bias=config.bias)
         self.down = nn.Linear(ffn, config.width, bias=config.bias)
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
-        hidden = F.gelu(self.up(self.norm2(x)), approximate=self.approximate)
+        hidden = self.activation(self.up(self.norm2(x)))
         added: Tensor = self.dropout(self.down(hidden))
         return x + added
 

@@ -6,35 +6,57 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from shoal.errors import UserError, unknown_name
+from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.cnn import CNN, CNNConfig
+from shoal.models.elmo import Elmo, ElmoConfig
 from shoal.models.facts import fill
 from shoal.models.gpt import GPT, GPTConfig
+from shoal.models.huggingface import read_config
+from shoal.models.initial_weights import load_weights
 from shoal.models.lstm import LSTM, LSTMConfig
 from shoal.models.mlp import MLP, MLPConfig
 from shoal.models.reference import resolve
+from shoal.models.resnet import ResNet, ResNetConfig
 from shoal.models.task import Task
 from shoal.models.tasks.classification import Classification
 from shoal.models.tasks.custom import CustomLoss
 from shoal.models.tasks.language_model import BidirectionalLanguageModel, LanguageModel
+from shoal.models.tasks.masked_language_model import MaskedLanguageModel
+from shoal.models.tasks.question_answering import QuestionAnswering
 from shoal.models.tasks.regression import Regression
 from shoal.recipe.recipe import ModelSpec
 from shoal.recipe.typed import from_mapping
 
 Facts = Mapping[str, Any]
-TASKS: dict[str, Callable[[], Task]] = {
-    task.name: task for task in (LanguageModel, BidirectionalLanguageModel, Classification, Regression)
+
+
+def _masked(spec: ModelSpec, facts: Facts) -> Task:
+    vocab, special = facts.get("vocab", 0), tuple(facts.get("special_tokens", ()))
+    if not vocab:
+        raise UserError("task 'masked-language-model' needs data of tokens: the data does not tell its 'vocab'.")
+    return MaskedLanguageModel(vocab, facts.get("mask_token", vocab), special, facts.get("context", 0))
+
+
+TASKS: dict[str, Callable[[ModelSpec, Facts], Task]] = {
+    "language-model": lambda spec, facts: LanguageModel(),
+    "bidirectional-language-model": lambda spec, facts: BidirectionalLanguageModel(),
+    "masked-language-model": _masked,
+    "classification": lambda spec, facts: Classification(),
+    "regression": lambda spec, facts: Regression(),
+    "question-answering": lambda spec, facts: QuestionAnswering(),
 }
 
 
 @dataclass(frozen=True)
 class Kind:
     build: Callable[[ModelSpec, Facts], nn.Module]
-    tasks: tuple[str, ...]  # that it can be trained for; the first is the usual one
+    tasks: tuple[str, ...]  # the usual one for data with classes stands first, that for other data last
 
 
 def build(spec: ModelSpec, facts: Facts) -> nn.Module:
@@ -45,6 +67,8 @@ def build(spec: ModelSpec, facts: Facts) -> nn.Module:
     fit, and for a freeze pattern that fits no parameter."""
     task_name(spec, facts)
     model = _kind(spec).build(spec, facts)
+    if spec.weights:
+        load_weights(model, Path(spec.weights))
     _freeze(model, spec.freeze)
     return model
 
@@ -54,7 +78,7 @@ def task_for(spec: ModelSpec, facts: Facts) -> Task:
     name = task_name(spec, facts)
     if spec.loss:
         return CustomLoss(resolve(spec.loss, "model.loss"), spec.loss)
-    return TASKS[name]()
+    return TASKS[name](spec, facts)
 
 
 def task_name(spec: ModelSpec, facts: Facts) -> str:
@@ -70,9 +94,8 @@ def task_name(spec: ModelSpec, facts: Facts) -> str:
         return "custom"
     if spec.kind == "custom":
         raise UserError("model.kind 'custom' needs model.task or model.loss = 'module:function'.")
-    if "regression" in kind.tasks and not facts.get("classes") and not spec.options.get("classes"):
-        return "regression"
-    return kind.tasks[0]
+    classes = facts.get("classes") or spec.options.get("classes")
+    return kind.tasks[0] if classes else kind.tasks[-1]
 
 
 def _kind(spec: ModelSpec) -> Kind:
@@ -82,7 +105,15 @@ def _kind(spec: ModelSpec) -> Kind:
 
 
 def _options(cls: type[Any], spec: ModelSpec) -> Any:
-    return from_mapping(cls, spec.options, f"[model] of kind {spec.kind!r}")
+    """The kind's config; sizes that the recipe leaves out come from the folder of the weights, where there is one."""
+    folder = Path(spec.weights)
+    known: Mapping[str, Any] = {}
+    if spec.weights and spec.kind in ("bert", "gpt") and (folder / "config.json").exists():
+        config = read_config(folder)
+        if config.kind != spec.kind:
+            raise UserError(f"{spec.weights!r} holds a {config.kind} model, not a {spec.kind}.")
+        known = {name: value for name, value in config.options.items() if name != "classes"}
+    return from_mapping(cls, {**known, **spec.options}, f"[model] of kind {spec.kind!r}")
 
 
 def _gpt(spec: ModelSpec, facts: Facts) -> nn.Module:
@@ -93,6 +124,32 @@ def _lstm(spec: ModelSpec, facts: Facts) -> nn.Module:
     config = _options(LSTMConfig, spec)
     known = ("vocab", "context") if config.context or facts.get("context") else ("vocab",)
     return LSTM(fill(config, facts, at_least=known))
+
+
+def _elmo(spec: ModelSpec, facts: Facts) -> nn.Module:
+    config = _options(ElmoConfig, spec)
+    known = ("vocab", "context") if config.context or facts.get("context") else ("vocab",)
+    return Elmo(fill(config, facts, at_least=known))
+
+
+def _bert(spec: ModelSpec, facts: Facts) -> nn.Module:
+    head = _BERT_HEADS[task_name(spec, facts)]
+    if head == "masked-language-model" and "mask_token" not in facts and facts.get("vocab"):
+        facts = {**facts, "vocab": facts["vocab"] + 1}  # the data's tokeniser has no mask token: it comes after its own
+    sizes = ("vocab", "context", "classes") if head == "classification" else ("vocab", "context")
+    return Bert(fill(_options(BertConfig, spec), facts, at_least=sizes), head)
+
+
+_BERT_HEADS: dict[str, Head] = {
+    "masked-language-model": "masked-language-model",
+    "classification": "classification",
+    "question-answering": "question-answering",
+    "custom": "encoder",
+}
+
+
+def _resnet(spec: ModelSpec, facts: Facts) -> nn.Module:
+    return ResNet(fill(_options(ResNetConfig, spec), facts, equal=("shape",), at_least=("classes",)))
 
 
 def _cnn(spec: ModelSpec, facts: Facts) -> nn.Module:
@@ -149,7 +206,10 @@ def _freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
 KINDS: dict[str, Kind] = {
     "mlp": Kind(_mlp, ("classification", "regression")),
     "cnn": Kind(_cnn, ("classification",)),
+    "resnet": Kind(_resnet, ("classification",)),
     "lstm": Kind(_lstm, ("language-model",)),
+    "elmo": Kind(_elmo, ("bidirectional-language-model",)),
+    "bert": Kind(_bert, ("classification", "question-answering", "masked-language-model")),
     "gpt": Kind(_gpt, ("language-model",)),
     "custom": Kind(_custom, tuple(TASKS)),
 }

@@ -1,0 +1,172 @@
+"""BERT: a Transformer encoder (Devlin et al., 2019) with a head for each of its tasks."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoal.errors import UserError
+from shoal.models.activation import ACTIVATIONS, Activation
+from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.facts import at_least_one, probability
+
+Head = Literal["encoder", "masked-language-model", "classification", "question-answering"]
+HEADS: tuple[Head, ...] = get_args(Head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    ffn: int = 0  # width of the hidden layer in each block; 0: 4 x width
+    context: int = 0  # most tokens seen at once; 0: from the data
+    vocab: int = 0  # 0: from the data
+    types: int = 2  # kinds of segment: question and context, for example
+    classes: int = 0  # for classification; 0: from the data
+    dropout: float = 0.1  # on the embeddings, on what each block adds and before the classifier
+    attention_dropout: float = 0.0  # on the attention weights; above 0 it rules out the fused attention on a CPU
+    activation: Activation = "gelu"
+    norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "layers", "heads", "width", "types")
+        probability(self, "dropout", "attention_dropout")
+        if self.width % self.heads:
+            raise UserError(
+                f"model.width = {self.width} is not divisible by model.heads = {self.heads}: "
+                f"try width = {math.ceil(self.width / self.heads) * self.heads}."
+            )
+
+
+class Block(nn.Module):
+    """Post-norm Transformer block: [n, T, width] -> [n, T, width]; ``mask`` bool [n, 1, 1, T] is False at padding."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        ffn = config.ffn or 4 * config.width
+        self.heads = config.heads
+        self.attention_dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.up = nn.Linear(config.width, ffn)
+        self.activation = ACTIVATIONS[config.activation]
+        self.down = nn.Linear(ffn, config.width)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        mixed = mixed.transpose(1, 2).reshape(n, length, width)
+        x = self.norm1(x + self.dropout(self.out(mixed)))
+        hidden = self.activation(self.up(x))
+        normed: Tensor = self.norm2(x + self.dropout(self.down(hidden)))
+        return normed
+
+
+class Bert(nn.Module):
+    """Tokens int [n, T], ``mask`` [n, T] (0 at padding), ``types`` int [n, T] -> what the head gives:
+
+    - encoder: the last layer's states [n, T, width]
+    - masked-language-model: logits [n, T, vocab], or [k, vocab] at the k places where ``at`` bool [n, T] is true
+    - classification: logits [n, classes]
+    - question-answering: logits [n, T, 2] of the first and of the last token of the answer
+
+    Raises UserError in ``forward`` when T is longer than the context."""
+
+    def __init__(self, config: BertConfig, head: Head) -> None:
+        super().__init__()
+        at_least_one(config, "context", "vocab")
+        self.config = config
+        self.head = head
+        self.tokens = nn.Embedding(config.vocab, config.width)
+        self.positions = nn.Embedding(config.context, config.width)
+        self.types = nn.Embedding(config.types, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        if head in ("encoder", "classification"):
+            self.pooler = nn.Linear(config.width, config.width)
+        if head == "masked-language-model":
+            self.transform = nn.Linear(config.width, config.width)
+            self.transform_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+            self.vocab_bias = nn.Parameter(torch.zeros(config.vocab))
+        if head == "classification":
+            at_least_one(config, "classes")
+            self.classifier = nn.Linear(config.width, config.classes)
+        if head == "question-answering":
+            self.span = nn.Linear(config.width, 2)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def encode(self, tokens: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:
+        """The last layer's states [n, T, width]."""
+        length = tokens.shape[1]
+        if length > self.config.context:
+            raise UserError(f"{length} tokens do not fit the model's context of {self.config.context}.")
+        segment = self.types.weight[0] if types is None else self.types(types)
+        x = self.dropout(self.norm(self.tokens(tokens) + self.positions.weight[:length] + segment))
+        visible = None if mask is None else mask.bool()[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, visible)
+        return x  # type: ignore[no-any-return]
+
+    def pool(self, states: Tensor) -> Tensor:
+        """One vector a sequence, from its first token: [n, T, width] -> [n, width]."""
+        return torch.tanh(self.pooler(states[:, 0]))
+
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, types: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        x = self.encode(tokens, mask, types)
+        if self.head == "masked-language-model":
+            x = x if at is None else x[at]
+            x = self.transform_norm(ACTIVATIONS[self.config.activation](self.transform(x)))
+            x = F.linear(x, self.tokens.weight, self.vocab_bias)
+        elif self.head == "classification":
+            x = self.classifier(self.dropout(self.pool(x)))
+        elif self.head == "question-answering":
+            x = self.span(x)
+        return x
+
+    def dimensions(self) -> Dimensions:
+        return name_dimensions(self, _DIMENSIONS)
+
+
+_DIMENSIONS = {
+    "tokens.weight": ("vocab", "width"),
+    "positions.weight": ("context", "width"),
+    "types.weight": ("types", "width"),
+    "*norm*": ("width",),
+    "*.qkv.weight": ("qkv", "width"),  # queries, keys, values of all heads, one after the other
+    "*.qkv.bias": ("qkv",),
+    "*.out.weight": ("width", "heads"),  # "heads": the outputs of all heads, one after the other
+    "*.out.bias": ("width",),
+    "*.up.weight": ("ffn", "width"),
+    "*.up.bias": ("ffn",),
+    "*.down.weight": ("width", "ffn"),
+    "*.down.bias": ("width",),
+    "pooler.weight": ("pooled", "width"),
+    "pooler.bias": ("pooled",),
+    "transform.weight": ("transformed", "width"),
+    "transform.bias": ("transformed",),
+    "vocab_bias": ("vocab",),
+    "classifier.weight": ("classes", "pooled"),
+    "classifier.bias": ("classes",),
+    "span.weight": ("span", "width"),  # "span": the first and the last token of an answer
+    "span.bias": ("span",),
+}
