@@ -131,7 +131,7 @@ def _named(args: Namespace) -> list[tuple[str, str, Any]]:
         given += [
             ("--workers", "mesh.data", args.workers),
             *(("--mesh", f"mesh.{axis}", size) for axis, size in _mesh(args.mesh)),
-            ("--placement", "placement", _whole_numbers("--placement", args.placement)),
+            ("--placement", "placement", whole_numbers("--placement", args.placement) if args.placement else None),
             ("--fast", "sync", "fast" if args.fast else None),
             ("--device", "device", args.device),
             ("--tensorboard", "report.tensorboard", True if args.tensorboard else None),
@@ -151,10 +151,8 @@ def _mesh(text: str | None) -> list[tuple[str, int]]:
     return sizes
 
 
-def _whole_numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
+def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
     """ "5,3" -> (5, 3). Raises UserError naming the flag."""
-    if text is None:
-        return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
         raise UserError(f"{flag} {text!r}: write whole numbers with commas between, such as {flag} 5,3.")

@@ -45,7 +45,7 @@ def _words(file: Path) -> list[str]:
 
 
 def this_host(accelerators: bool | None = None) -> Host:
-    """This machine. ``accelerators=None`` looks for them only where torch, which is slow to import, is there already."""
+    """This machine. ``accelerators=None`` looks for them only where torch, slow to import, is there already."""
     look = "torch" in sys.modules if accelerators is None else accelerators
     return Host(
         name=socket.gethostname(),

@@ -146,21 +146,25 @@ def assemble_plan(
     if plan_file:
         layers.append(file_layer(plan_file))
     given = stack(_checked(Plan, layer) for layer in [*layers, flag_layer(flags, spelt)])
-    if any(key.split(".")[0] == "mesh" for key in given.values):
-        workers = Layer({}, "")
-    elif given.values.get("placement"):
-        workers = Layer({"mesh.data": len(given.values["placement"])}, given.origin_of("placement"))
-    elif world_size is not None:
-        workers = Layer({"mesh.data": world_size}, "torchrun")
-    else:
-        workers = Layer({"mesh.data": max(1, min(cores, shards))}, "detected")
-    plan, origins = build(Plan, [given, workers])
+    plan, origins = build(Plan, [_with_workers(given, shards, cores, world_size)])
     if world_size is not None and plan.workers != world_size:
         raise UserError(
             f"{plan.workers} workers ({origins['mesh.data']}), but torchrun started {world_size}: leave the number out."
         )
     plan.owned(shards)
     return plan, origins
+
+
+def _with_workers(given: Layer, shards: int, cores: int, world_size: int | None) -> Layer:
+    if any(key.split(".")[0] == "mesh" for key in given.values):
+        return given
+    if given.values.get("placement"):
+        workers, origin = len(given.values["placement"]), given.origin_of("placement")
+    elif world_size is not None:
+        workers, origin = world_size, "torchrun"
+    else:
+        workers, origin = max(1, min(cores, shards)), "detected"
+    return Layer({**given.values, "mesh.data": workers}, given.origin, {**given.origins, "mesh.data": origin})
 
 
 def owner(key: str, where: str) -> type[Recipe] | type[Plan]:

@@ -40,13 +40,11 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str, prefix: str) ->
         if key in names:
             values[key] = _convert(hints[key], value, where, f"{prefix}{key}")
         elif key == rest_name and isinstance(value, Mapping):
-            raise UserError(
-                f"{_at(prefix + key, where)} is not a table of its own: write its keys under {prefix[:-1]!r}."
-            )
+            raise UserError(f"{_at(prefix + key, where)} is not a table: write its keys under {prefix[:-1]!r}.")
         elif rest_name:
             rest[key] = value
         else:
-            raise unknown_name("key", f"{prefix}{key}", [f"{prefix}{n}" for n in names], where)
+            raise unknown_key(f"{prefix}{key}", [f"{prefix}{n}" for n in sorted(names)], where)
     if rest_name:
         values[rest_name] = rest
     return cls(**values)
@@ -87,11 +85,11 @@ def dotted_keys(cls: type) -> list[str]:
 
 
 def unknown_key(key: str, known: Iterable[str], where: str = "") -> UserError:
-    """As ``unknown_name``; a key whose table was forgotten (lr for optimizer.lr) is told so."""
+    """As ``unknown_name``, but it also knows a key without its table (lr) and the beginning of a key."""
     known = list(known)
-    tables = [k for k in known if k.rpartition(".")[2] == key]
-    if tables:
-        return UserError(f"unknown key {key!r}{f' in {where}' if where else ''}: did you mean {tables[0]!r}?")
+    near = [k for k in known if k.rpartition(".")[2] == key or k.startswith(key)]
+    if near:
+        return UserError(f"unknown key {key!r}{f' in {where}' if where else ''}: did you mean {near[0]!r}?")
     return unknown_name("key", key, known, where)
 
 

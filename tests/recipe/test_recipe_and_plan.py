@@ -1,0 +1,77 @@
+"""What a Recipe and a Plan refuse, and how shards are placed."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.errors import UserError
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import DataSpec, OptimizerSpec, Recipe, Reporting
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch": 30}, "batch 30 is not divisible by 8 shards x 1 micro-batches: try batch = 32"),
+        ({"batch": 3}, "try batch = 8"),
+        ({"shards": 0}, "shards must be at least 1, got 0"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"epochs": 1}, r"give steps \(1\) or epochs \(1\), not both"),
+        ({"steps": 0}, "the length is missing: set steps or epochs"),
+        ({"data": DataSpec(validation=0.6, test=0.4)}, "less than 1"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        Recipe(**{"steps": 1, **values})
+
+
+def test_the_hash_names_the_arithmetic_and_nothing_else():
+    recipe = Recipe(steps=1)
+    same = replace(recipe, data=DataSpec(path="elsewhere"), report=Reporting(keep=9))
+    assert same.arithmetic_hash == recipe.arithmetic_hash
+    for other in (
+        replace(recipe, seed=1),
+        replace(recipe, shards=4),
+        replace(recipe, optimizer=OptimizerSpec(options={"betas": [0.9, 0.95]})),
+    ):
+        assert other.arithmetic_hash != recipe.arithmetic_hash
+
+
+@given(st.integers(1, 12), st.integers(1, 40))
+def test_shards_are_spread_evenly_in_order_and_each_has_one_owner(workers, shards):
+    plan = Plan(mesh={"data": workers})
+    if workers > shards:
+        with pytest.raises(UserError, match=f"Use at most {shards} workers"):
+            plan.owned(shards)
+        return
+    owned = plan.owned(shards)
+    assert [shard for run in owned for shard in run] == list(range(shards))
+    assert max(map(len, owned)) - min(map(len, owned)) <= 1
+
+
+def test_a_placement_is_kept_or_refused():
+    assert Plan(mesh={"data": 2}, placement=(5, 3)).owned(8) == (range(0, 5), range(5, 8))
+    with pytest.raises(UserError, match="places 8 shards, the recipe has 4"):
+        Plan(mesh={"data": 2}, placement=(5, 3)).owned(4)
+    with pytest.raises(UserError, match="at least one shard"):
+        Plan(mesh={"data": 3}, placement=(5, 3))
+    with pytest.raises(UserError, match="at least one shard"):
+        Plan(mesh={"data": 2}, placement=(8, 0))
+
+
+@pytest.mark.parametrize("mesh", [{"data": 0}, {"pipe": 2}, {}])
+def test_a_mesh_that_is_not_known_here_is_refused(mesh):
+    with pytest.raises(UserError, match="mesh ax"):
+        Plan(mesh=mesh)
+
+
+def test_recipes_and_plans_load_from_files(tmp_path):
+    file = tmp_path / "recipe.toml"
+    recipe = Recipe(steps=3)
+    file.write_text(recipe.to_toml())
+    assert Recipe.from_toml(file) == recipe
+    file.write_text(Plan(sync="fast").to_toml())
+    assert Plan.from_toml(str(file)) == Plan(sync="fast")
