@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         return _complain(
-            f"cannot write {error.filename or 'a file'!r}: {error.strerror}. Free some space, then go on.", 2
+            f"cannot write {error.filename or 'a file'!r}: {error.strerror}: free some space, or name another folder.",
+            2,
         )
     except SystemExit as stop:  # argparse, after --help or --version
         return stop.code if isinstance(stop.code, int) else DONE

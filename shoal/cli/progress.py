@@ -6,9 +6,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from shoal.cli.output import count, duration, event_line, figures
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WINDOW = 20  # steps over which rates are taken
 LIVE_EVERY_S = 0.1
@@ -136,12 +139,16 @@ class LiveLine:
 
     Drawn from the events themselves and never from a thread: the run may fork."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: "Console | None" = None, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._clock = clock
         self._bar = Progress(
-            BarColumn(bar_width=24), TextColumn("{task.description}"), auto_refresh=False, transient=True
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            auto_refresh=False,
+            transient=True,
         )
         self._task = self._bar.add_task("starting", total=None)
         self._recent: deque[Event] = deque(maxlen=WINDOW)

@@ -47,7 +47,14 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str, prefix: str) ->
             raise unknown_key(f"{prefix}{key}", [f"{prefix}{n}" for n in sorted(names)], where)
     if rest_name:
         values[rest_name] = rest
+    lacking = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values and _is_required(f)]  # type: ignore[arg-type]
+    if lacking:
+        raise UserError(f"{_at(prefix, where)} lacks {', '.join(lacking)}.")
     return cls(**values)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def hint_of(cls: type, key: str, where: str = "") -> Any:

@@ -1,0 +1,139 @@
+"""The other verbs: each one call of the library."""
+
+import json
+from pathlib import Path
+
+import pytest
+from made_up_run import committed
+
+from shoal.recipe.layers import assemble
+from shoal.recipe.plan import Plan
+from shoal.run.run import Run
+
+
+@pytest.fixture
+def runs():
+    recipe, origins = assemble(None, "gpt-stdlib")
+    return [Run.create(recipe, Plan(), origins, Path(name)) for name in ("one", "two")]
+
+
+def test_eval_prints_the_figures(library, shoal):
+    calls = []
+
+    def evaluate(target, **given):
+        calls.append((target, given))
+        return {"split": "test", "samples": 9, "figures": {"loss": 1.5, "accuracy": 0.75}}
+
+    library("shoal.train.api", evaluate=evaluate)
+    code, out, _ = shoal("eval", "latest")
+    assert code == 0
+    assert out.split() == ["figure", "value", "split", "test", "samples", "9", "loss", "1.5", "accuracy", "0.75"]
+    assert calls[0][0] == "latest"
+    assert "split" not in calls[0][1], "the library chooses the split where nobody did"
+    _, out, _ = shoal("eval", "latest", "--split", "validation", "--json")
+    assert json.loads(out)["figures"]["accuracy"] == 0.75
+    assert calls[1][1]["split"] == "validation"
+
+
+def test_report_writes_a_page_about_one_run_or_several(library, shoal, runs):
+    calls = []
+
+    def write(runs, output):
+        calls.append((runs, output))
+        return Path("page.html")
+
+    library("shoal.observe.report", write=write)
+    assert shoal("report", "one") == (0, "wrote page.html\n", "")
+    assert calls[0] == ([runs[0]], None)
+    _, out, _ = shoal("report", "one", "--compare", "two", "--output", "x.html", "--json")
+    assert calls[1] == (runs, Path("x.html"))
+    assert json.loads(out) == {"report": "page.html", "runs": [str(run.path) for run in runs]}
+
+
+def test_export_writes_a_folder(library, shoal):
+    library("shoal.train.api", export=lambda target, folder: folder / target)
+    assert shoal("export", "latest", "out") == (0, "wrote out/latest\n", "")
+    assert json.loads(shoal("export", "latest", "out", "--json")[1]) == {"folder": "out/latest"}
+
+
+def proved(*plans):
+    return {
+        "plans": [
+            {"plan": name, "ok": not where, "error": 0.5 if where else 0.0, "differs": where} for name, where in plans
+        ]
+    }
+
+
+@pytest.fixture
+def proofs(library):
+    calls = []
+
+    def prove(recipe, *, workers, steps, progress):
+        calls.append((recipe, workers, steps))
+        progress(committed(1))
+        return proved(*((f"data={count}", None) for count in workers))
+
+    library("shoal.prove.api", prove=prove)
+    return calls
+
+
+def test_prove_compares_the_plans_and_exits_0_when_all_agree(proofs, shoal):
+    code, out, _ = shoal("prove", "--workers", "1,3")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [["data=1", "same"], ["data=3", "same"]]
+    assert proofs == [(assemble(None, "gpt-stdlib")[0], (1, 3), 20)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workers"),
+    [
+        ([], (1, 2, 4)),
+        (["--plans", "standard"], (1, 2, 3, 4, 5, 8)),
+        (["--shards", "4", "--plans", "standard"], (1, 2, 3, 4)),
+    ],
+)
+def test_prove_takes_the_worker_counts_that_the_shards_allow(arguments, workers, proofs, shoal):
+    shoal("prove", *arguments, "--steps", "5")
+    assert proofs[0][1:] == (workers, 5)
+
+
+def test_prove_exits_1_and_names_the_first_step_and_tensor_that_differ(library, shoal):
+    where = {"step": 7, "tensor": "model/head.weight"}
+    library("shoal.prove.api", prove=lambda recipe, **given: proved(("data=1", None), ("data=2", where)))
+    code, out, _ = shoal("prove")
+    assert code == 1
+    assert "DIFFERS" in out
+    assert "step 7, model/head.weight" in out
+    code, out, _ = shoal("prove", "--json")
+    assert code == 1
+    assert json.loads(out)["plans"][1]["differs"] == where
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "1,9"], "9 workers for 8 shards"),
+        (["--workers", "0"], "at least 1 worker"),
+        (["--workers", "two"], "--workers 'two': write whole numbers"),
+        (["--workers", "1", "--plans", "standard"], "not allowed with argument"),
+        (["--plans", "all"], "invalid choice: 'all'"),
+    ],
+)
+def test_prove_refuses_counts_that_cannot_run(arguments, message, proofs, shoal):
+    code, _, err = shoal("prove", *arguments)
+    assert (code, proofs) == (2, [])
+    assert message in err
+
+
+def test_doctor_tells_what_this_machine_has(shoal, monkeypatch):
+    monkeypatch.setattr("shoal.cli.doctor.TRIALS", 1)
+    monkeypatch.setattr("shoal.cli.doctor.SIZE", 32)
+    monkeypatch.setattr("shoal.cli.doctor.EXTRAS", {"nothing": ("no_such_module", "no files")})
+    code, out, _ = shoal("doctor")
+    assert code == 0
+    assert "usable" in out
+    assert "missing, for no files: pip install 'shoal[nothing]'" in out
+    found = json.loads(shoal("doctor", "--json")[1])
+    assert found["cores"] >= 1
+    assert found["bfloat16_speedup"] > 0
+    assert found["extras"] == {"nothing": False}
