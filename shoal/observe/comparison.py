@@ -39,19 +39,20 @@ def comparison(subjects: Sequence[Subject]) -> str:
         rows += (
             f'<tr data-run="{escape(subject.name)}"><th scope="row"><i class="swatch {figures.colour(i)}"></i>'
             f"{escape(subject.name)} {state(curves)}</th>{''.join(cells)}"
-            f'<td class="hash" title="{escape(subject.weights)}">{escape(subject.weights[:12]) or "–"}</td></tr>'
+            f'<td class="hash" title="{escape(subject.weights)}">{escape(subject.weights[:10]) or "–"}</td></tr>'
         )
     changed = tables.differences(
         [subject.name for subject in subjects],
         [{**subject.recipe, **{f"plan.{key}": value for key, value in subject.plan.items()}} for subject in subjects],
     )
+    differ = f'<div class="panel">{changed}</div>' if changed else "<p>Nothing: all keys have the same values.</p>"
     return (
         f"<header>{brand()}<h1>{len(subjects)} runs compared</h1>"
-        f'<p class="verdict">{escape(verdict(subjects))}</p><div class="scroll"><table class="numbers runs">'
+        f'<p class="verdict">{escape(verdict(subjects))}</p><div class="panel scroll"><table class="numbers runs">'
         f"<thead><tr><th>run</th><th>training loss</th>{head}<th>steps</th><th>wall time</th><th>throughput</th>"
         f"<th>workers</th><th>parameters</th><th>weights</th></tr></thead><tbody>{rows}</tbody></table></div>"
         f"<h3>What differs in recipe and plan</h3>"
-        f"{changed or '<p>Nothing: all keys have the same values.</p>'}</header>"
+        f"{differ}</header>"
     )
 
 

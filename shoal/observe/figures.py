@@ -85,9 +85,14 @@ def _loss(runs: Sequence[Named], by_time: bool) -> Chart:
         for j, (name, values) in enumerate(series.items()):
             placed = over_time(values, run.curves) if by_time else values
             shade = colour(j if single else i)
-            lines.append(Line(name, shade, placed, smooth=j == 0, dots=j > 0, dashed=j > 0 and not single))
-    title, x_name = ("Loss over time", "time in steps") if by_time else ("Loss", "step")
-    return Chart(title, "mean of a target", lines, x_name=x_name, marks=[] if by_time else marks(runs), wide=True)
+            look = {"smooth": j == 0, "dots": j > 0, "dashed": j > 0 and not single}
+            lines.append(Line(name, shade, placed, **look, group="" if single else run.name))
+    unit = "mean of a target"
+    if len(runs) > 1 and any(line.dashed for line in lines):
+        unit += "; full lines: training, dashed: held out"
+    if by_time:
+        return Chart("Loss over time", f"{unit}; time spent in steps", lines, x_name="time", wide=True)
+    return Chart("Loss", unit, lines, marks=marks(runs), wide=True)
 
 
 def _held_out(runs: Sequence[Named], name: str) -> Chart:
@@ -98,9 +103,18 @@ def _held_out(runs: Sequence[Named], name: str) -> Chart:
             single = len(runs) == 1
             label = split if single else f"{run.name} · {split}"
             # on their own, the splits keep the colours that they have in the chart of losses
-            lines.append(Line(label, colour(j + 1 if single else i), series, dots=True, dashed=j > 0 and not single))
+            lines.append(
+                Line(
+                    label,
+                    colour(j + 1 if single else i),
+                    series,
+                    dots=True,
+                    dashed=j > 0 and not single,
+                    group="" if single else run.name,
+                )
+            )
     shares = all(0 <= y <= 1 for line in lines for y in line.series.y) and name != "loss"
-    unit = "held out" if len(lines) != 1 else lines[0].name
+    unit = ", ".join(dict.fromkeys(split for run in runs for split in run.curves.evaluated))
     return Chart(name.replace("_", " ").capitalize(), unit, lines, "share" if shares else "figure", marks=marks(runs))
 
 

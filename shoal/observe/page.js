@@ -75,7 +75,7 @@ function enliven(figure) {
   function read(area, x) {
     clear(area);
     const log = area.parentElement.dataset.scale === "log";
-    const shown = data.series.filter((series, number) => !hidden.has(number));
+    const shown = data.series.filter((series) => !hidden.has(series.group));
     // The reading stands at a step that was logged: the nearest one of all series.
     const steps = shown.map((series) => series.at[find(series.at, x, !data.stacked)]);
     if (!steps.length) return;
@@ -89,12 +89,13 @@ function enliven(figure) {
     for (const series of shown) {
       const index = find(series.at, at, true);
       const value = series.y[index];
-      // Figures that were measured now and then are read at their own step only.
-      const between = data.series[0].at.length ? (data.x[1] - data.x[0]) / 60 : 0;
-      if (Math.abs(series.at[index] - at) > between) continue;
+      // Figures that were measured now and then are read near their own step only.
+      if (Math.abs(series.at[index] - at) > (data.x[1] - data.x[0]) / 60) continue;
       const row = element("span", series.colour);
       const text = typeof value === "string" ? value : forms[data.form](value);
-      row.append(element("i"), document.createTextNode(series.name), element("u", "", text));
+      const elsewhere = !time && !data.stacked && series.at[index] !== at;
+      const name = series.name + (elsewhere ? ` (step ${series.at[index].toLocaleString("en")})` : "");
+      row.append(element("i"), document.createTextNode(name), element("u", "", text));
       reading.append(row);
       if (data.stacked || typeof value === "string") continue;
       const up = place(value, log ? data.log : data.linear, log);
@@ -126,7 +127,7 @@ function enliven(figure) {
       const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!way) return;
       event.preventDefault();
-      const steps = data.series.find((series, number) => !hidden.has(number))?.at ?? [];
+      const steps = data.series.find((series) => !hidden.has(series.group))?.at ?? [];
       if (!steps.length) return;
       const index = at === null ? 0 : find(steps, at, true) + way;
       read(area, steps[Math.min(steps.length - 1, Math.max(0, index))]);

@@ -54,8 +54,11 @@ def _learning(runs: Sequence[Named]) -> tuple[str, bool]:
 def _speed(runs: Sequence[Named]) -> tuple[str, bool]:
     charts = figures.speed(runs)
     shares = tables.time_shares([(run.name, run.curves) for run in runs])
-    waits = "".join(_titled(run.name if len(runs) > 1 else "", tables.waiting(run.curves)) for run in runs)
-    panels = f'<div class="panel"><h3>Shares of a step</h3>{shares}</div>' if shares else ""
+    most = max((waited for run in runs for waited in run.curves.waiting.values()), default=0.0)
+    most = max(most, 0.01)  # less than a hundredth is not drawn as if it were much
+    waits = "".join(_titled(run.name if len(runs) > 1 else "", tables.waiting(run.curves, most)) for run in runs)
+    look = "panel wide" if len(runs) > 1 else "panel"
+    panels = f'<div class="{look}"><h3>Shares of a step</h3>{shares}</div>' if shares else ""
     panels += f'<div class="panel"><h3>Time spent waiting for data</h3>{waits}</div>' if waits else ""
     return f'<div class="charts">{charts}</div><div class="panels">{panels}</div>', bool(charts or panels)
 

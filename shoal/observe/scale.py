@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_MOST = 1e290  # larger values lie outside of every scale, or the arithmetic on its ends would overflow
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -29,12 +31,12 @@ def _round_step(span: float, count: int) -> float:
 
 def linear(values: Iterable[float], count: int = 5, zero: bool = False) -> Scale:
     """A scale from round number to round number around the finite values; from 0 with ``zero``."""
-    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    finite = [min(max(value, -_MOST), _MOST) for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: room above and below it
-        pad = abs(high) / 2 or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1 / _MOST):  # one value: room above and below it
+        pad = abs(high) / 2 if abs(high) > 1 / _MOST else 1.0
         low, high = low if zero and low == 0 else low - pad, high + pad
     step = _round_step(high - low, count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -55,12 +57,26 @@ def steps(values: Iterable[float], count: int = 6, whole: bool = True) -> Scale:
     return Scale(low, high, tuple(float(f"{number * step:.12g}") for number in range(first, last + 1)))
 
 
+def times(values: Iterable[float], count: int = 6) -> tuple[Scale, list[str]]:
+    """A scale for x in seconds, and the texts of its ticks: round in seconds, minutes or hours, whichever fits."""
+    finite = [value for value in values if math.isfinite(value)]
+    unit, name = next(
+        ((u, n) for u, n in ((3600.0, "h"), (60.0, "min")) if max(finite, default=0.0) >= 2 * u), (1.0, "s")
+    )
+    across = steps([value / unit for value in finite], count, whole=False)
+    scaled = Scale(across.low * unit, across.high * unit, tuple(tick * unit for tick in across.ticks))
+    return scaled, [f"{tick:g} {name}" for tick in across.ticks]
+
+
 def logarithmic(values: Iterable[float]) -> Scale | None:
-    """A scale over the positive finite values, ticks at 1, 2 and 5 or at powers of ten; None without such values."""
-    positive = [value for value in values if math.isfinite(value) and value > 0]
+    """A scale over the positive finite values, ticks at 1, 2 and 5 or at powers of ten; None without such values.
+
+    It spans twelve decades at most, below the largest value: a single tiny value would press all others together."""
+    positive = [min(value, _MOST) for value in values if math.isfinite(value) and value >= 1 / _MOST]
     if not positive:
         return None
-    low, high = min(positive), max(positive)
+    high = max(positive)
+    low = max(min(positive), high / 1e12)
     if high < low * 1.25:
         low, high = low / 1.25, high * 1.25
     decades = math.log10(high / low)

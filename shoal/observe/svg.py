@@ -35,6 +35,7 @@ class Line:
     smooth: bool = False  # draw a running mean over it
     dots: bool = False  # mark each point: for figures that were measured now and then
     dashed: bool = False
+    group: str = ""  # lines of one group share an entry of the legend; "" is a group of its own
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,16 @@ def line_chart(chart: Chart) -> str:
     if not lines:
         return ""
     values = [y for line in lines for y in line.series.y]
-    across = scale.steps((x for line in lines for x in line.series.x), whole=chart.x_name == "step")
+    across, below = _across(chart, [x for line in lines for x in line.series.x])
     plain = scale.linear(values, zero=chart.zero)
     # Rates and shares are read against zero, which a log scale does not have.
     logged = scale.logarithmic(values) if chart.form == "figure" and not any(y < 0 for y in values) else None
+    keys = {line.group or line.name: line for line in reversed(lines)}  # the first line of a group stands for it
+    groups = list(reversed(keys))
     log_first = chart.log_first and logged is not None
-    plots = _plot(chart, lines, across, plain, shown=not log_first)
+    plots = _plot(chart, lines, groups, across, below, plain, shown=not log_first)
     if logged:
-        plots += _plot(chart, lines, across, logged, shown=log_first)
+        plots += _plot(chart, lines, groups, across, below, logged, shown=log_first)
     tools = ""
     smoothed = any(line.smooth and len(line.series) > 10 for line in lines)
     if smoothed:
@@ -77,10 +80,18 @@ def line_chart(chart: Chart) -> str:
         "x": [across.low, across.high],
         "linear": [plain.low, plain.high],
         "log": [logged.low, logged.high] if logged else None,
-        "series": [{"name": line.name, "colour": line.colour, **_numbers(thin(line.series))} for line in lines],
+        "series": [
+            {
+                "name": line.name,
+                "group": groups.index(line.group or line.name),
+                "colour": line.colour,
+                **_numbers(thin(line.series)),
+            }
+            for line in lines
+        ],
     }
-    keys = [(line.name, f"{line.colour}{' dashed' if line.dashed else ''}", "line") for line in lines]
-    return _figure(chart, plots, tools, keys, data, "smoothed" if smoothed else "")
+    entries = [(name, f"{keys[name].colour}{' dashed' if keys[name].dashed else ''}", "line") for name in groups]
+    return _figure(chart, plots, tools, entries, data, "smoothed" if smoothed else "")
 
 
 def stacked_chart(chart: Chart) -> str:
@@ -88,7 +99,7 @@ def stacked_chart(chart: Chart) -> str:
     lines = [line for line in chart.lines if len(line.series)]
     if not lines:
         return ""
-    edges = scale.steps(lines[0].series.x)
+    edges, below = _across(chart, lines[0].series.x)
     columns = [averaged(line.series, COLUMNS) for line in lines]
     starts = [*columns[0].x, lines[0].series.x[-1] + 1]
     across = Scale(starts[0], starts[-1], edges.ticks)
@@ -114,11 +125,11 @@ def stacked_chart(chart: Chart) -> str:
         "x": [across.low, across.high],
         "stacked": True,
         "series": [
-            {"name": line.name, "colour": line.colour, **_numbers(column)}
-            for line, column in zip(lines, columns, strict=True)
+            {"name": line.name, "group": number, "colour": line.colour, **_numbers(column)}
+            for number, (line, column) in enumerate(zip(lines, columns, strict=True))
         ],
     }
-    plot = _frame(chart, across, up, "".join(shapes), shown=True)
+    plot = _frame(chart, across, below, up, "".join(shapes), shown=True)
     keys = [(line.name, line.colour, "block") for line in lines]
     return _figure(chart, plot, "", keys, data, "stacked", note)
 
@@ -169,9 +180,27 @@ def _numbers(series: Series) -> dict[str, list[float | str]]:
     }
 
 
-def _plot(chart: Chart, lines: Sequence[Line], across: Scale, up: Scale, shown: bool) -> str:
+def _across(chart: Chart, values: Sequence[float]) -> tuple[Scale, list[str]]:
+    """The scale of x and the texts of its ticks."""
+    if chart.x_name != "step":
+        return scale.times(values)
+    across = scale.steps(values)
+    short = bool(across.ticks) and across.ticks[-1] >= 10_000
+    return across, [amount(tick) if short and tick else f"{tick:,.0f}" for tick in across.ticks]
+
+
+def _plot(
+    chart: Chart,
+    lines: Sequence[Line],
+    groups: Sequence[str],
+    across: Scale,
+    below: Sequence[str],
+    up: Scale,
+    shown: bool,
+) -> str:
     shapes, odd = [], []
-    for number, line in enumerate(lines):
+    for line in lines:
+        number = groups.index(line.group or line.name)
         series = thin(line.series)
         smooth = line.smooth and len(line.series) > 10
         look = f"{line.colour}{' dashed' if line.dashed else ''}"
@@ -186,10 +215,12 @@ def _plot(chart: Chart, lines: Sequence[Line], across: Scale, up: Scale, shown: 
             if not math.isfinite(y):
                 text = escape(f"{line.name}: {figure(y)} at {chart.x_name} {figure(x, 9)}")
                 odd.append(f'<b class="odd" {tag} style="left:{across.place(x) * 100:.2f}%" title="{text}">×</b>')
-    return _frame(chart, across, up, "".join(shapes), shown, "".join(odd[:50]))
+    return _frame(chart, across, below, up, "".join(shapes), shown, "".join(odd[:50]))
 
 
-def _frame(chart: Chart, across: Scale, up: Scale, shapes: str, shown: bool, above: str = "") -> str:
+def _frame(
+    chart: Chart, across: Scale, below: Sequence[str], up: Scale, shapes: str, shown: bool, above: str = ""
+) -> str:
     """The plot with grid, tick labels and marks around the shapes."""
     form = FORMATS[chart.form]
     rows = [(up.place(tick), _tick(tick, up, form)) for tick in up.ticks]
@@ -200,11 +231,9 @@ def _frame(chart: Chart, across: Scale, up: Scale, shapes: str, shown: bool, abo
         if across.low <= x <= across.high
     )
     left = "".join(f'<span style="top:{(1 - p) * 100:.2f}%">{escape(text)}</span>' for p, text in rows)
-    time_axis = chart.x_name != "step"
-    below = "".join(
-        f'<span style="left:{across.place(tick) * 100:.2f}%">'
-        f"{escape(duration(tick) if time_axis else f'{tick:,.0f}')}</span>"
-        for tick in across.ticks
+    labels = "".join(
+        f'<span style="left:{across.place(tick) * 100:.2f}%">{escape(text)}</span>'
+        for tick, text in zip(across.ticks, below, strict=True)
     )
     kind = "log" if up.log else "linear"
     label = escape(f"{chart.title} over {chart.x_name}")
@@ -213,7 +242,7 @@ def _frame(chart: Chart, across: Scale, up: Scale, shapes: str, shown: bool, abo
         f'<div class="ys" aria-hidden="true">{left}</div>'
         f'<div class="area" tabindex="0" role="img" aria-label="{label}">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{grid}{marks}{shapes}</svg>'
-        f'{above}</div><div class="xs" aria-hidden="true">{below}<em>{escape(chart.x_name)}</em></div></div>'
+        f'{above}</div><div class="xs" aria-hidden="true">{labels}<em>{escape(chart.x_name)}</em></div></div>'
     )
 
 
@@ -226,7 +255,7 @@ def _tick(tick: float, up: Scale, form: Callable[[float], str]) -> str:
 
 
 def _point(x: float, y: float, across: Scale, up: Scale) -> tuple[str, str]:
-    height = min(max(up.place(y), -0.5), 1.5)  # what lies far outside is cut by the plot's edge
+    height = min(max(up.place(y), 0.0), 1.0)  # zero on a log scale, and columns that are cut, end at the plot's edge
     return f"{across.place(x) * 1000:.1f}", f"{1000 - height * 1000:.1f}"
 
 

@@ -73,11 +73,12 @@ def time_shares(runs: Sequence[tuple[str, Curves]]) -> str:
     return f'{bars}<div class="scroll"><table class="numbers">{head}<tbody>{rows}</tbody></table></div>'
 
 
-def waiting(curves: Curves) -> str:
-    """The share of its time that each rank waited for data, as bars; "" when the log does not say."""
+def waiting(curves: Curves, most: float) -> str:
+    """The share of its time that each rank waited for data, as bars; a share of ``most`` fills the width.
+
+    "" when the log does not say."""
     if not curves.waiting:
         return ""
-    most = max(*curves.waiting.values(), 0.01)
     rows = "".join(
         f'<tr><th scope="row">rank {rank}</th><td class="bar">'
         f'<i style="width:{min(1.0, waited / most) * 100:.1f}%"></i></td><td>{share(waited)}</td></tr>'

@@ -14,7 +14,7 @@ def strip(name: str, curves: Curves) -> str:
     whole = curves.wall_s
     if whole <= 0:
         return ""
-    across = scale.steps([0.0, whole], whole=False)
+    across, labels = scale.times([0.0, whole])
     bars, begun = "", 0.0
     for session in curves.sessions:
         lasted = session.seen - session.begun
@@ -34,7 +34,8 @@ def strip(name: str, curves: Curves) -> str:
         for time, kind, text in marks
     )
     ticks = "".join(
-        f'<span style="left:{across.place(tick) * 100:.2f}%">{duration(tick)}</span>' for tick in across.ticks
+        f'<span style="left:{across.place(tick) * 100:.2f}%">{text}</span>'
+        for tick, text in zip(across.ticks, labels, strict=True)
     )
     return (
         f'<div class="strip"><span>{escape(name)}</span><div class="life">{bars}{points}</div>'

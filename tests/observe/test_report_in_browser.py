@@ -1,0 +1,220 @@
+"""The report page as a reader has it: opened from disk in a real browser, without a network."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from logbook import committed, evaluated, make_run, started, story
+
+from shoal.observe.report import write
+from shoal.observe.units import figure
+
+pytestmark = pytest.mark.slow
+PLANTED = '<script>window.planted = 1</script><img src=x onerror="window.planted = 1">'
+
+
+def need(found: str | None, name: str) -> str:
+    if found:
+        return found
+    if os.environ.get("SHOAL_REQUIRE_CHROMIUM") == "1":
+        pytest.fail(f"SHOAL_REQUIRE_CHROMIUM=1, but there is no {name} on the PATH")
+    pytest.skip(f"no {name} on the PATH; pages are tested in headless Chromium")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = need(shutil.which("chromium") or shutil.which("google-chrome"), "chromium")
+    driver_path = need(shutil.which("chromedriver"), "chromedriver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    for flag in f"{flags} disable-component-update disable-sync disable-dev-shm-usage".split():
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.add_argument("--window-size=1280,1000")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(executable_path=driver_path)
+    driver = webdriver.Chrome(options=options, service=service)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+        assert service.process is None or service.process.poll() is not None, "chromedriver is still running"
+
+
+@pytest.fixture(scope="module")
+def long_story():
+    """Four hundred steps whose loss falls from 4; the sample and the host are hostile."""
+    events = [started(host=PLANTED, steps=400), *(committed(step) for step in range(1, 401))]
+    events += [evaluated(step, loss=4.5 / step, accuracy=step / 500) for step in range(50, 401, 50)]
+    events += [{"time": 401.0, "event": "sampled", "step": 400, "text": PLANTED}]
+    return [*events, {"time": 402.0, "event": "ended", "step": 400, "result": {"weights_sha256": "5" * 64}}]
+
+
+def opened(browser, page: Path) -> None:
+    browser.get("about:blank")
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)  # what earlier pages left there
+    browser.get(page.as_uri())
+
+
+def requests(browser) -> Iterator[str]:
+    for entry in browser.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            yield message["params"]["request"]["url"]
+
+
+def find(browser, selector: str):
+    return browser.find_elements("css selector", selector)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, long_story):
+    return write([make_run(tmp_path_factory.mktemp("runs") / "long", long_story)])
+
+
+def test_the_page_opens_from_disk_without_errors_and_without_other_requests(browser, page):
+    opened(browser, page)
+    own = ("data:", "chrome:", "about:")  # the empty icon, and the browser's first tab
+    assert {url for url in requests(browser) if not url.startswith(own)} == {page.as_uri()}
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return window.planted") is None
+    assert PLANTED in find(browser, "#samples pre")[0].text
+
+
+def test_the_headline_shows_the_figures_of_the_log(browser, page, long_story):
+    opened(browser, page)
+    shown = {tile.get_attribute("data-figure"): tile for tile in find(browser, ".tile")}
+    last = [event for event in long_story if event["event"] == "committed"][-1]
+    assert float(shown["loss"].get_attribute("data-value")) == last["loss"]
+    assert figure(last["loss"]) in shown["loss"].text
+    assert float(shown["validation.loss"].get_attribute("data-value")) == 4.5 / 400
+    assert float(shown["validation.accuracy"].get_attribute("data-value")) == 0.8
+    assert float(shown["steps"].get_attribute("data-value")) == 400
+    assert float(shown["parameters"].get_attribute("data-value")) == long_story[0]["parameters"]
+    assert find(browser, '[data-figure="weights"]')[0].text == "5" * 64
+
+
+def test_pointing_at_a_curve_reads_its_values_and_leaving_it_clears_them(browser, page, long_story):
+    from selenium.webdriver import ActionChains
+
+    opened(browser, page)
+    area = find(browser, ".plot:not([hidden]) .area")[0]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", area)
+    ActionChains(browser).move_to_element(area).perform()
+    reading = find(browser, ".reading")[0].text
+    step = int(re.search(r"step (\d+)", reading)[1])
+    assert 195 <= step <= 206  # the middle of 400
+    train = float(re.search(r"train\s+([\d.]+)", reading)[1])
+    assert train == pytest.approx(4.0 / step, rel=1e-4)
+    assert re.search(r"validation( \(step 200\))?\s+0\.0225", reading)
+    assert len(find(browser, ".spot")) == 2
+    ActionChains(browser).move_to_element(find(browser, "h1")[0]).perform()
+    assert find(browser, ".reading, .cross, .spot") == []
+
+
+def test_the_arrow_keys_move_the_reading_a_step_at_a_time(browser, page):
+    opened(browser, page)
+    area = find(browser, ".plot:not([hidden]) .area")[0]
+    area.send_keys("\ue014", "\ue014", "\ue014", "\ue012")  # right three times, left once
+    assert "step 2" in find(browser, ".reading b")[0].text
+    area.send_keys("\ue00c")  # escape
+    assert find(browser, ".reading") == []
+
+
+def test_a_series_can_be_hidden_and_shown_again(browser, page):
+    opened(browser, page)
+    key = find(browser, ".chart .key")[0]
+    raw = find(browser, '.plot:not([hidden]) [data-series="0"]')[0]
+    assert raw.is_displayed()
+    key.click()
+    assert key.get_attribute("aria-pressed") == "false"
+    assert not raw.is_displayed()
+    key.click()
+    assert raw.is_displayed()
+
+
+def test_log_scale_and_smoothing_can_be_switched(browser, page):
+    opened(browser, page)
+    chart = find(browser, ".chart")[0]
+    before = chart.find_elements("css selector", '.plot[data-scale="linear"]')[0]
+    after = chart.find_elements("css selector", '.plot[data-scale="log"]')[0]
+    assert (before.is_displayed(), after.is_displayed()) == (True, False)
+    chart.find_element("css selector", '[data-tool="log"]').click()
+    assert (before.is_displayed(), after.is_displayed()) == (False, True)
+    mean = after.find_element("css selector", ".mean")
+    assert mean.is_displayed()
+    chart.find_element("css selector", '[data-tool="smooth"]').click()
+    assert not mean.is_displayed()
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+def test_nothing_is_wider_than_the_window(browser, page, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened(browser, page)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_page_is_whole_without_scripts(browser, page):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        opened(browser, page)
+        assert find(browser, ".plot:not([hidden]) path.line")[0].is_displayed()
+        assert not find(browser, ".tools")[0].is_displayed()
+        assert "1.0 %" not in find(browser, "#speed")[0].text
+        assert "10.0 %" in find(browser, "#speed .waits")[0].text
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_light_and_dark_follow_the_reader(browser, page):
+    grounds = []
+    for scheme in ("light", "dark"):
+        feature = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
+        opened(browser, page)
+        grounds.append(find(browser, "body")[0].value_of_css_property("background-color"))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    light, dark = ([int(part) for part in re.findall(r"\d+", ground)[:3]] for ground in grounds)
+    assert min(light) > 200
+    assert max(dark) < 60
+
+
+def test_a_comparison_has_both_runs_in_its_legends_and_reads_both(browser, tmp_path):
+    from selenium.webdriver import ActionChains
+
+    one = make_run(tmp_path / "one-worker", story(), workers=1)
+    two = make_run(tmp_path / "four-workers", story(), workers=4)
+    page = write([one, two])
+    opened(browser, page)
+    assert browser.get_log("browser") == []
+    legends = [
+        [key.text for key in legend.find_elements("css selector", ".key")] for legend in find(browser, ".legend")
+    ]
+    assert legends[0] == ["one-worker", "four-workers"]
+    assert "to the bit" in find(browser, ".verdict")[0].text
+    losses = find(browser, 'tr[data-run] td[data-figure="loss"]')
+    assert [float(cell.get_attribute("data-value")) for cell in losses] == [0.4, 0.4]
+    area = find(browser, ".plot:not([hidden]) .area")[0]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", area)
+    ActionChains(browser).move_to_element(area).perform()
+    reading = find(browser, ".reading")[0].text
+    assert "one-worker · train" in reading
+    assert "four-workers · train" in reading
+
+
+def test_an_injected_script_would_be_refused_by_the_page_itself(browser, tmp_path, page):
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.read_text(encoding="utf-8").replace("<main>", f"<main>{PLANTED}"), encoding="utf-8")
+    opened(browser, broken)
+    assert browser.execute_script("return window.planted") is None
+    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
