@@ -22,7 +22,7 @@ _HOME = {
     "evaluate": "shoal.train.api",
     "prove": "shoal.prove.api",
 }
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
