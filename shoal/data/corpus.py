@@ -1,6 +1,8 @@
 """A corpus: the text files of a file, a folder or the Python standard library, read in one fixed order."""
 
+import fnmatch
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,9 +83,8 @@ def open_corpus(path: str, pattern: str = "*", max_bytes: int = 0) -> Corpus:
 
 
 def _sorted_files(root: Path, pattern: str, without: frozenset[str]) -> tuple[Path, ...]:
-    found = []
-    for file in root.rglob(pattern):
-        parts = file.relative_to(root).parts
-        if not any(part in without or part.startswith(".") for part in parts) and file.is_file():
-            found.append((parts, file))
-    return tuple(file for _, file in sorted(found))
+    found: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in without and name[0] != "."]  # not even looked into
+        found += [Path(folder, name) for name in fnmatch.filter(names, pattern) if name[0] != "."]
+    return tuple(sorted((path for path in found if path.is_file()), key=lambda path: path.parts))

@@ -2,9 +2,10 @@
 
 import gzip
 import hashlib
+import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,17 @@ def read_idx(path: Path) -> NDArray[Any]:
 
     Raises UserError naming the file and what is wrong with it."""
     try:
-        return _parse(path, gzip.decompress(path.read_bytes()) if _is_gzip(path) else np.memmap(path, np.uint8, "r"))
+        return _parse(path, gzip.decompress(path.read_bytes()) if _is_gzip(path) else _mapped(path))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{str(path)!r} is a damaged gzip file: {error}: fetch it again.") from None
     except FileNotFoundError:
         raise UserError(f"no file {str(path)!r}: check data.path.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {str(path)!r}: {error}.") from None
+
+
+def _mapped(path: Path) -> bytes | NDArray[np.uint8]:
+    return np.memmap(path, np.uint8, "r") if path.stat().st_size else b""
 
 
 def _is_gzip(path: Path) -> bool:
@@ -50,10 +55,14 @@ def _parse(path: Path, raw: bytes | NDArray[np.uint8]) -> NDArray[Any]:
             f"{str(path)!r} is not an IDX file: it starts with {head.hex() or 'nothing'}, not 0000, type, dims."
         )
     start = 4 + 4 * head[3]
+    if len(raw) < start:
+        raise UserError(
+            f"{str(path)!r} is cut short: its header needs {start} bytes, it has {len(raw)}: fetch it again."
+        )
     shape = tuple(int(n) for n in np.frombuffer(bytes(raw[4:start]), ">u4"))
     dtype = np.dtype(TYPES[head[2]])
-    expected = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if len(shape) != head[3] or len(raw) != expected:
+    expected = start + math.prod(shape) * dtype.itemsize
+    if len(raw) != expected:
         size = "x".join(map(str, shape))
         raise UserError(
             f"{str(path)!r} is {'cut short' if len(raw) < expected else 'too long'}: "
@@ -73,12 +82,11 @@ class IdxSource:
 
     images: Images
     targets: NDArray[np.int64]
-    rows: Ids  # which of them are this source's samples
     classes: int
     pixels: Pixels
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.targets)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -88,15 +96,14 @@ class IdxSource:
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"idx {self.images.shape} {self.pixels.words}".encode())
-        for part in (self.images, self.targets.astype("<i8"), self.rows.astype("<i8")):
+        for part in (self.images, self.targets.astype("<i8")):
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
 
     def fetch(self, ids: Ids, epoch: int) -> Batch:
-        rows = self.rows[ids]
         return {
-            "input": torch.from_numpy(self.pixels(self.images[rows], rows, epoch)),
-            "target": torch.from_numpy(self.targets[rows]),
+            "input": torch.from_numpy(self.pixels(self.images[ids], ids, epoch)),
+            "target": torch.from_numpy(self.targets[ids]),
         }
 
 
@@ -114,11 +121,8 @@ def open_idx(spec: DataSpec, seed: int) -> Splits:
     histogram = np.stack([np.bincount(used[:, c].ravel(), minlength=256) for c in range(images.shape[1])])
     treatment = pixels(config, *channel_statistics(histogram), seed)
     classes = int(targets.max()) + 1
-
-    def held_out(rows: Ids) -> IdxSource | None:
-        return IdxSource(images, targets, rows, classes, treatment.plain()) if len(rows) else None
-
-    test = held_out(parts.test)
+    train, plain = (IdxSource(images, targets, classes, kind) for kind in (treatment, treatment.plain()))
+    splits = parts.splits(train, plain)
     apart = Path(spec.test_path).expanduser() if spec.test_path else folder
     name = next((n for n in ("t10k", "test") if _find(apart, f"{config.prefix}{n}", "images")), "")
     if spec.test_path and not name:
@@ -129,8 +133,8 @@ def open_idx(spec: DataSpec, seed: int) -> Splits:
             raise UserError(
                 f"data: the {name} images in {str(apart)!r} have other shapes or labels than the training ones."
             )
-        test = IdxSource(test_images, test_targets, np.arange(len(test_images)), classes, treatment.plain())
-    return Splits(IdxSource(images, targets, parts.train, classes, treatment), held_out(parts.validation), test)
+        splits = replace(splits, test=IdxSource(test_images, test_targets, classes, treatment.plain()))
+    return splits
 
 
 def _find(folder: Path, name: str, what: str) -> Path | None:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from importlib import import_module
 
-from shoal.data.factory import load_function
 from shoal.data.preprocess import Preprocessed
+from shoal.data.reference import resolve
 from shoal.data.source import Source, Splits
 from shoal.errors import unknown_name
 from shoal.recipe.recipe import DataSpec
@@ -12,6 +12,13 @@ from shoal.recipe.recipe import DataSpec
 SOURCES = {  # name -> the function that opens it: (DataSpec, seed) -> Splits
     "text": "shoal.data.text:open_text",
     "idx": "shoal.data.idx:open_idx",
+    "images": "shoal.data.images:open_images",
+    "csv": "shoal.data.table:open_table",
+    "jsonl": "shoal.data.table:open_table",
+    "parquet": "shoal.data.table:open_table",
+    "squad": "shoal.data.squad:open_squad",
+    "arrays": "shoal.data.arrays:open_arrays",
+    "python": "shoal.data.dataset:open_dataset",
 }
 
 
@@ -27,7 +34,7 @@ def open_data(spec: DataSpec, seed: int) -> Splits:
     name = str(spec.options.get("preprocess", ""))
     if not name:
         return splits
-    step = load_function(name, "data.preprocess")
+    step = resolve(name, "data.preprocess")
 
     def wrapped(source: Source | None) -> Source | None:
         return None if source is None else Preprocessed(source, step, name)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from shoal.data.ledger import Ids, permutation
-from shoal.data.source import Batch, Source
+from shoal.data.source import Batch, Source, Splits
 from shoal.errors import UserError
 
 
@@ -39,6 +39,13 @@ class Parts:
     train: Ids
     validation: Ids
     test: Ids
+
+    def splits(self, source: Source, held_out: Source | None = None) -> Splits:
+        """Views of ``source``; the parts held out are views of ``held_out``, where one is given: the same samples, but
+        without random changes."""
+        plain = held_out or source
+        held = (Subset(plain, ids) if len(ids) else None for ids in (self.validation, self.test))
+        return Splits(Subset(source, self.train), *held)
 
 
 def random_parts(total: int, validation: float, test: float, seed: int) -> Parts:

@@ -12,6 +12,7 @@ from shoal.data.config import SourceConfig, at_least, read_config
 from shoal.data.corpus import open_corpus
 from shoal.data.ledger import Ids
 from shoal.data.source import Batch, Splits
+from shoal.data.special import MASK
 from shoal.data.split import tail_ranges
 from shoal.data.tokenizer import Tokenizer, corpus_tokenizer
 from shoal.data.tokens import Tokens, tokenise
@@ -51,7 +52,9 @@ class TextSource:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {"vocab": self.tokenizer.vocab, "context": self.context, "tokenizer": self.tokenizer.description()}
+        facts = {"vocab": self.tokenizer.vocab, "context": self.context, "tokenizer": self.tokenizer.description()}
+        masks = self.tokenizer.special(*MASK)
+        return facts if masks is None else {**facts, "mask_token": masks}
 
     @property
     def fingerprint(self) -> str:

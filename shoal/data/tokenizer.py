@@ -30,8 +30,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def spans(self, text: str) -> tuple[list[int], Spans]:
-        """The ids, and the characters of ``text`` that each was made of."""
+    def spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
+        """Of each text the ids, and the characters that each was made of."""
 
     def encode_corpus(self, corpus: Corpus) -> Iterator[NDArray[Any]]: ...
 
@@ -54,14 +54,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")  # padding and its kin lie above 255
 
-    def spans(self, text: str) -> tuple[list[int], Spans]:
-        ids: list[int] = []
-        where: Spans = []
-        for place, character in enumerate(text):
-            raw = character.encode("utf-8")
-            ids += raw
-            where += [(place, place + 1)] * len(raw)
-        return ids, where
+    def spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
+        places = ([(i, i + 1) for i, c in enumerate(text) for _ in c.encode("utf-8")] for text in texts)
+        return list(zip(map(self.encode, texts), places, strict=True))
 
     def encode_corpus(self, corpus: Corpus) -> Iterator[NDArray[Any]]:
         return (np.frombuffer(chunk, np.uint8) for chunk in corpus.raw())
@@ -104,8 +99,8 @@ class CharTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.characters[i] for i in ids if i < self.vocab)
 
-    def spans(self, text: str) -> tuple[list[int], Spans]:
-        return self.encode(text), [(place, place + 1) for place in range(len(text))]
+    def spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
+        return [(self.encode(text), [(i, i + 1) for i in range(len(text))]) for text in texts]
 
     def encode_corpus(self, corpus: Corpus) -> Iterator[NDArray[Any]]:
         return (self._ids(chunk) for chunk in corpus.text())
@@ -146,9 +141,9 @@ class JsonTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode([i for i in ids if i < self.vocab], skip_special_tokens=True))
 
-    def spans(self, text: str) -> tuple[list[int], Spans]:
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return list(encoding.ids), list(encoding.offsets)
+    def spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(list(encoding.ids), list(encoding.offsets)) for encoding in encodings]
 
     def encode_corpus(self, corpus: Corpus) -> Iterator[NDArray[Any]]:
         for chunk in corpus.text():
