@@ -181,6 +181,8 @@ def _marked_best(path: Path) -> bool:
 def read_manifest(path: Path) -> Manifest:
     """The checkpoint's manifest, checked against its own hash. Raises CheckpointError naming the file."""
     file = path / MANIFEST
+    if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(f"{file}: is not a file.")
     try:
         with file.open("rb") as stream:
             raw = stream.read(checkpoint_manifest.LIMIT_BYTES + 1)

@@ -58,6 +58,8 @@ def lay_out(tensors: Mapping[str, Tensor], shard_bytes: int) -> tuple[Shard, ...
             raise CheckpointError(
                 f"checkpoint: {name!r} has dtype {tensors[name].dtype}, which safetensors cannot hold."
             )
+        if tensors[name].layout != torch.strided or tensors[name].is_meta:
+            raise CheckpointError(f"checkpoint: {name!r} has no plain bytes (sparse or meta): make it dense first.")
         if name == "__metadata__":
             raise CheckpointError("checkpoint: '__metadata__' is no tensor name in the safetensors format: rename it.")
         if not groups or tensors[name].nbytes > room:
