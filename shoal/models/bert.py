@@ -31,6 +31,7 @@ class BertConfig:
     attention_dropout: float = 0.0  # on the attention weights; above 0 it rules out the fused attention on a CPU
     activation: Activation = "gelu"
     norm_eps: float = 1e-12
+    mask_token: int = -1  # id that hides a token; -1: from the data, or the first one after the data's vocabulary
 
     def __post_init__(self) -> None:
         at_least_one(self, "layers", "heads", "width", "types")

@@ -182,6 +182,6 @@ def _gpt_config(config: GPTConfig) -> dict[str, Any]:
         "activation_function": _THEIR_ACTIVATION[config.activation],
         "embd_pdrop": config.dropout,
         "tie_word_embeddings": config.tied,
-        "bos_token_id": config.vocab - 1,  # GPT-2's default numbers would lie outside a smaller vocabulary
-        "eos_token_id": config.vocab - 1,
+        "bos_token_id": None,  # GPT-2's default numbers would lie outside a smaller vocabulary
+        "eos_token_id": None,
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from shoal.data.reference import resolve
 from shoal.errors import UserError, unknown_name
 from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.cnn import CNN, CNNConfig
@@ -21,7 +22,6 @@ from shoal.models.huggingface import read_config
 from shoal.models.initial_weights import load_weights
 from shoal.models.lstm import LSTM, LSTMConfig
 from shoal.models.mlp import MLP, MLPConfig
-from shoal.models.reference import resolve
 from shoal.models.resnet import ResNet, ResNetConfig
 from shoal.models.task import Task
 from shoal.models.tasks.classification import Classification
@@ -36,11 +36,13 @@ from shoal.recipe.typed import from_mapping
 Facts = Mapping[str, Any]
 
 
-def _masked(spec: ModelSpec, facts: Facts) -> Task:
-    vocab, special = facts.get("vocab", 0), tuple(facts.get("special_tokens", ()))
+def _masked(spec: ModelSpec, facts: Facts) -> MaskedLanguageModel:
+    vocab = facts.get("vocab") or spec.options.get("vocab")
     if not vocab:
-        raise UserError("task 'masked-language-model' needs data of tokens: the data does not tell its 'vocab'.")
-    return MaskedLanguageModel(vocab, facts.get("mask_token", vocab), special, facts.get("context", 0))
+        raise UserError("task 'masked-language-model' needs 'vocab', and the data does not tell it: set model.vocab.")
+    given = spec.options.get("mask_token", -1)
+    mask_token = given if given >= 0 else facts.get("mask_token", vocab)
+    return MaskedLanguageModel(vocab, mask_token, tuple(facts.get("special", ())), facts.get("context", 0))
 
 
 TASKS: dict[str, Callable[[ModelSpec, Facts], Task]] = {
@@ -94,6 +96,8 @@ def task_name(spec: ModelSpec, facts: Facts) -> str:
         return "custom"
     if spec.kind == "custom":
         raise UserError("model.kind 'custom' needs model.task or model.loss = 'module:function'.")
+    if facts.get("outputs") and "regression" not in kind.tasks:
+        raise UserError(f"the data's target is a number, and a model of kind {spec.kind!r} does not do regression.")
     classes = facts.get("classes") or spec.options.get("classes")
     return kind.tasks[0] if classes else kind.tasks[-1]
 
@@ -134,9 +138,9 @@ def _elmo(spec: ModelSpec, facts: Facts) -> nn.Module:
 
 def _bert(spec: ModelSpec, facts: Facts) -> nn.Module:
     head = _BERT_HEADS[task_name(spec, facts)]
-    if head == "masked-language-model" and "mask_token" not in facts and facts.get("vocab"):
-        facts = {**facts, "vocab": facts["vocab"] + 1}  # the data's tokeniser has no mask token: it comes after its own
     sizes = ("vocab", "context", "classes") if head == "classification" else ("vocab", "context")
+    if head == "masked-language-model":
+        facts = {**facts, "vocab": max(facts.get("vocab", 0), _masked(spec, facts).mask_token + 1)}
     return Bert(fill(_options(BertConfig, spec), facts, at_least=sizes), head)
 
 
