@@ -26,6 +26,7 @@ Collate = Callable[[Sequence[Any]], Batch]
 class PythonConfig(SourceConfig):
     factory: str = ""  # "module:function" that returns a data set, or {"train": ..., "validation": ..., "test": ...}
     arguments: Mapping[str, Any] = field(default_factory=dict)  # passed to it by name
+    columns: Mapping[str, str] = field(default_factory=dict)  # batch's name -> sample's name, as { target = "label" }
     facts: Mapping[str, Any] = field(default_factory=dict)  # what a sample does not tell a model, as { classes = 10 }
 
 
@@ -33,7 +34,8 @@ class DatasetSource:
     """Wraps a data set with ``__len__`` and ``__getitem__``.
 
     A sample may be a tuple (input, target), a mapping of names, or the input alone; ``collate`` (a list of samples ->
-    Batch) may replace that. Fetches are serialised, since few data sets expect to be called by several threads.
+    Batch) may replace that. ``columns`` (name in the batch -> name in a sample) takes these out of a mapping and leaves
+    the others. Fetches are serialised, since few data sets expect to be called by several threads.
 
     A data set that draws from the global generators of torch, NumPy or Python (as random transforms do) is found out by
     its first sample. Its samples are then drawn from generators seeded by (seed, epoch, id), whose states are put back
@@ -42,7 +44,13 @@ class DatasetSource:
     Raises UserError when the data set has no length or no samples, or gives samples that cannot be collated."""
 
     def __init__(
-        self, dataset: Any, collate: Collate | None = None, *, facts: Mapping[str, Any] | None = None, seed: int = 0
+        self,
+        dataset: Any,
+        collate: Collate | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
         kind = type(dataset).__name__
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
@@ -50,7 +58,7 @@ class DatasetSource:
         if not len(dataset):
             raise UserError(f"the data set {kind} has no samples.")
         self._dataset = dataset
-        self._collate = collate or collate_samples
+        self._collate = collate or (lambda samples: collate_samples(samples, columns or {}))
         self._seed = seed
         self._lock = threading.Lock()
         with _Generators() as generators:
@@ -119,12 +127,16 @@ class _Generators:
         random.seed(number)
 
 
-def collate_samples(samples: Sequence[Any]) -> Batch:
+def collate_samples(samples: Sequence[Any], columns: Mapping[str, str]) -> Batch:
     """Stacks samples into a Batch; fractions become float32, whole numbers int64, bool stays. Raises UserError when the
-    samples have different shapes, or hold what is no number."""
+    samples have different shapes, hold what is no number, or lack one of ``columns``."""
     first = samples[0]
     if isinstance(first, Mapping):
-        return {str(name): _stack([sample[name] for sample in samples], str(name)) for name in first}
+        for name in columns.values():
+            if name not in first:
+                raise unknown_name("column", name, map(str, first), "the samples of the data set")
+        chosen = columns or {name: name for name in first}
+        return {str(to): _stack([sample[name] for sample in samples], str(name)) for to, name in chosen.items()}
     if isinstance(first, tuple | list) and len(first) == 2:
         inputs, targets = zip(*samples, strict=True)
         return {"input": _stack(inputs, "input"), "target": _stack(targets, "target")}
@@ -177,7 +189,9 @@ def open_dataset(spec: DataSpec, seed: int) -> Splits:
     if "train" not in made:
         raise UserError(f"data.factory = {config.factory!r} returned no 'train' split.")
     sources: dict[str, Source] = {
-        name: one if isinstance(one, DatasetSource) else DatasetSource(one, facts=config.facts, seed=seed)
+        name: one
+        if isinstance(one, DatasetSource)
+        else DatasetSource(one, columns=config.columns, facts=config.facts, seed=seed)
         for name, one in made.items()
     }
     validation = 0.0 if "validation" in sources else spec.validation

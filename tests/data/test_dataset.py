@@ -88,6 +88,16 @@ def test_mappings_keep_their_names_and_are_fetched_as_a_batch():
     assert source.facts["context"] == 3
 
 
+def test_columns_are_chosen_and_renamed():
+    rows = [{"image": np.full((2, 2), i), "label": i % 2, "title": "words"} for i in range(4)]
+    source = DatasetSource(rows, columns={"input": "image", "target": "label"})
+    batch = source.fetch(np.array([3, 0]), 0)
+    assert {name: tensor.shape for name, tensor in batch.items()} == {"input": (2, 2, 2), "target": (2,)}
+    assert batch["target"].tolist() == [1, 0]
+    with pytest.raises(UserError, match=r"unknown column 'lable' .* did you mean 'label'"):
+        DatasetSource(rows, columns={"target": "lable"})
+
+
 def test_a_collate_of_the_users_own_replaces_ours():
     source = DatasetSource([1, 2, 3], collate=lambda samples: {"tokens": torch.tensor(samples)})
     assert source.fetch(np.array([2, 0]), 0)["tokens"].tolist() == [3, 1]

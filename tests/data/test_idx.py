@@ -7,18 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_samples import idx_bytes
 
 from shoal.data.idx import read_idx
 from shoal.data.registry import open_data
 from shoal.data.source import Splits
 from shoal.errors import UserError
 from shoal.recipe.recipe import DataSpec
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    kinds = {"uint8": 0x08, "int8": 0x09, "int16": 0x0B, "int32": 0x0C, "float32": 0x0D, "float64": 0x0E}
-    head = bytes([0, 0, kinds[array.dtype.name], array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    return head + array.astype(array.dtype.newbyteorder(">")).tobytes()
 
 
 @pytest.fixture
