@@ -73,9 +73,9 @@ def remark(event: Event) -> str | None:
     if kind == "resumed":
         skipped = [f"; left out {skip['path']}: {skip['why']}" for skip in event.get("skipped", ())]
         return f"resumed from {event['checkpoint']} at step {event['step']}{''.join(skipped)}"
-    if kind in ("interrupted", "failed"):
-        return f"{kind} at step {event['step']}: {event['why']}"
-    return None
+    if kind == "interrupted":
+        return f"interrupted at step {event['step']}: {event['why']}"
+    return None  # a failure is told by the error that ends the command
 
 
 class Display(Protocol):

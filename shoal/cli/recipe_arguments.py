@@ -27,6 +27,7 @@ RECIPE_FLAGS = {  # flag -> (dotted key, type, help)
     "--precision": ("precision", str, "auto, float32 or bfloat16"),
     "--lr": ("optimizer.lr", float, "learning rate"),
 }
+METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "NAME"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any dotted key, such as model.layers=6"
     )
     for flag, (_, kind, text) in RECIPE_FLAGS.items():
-        parser.add_argument(flag, type=kind, metavar=flag[2:].upper(), help=text)
+        parser.add_argument(flag, type=kind, metavar=METAVARS[kind], help=text)
     parser.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, the result on stdout")
 
 
@@ -60,7 +61,7 @@ def add_plan_arguments(parser: ArgumentParser) -> None:
 def choose(args: Namespace, environment: Mapping[str, str] = os.environ) -> Chosen:
     """The recipe and the plan that the arguments mean. Raises UserError naming the argument, the file or the key."""
     of_recipe, of_plan, spelt = _flags(args)
-    resumed = Run.find(args.resume) if getattr(args, "resume", None) else None
+    resumed = run_of(args.resume) if getattr(args, "resume", None) else None
     if resumed and args.recipe:
         raise UserError(f"--resume goes on with the recipe of {args.resume!r}: leave {args.recipe!r} out.")
     file, preset = (None, None) if resumed else _file_or_preset(args.recipe)
@@ -79,6 +80,13 @@ def choose(args: Namespace, environment: Mapping[str, str] = os.environ) -> Chos
         saved=_decided(resumed) if resumed else None,
     )
     return Chosen(recipe, plan, origins | plan_origins)
+
+
+def run_of(target: str) -> Run:
+    """The run that ``target`` is, or that it is a checkpoint of. Raises UserError when it is neither."""
+    place = Path(target).absolute()
+    around = (place, *place.parents[:2])  # a checkpoint lies in RUN/checkpoints/
+    return Run.find(next((folder for folder in around if (folder / "recipe.toml").exists()), target))
 
 
 def launched_workers(environment: Mapping[str, str]) -> int | None:

@@ -47,7 +47,7 @@ def test_a_loss_that_was_written_as_text_is_shown():
             "step 8  validation: loss 1.235",
         ),
         ({"event": "interrupted", "step": 8, "why": "Ctrl-C"}, "interrupted at step 8: Ctrl-C"),
-        ({"event": "failed", "step": 8, "why": "NaN"}, "failed at step 8: NaN"),
+        ({"event": "failed", "step": 8, "why": "NaN"}, None),
         (
             {"event": "resumed", "step": 8, "checkpoint": "step-8", "skipped": [{"path": "step-9", "why": "torn"}]},
             "resumed from step-8 at step 8; left out step-9: torn",
