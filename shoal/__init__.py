@@ -17,7 +17,6 @@ _HOME = {
     "UserError": "shoal.errors",
     "train": "shoal.train.api",
     "launch": "shoal.train.api",
-    "join": "shoal.train.api",
     "Worker": "shoal.train.worker",
     "evaluate": "shoal.train.api",
     "prove": "shoal.prove.api",

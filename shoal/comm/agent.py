@@ -1,0 +1,278 @@
+"""The agent: one process of this host that has torch imported, forks the workers, and never outlives its launcher.
+
+The launcher starts it with a socket's number as its only argument. It reads jobs from the launcher's socket, and tells it what the workers say and
+how they end. It computes nothing itself, so that forking it is safe and quick.
+"""
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn
+
+from shoal.comm.group import HostGroup
+from shoal.comm.heap import Heap, anonymous_file
+from shoal.comm.mesh import Mesh, PeerLost
+from shoal.comm.status import Phase, Position, Reporter, StatusBoard
+from shoal.errors import ShoalError, UserError
+
+WATCH_S = 0.5  # how often the agent looks for workers without progress
+FIRST_STEP_PATIENCE = 5  # building, compiling and the first step may take so many times longer
+
+
+@dataclass(frozen=True)
+class Job:
+    program: bytes  # cloudpickle of (function, arguments); our own launcher made it
+    workers: int
+    threads: int
+    hang_after_s: float
+
+
+@dataclass(frozen=True)
+class Said:
+    """A worker's message to the launcher: kind is event, result, user_error, failed or lost."""
+
+    rank: int
+    kind: str
+    value: Any
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """All workers of the job have ended; ``failure`` is the first cause in one line, "" when there is none."""
+
+    failure: str
+    user_error: bool = False
+    trace: str = ""
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel kills this process when its parent dies, even when the parent could not say goodbye."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _process_state(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            letter = stat.read().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return "state unknown"
+    names = {"T": "stopped by a signal", "D": "blocked in the kernel", "S": "asleep", "R": "computing", "Z": "dead"}
+    return names.get(letter, f"state {letter}")
+
+
+class Crew:
+    """The forked workers of one job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.host = socket.gethostname()
+        self.board_file = anonymous_file(StatusBoard.SIZE)
+        self.board = StatusBoard(self.board_file, job.workers)
+        self.connections: dict[Connection, int] = {}
+        self.pids: dict[int, int] = {}
+        self.first_failure: Ended | None = None
+        self.finished: set[int] = set()
+
+    def fork(self, launcher: Connection) -> None:
+        count = self.job.workers
+        heap_file = anonymous_file(0)
+        pairs = {(a, b): socket.socketpair() for a in range(count) for b in range(a + 1, count)}
+        pipes = [socket.socketpair() for _ in range(count)]
+        gc.freeze()  # keep the collector from copying the parent's pages into every worker
+        for rank in range(count):
+            pid = os.fork()
+            if pid == 0:
+                _die_with_parent()
+                launcher.close()
+                peers: list[socket.socket | None] = [None] * count
+                for (a, b), (left, right) in pairs.items():
+                    mine, theirs, peer = (left, right, b) if a == rank else (right, left, a)
+                    if rank in (a, b):
+                        peers[peer] = mine
+                        theirs.close()
+                    else:
+                        left.close()
+                        right.close()
+                for other, (ours, workers) in enumerate(pipes):
+                    ours.close()
+                    if other != rank:
+                        workers.close()
+                _work(self.job, rank, peers, pipes[rank][1], heap_file, self.board)
+            self.pids[rank] = pid
+        for left, right in pairs.values():
+            left.close()
+            right.close()
+        for rank, (ours, workers) in enumerate(pipes):
+            workers.close()
+            self.connections[Connection(ours.detach())] = rank
+        os.close(heap_file)
+
+    def position(self, rank: int) -> str:
+        return f"rank {rank} on {self.host} (pid {self.pids[rank]})"
+
+    def fail(self, line: str, *, user_error: bool = False, trace: str = "") -> None:
+        if self.first_failure is None:
+            self.first_failure = Ended(line, user_error, trace)
+
+    def on_message(self, said: Said) -> None:
+        where = f"{self.position(said.rank)} failed at {self.board.read(said.rank)}"
+        if said.kind == "user_error":
+            self.fail(said.value, user_error=True)
+        elif said.kind == "shoal_error":
+            self.fail(f"{self.position(said.rank)}: {said.value}")
+        elif said.kind == "failed":
+            self.fail(f"{where}: {said.value}", trace=said.trace)
+        if said.kind in ("result", "user_error", "shoal_error", "failed", "lost"):
+            self.finished.add(said.rank)
+
+    def on_exit(self, rank: int) -> None:
+        _, status = os.waitpid(self.pids[rank], 0)
+        code = os.waitstatus_to_exitcode(status)
+        at = self.board.read(rank)
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            self.fail(f"{self.position(rank)} was killed by {name}{hint} at {at}")
+        elif rank not in self.finished:
+            self.fail(f"{self.position(rank)} exited with code {code} at {at}")
+
+    def hung(self) -> str | None:
+        """One line naming who hangs and who waits for whom, or None."""
+        now = time.monotonic()
+        running = [p for p in self.board.all() if p.phase is not Phase.ended and p.pid]
+        late = [p for p in running if now - p.since_s > self._patience(p)]
+        culprits = [p for p in late if p.phase is not Phase.waiting]
+        if not late or (not culprits and len(late) < len(running)):
+            return None
+        named = culprits or late
+        waiting = [p for p in running if p.phase is Phase.waiting and p not in named]
+        said = "; ".join(f"{self.position(p.rank)} hangs at {p} since {now - p.since_s:.0f} s ({_process_state(p.pid)})"
+                         for p in named)  # fmt: skip
+        others = ", ".join(f"rank {p.rank} is {p}" for p in waiting)
+        return said + (f"; {others}" if others else "")
+
+    def _patience(self, position: Position) -> float:
+        early = position.step < 1 or position.phase in (Phase.building, Phase.starting)
+        return self.job.hang_after_s * (FIRST_STEP_PATIENCE if early else 1)
+
+    def kill(self) -> None:
+        for pid in self.pids.values():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def _work(
+    job: Job, rank: int, peers: list[socket.socket | None], pipe: socket.socket, heap_file: int, board: StatusBoard
+) -> NoReturn:
+    """The life of a worker process, from the fork to its exit."""
+    import cloudpickle
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to pass on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    connection = Connection(pipe.detach())
+
+    def say(kind: str, value: Any, trace: str = "") -> None:
+        connection.send_bytes(cloudpickle.dumps(Said(rank, kind, value, trace)))
+
+    code = 1
+    report = Reporter(rank, os.getpid(), board)
+    try:
+        torch.set_num_threads(job.threads)
+        function, arguments = cloudpickle.loads(job.program)
+        mesh = Mesh(rank, peers, report)
+        group = HostGroup(rank, job.workers, mesh, Heap(heap_file), report, lambda value: say("event", value))
+        say("result", function(group, *arguments))
+        report(Phase.ended)
+        code = 0
+    except PeerLost as lost:
+        say("lost", str(lost))
+    except UserError as error:
+        say("user_error", str(error))
+    except ShoalError as error:
+        say("shoal_error", str(error), traceback.format_exc())
+    except SystemExit as leaving:
+        say("failed", f"the program called exit({leaving.code})", traceback.format_exc())
+    except BaseException as error:
+        text = " ".join(str(error).split())
+        say("failed", f"{type(error).__name__}: {text}" if text else type(error).__name__, traceback.format_exc())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(job: Job, launcher: Connection, forward: Callable[[Any], None]) -> Ended:
+    crew = Crew(job)
+    crew.fork(launcher)
+    try:
+        next_watch = time.monotonic() + WATCH_S
+        while crew.connections:
+            ready = wait([launcher, *crew.connections], timeout=WATCH_S)
+            for source in ready:
+                assert isinstance(source, Connection)
+                if source is launcher:
+                    if launcher.recv_bytes() == b"stop":  # EOFError when the launcher has gone: nobody to work for
+                        crew.board.ask_stop()
+                    else:
+                        crew.fail("the launcher ended the run")
+                    continue
+                rank = crew.connections[source]
+                try:
+                    raw = source.recv_bytes()
+                except (EOFError, ConnectionResetError):
+                    del crew.connections[source]
+                    crew.on_exit(rank)
+                    continue
+                import cloudpickle
+
+                said: Said = cloudpickle.loads(raw)
+                crew.on_message(said)
+                if said.kind in ("event", "result"):
+                    forward(said)
+            if time.monotonic() > next_watch:
+                next_watch = time.monotonic() + WATCH_S
+                line = crew.hung()
+                if line:
+                    crew.fail(line)
+            if crew.first_failure:
+                break
+        if len(crew.finished) < job.workers:
+            crew.fail("workers ended without a result: " + "; ".join(str(p) for p in crew.board.all()))
+    finally:
+        crew.kill()
+        for rank in crew.connections.values():
+            os.waitpid(crew.pids[rank], 0)
+        os.close(crew.board_file)
+    return crew.first_failure or Ended("")
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    launcher = Connection(int(sys.argv[1]))
+    import cloudpickle
+    import torch  # noqa: F401  (imported once here, inherited by every worker)
+
+    def forward(message: Any) -> None:
+        launcher.send_bytes(cloudpickle.dumps(message))
+
+    try:
+        sys.path[:], folder = cloudpickle.loads(launcher.recv_bytes())
+        os.chdir(folder)
+        while True:
+            job: Job = cloudpickle.loads(launcher.recv_bytes())
+            forward(_run(job, launcher, forward))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the launcher has gone, and with it the reason to be here

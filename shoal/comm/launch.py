@@ -1,0 +1,96 @@
+"""Start workers on this host, inside a block that none of them outlives."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Self
+
+from shoal.comm.agent import Ended, Job, Said
+from shoal.errors import RunFailed, UserError
+
+GRACE_S = 5.0  # how long an agent may take to leave before it is killed
+
+
+class Agent:
+    """The launcher's end of an agent process. One agent runs any number of jobs, one after the other."""
+
+    def __enter__(self) -> Self:
+        import cloudpickle
+
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from shoal.comm.agent import main; main()", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
+        self._connection = Connection(ours.detach())
+        self._connection.send_bytes(cloudpickle.dumps((list(sys.path), os.getcwd())))
+        return self
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...] = (),
+        *,
+        workers: int,
+        threads: int = 1,
+        hang_after_s: float = 120.0,
+        listen: Callable[[int, Any], None] | None = None,
+        on_start: Callable[[Callable[[], None]], None] | None = None,
+    ) -> list[Any]:
+        """Run ``function(group, *arguments)`` in ``workers`` processes; their results, by rank.
+
+        ``listen(rank, message)`` gets what workers emit. ``on_start`` is handed a function that asks the workers to
+        stop after the step in flight; it may be called from a signal handler.
+        Raises UserError when a worker found the input unusable, and RunFailed, with the first cause in one line, when a
+        worker raised, died or hung."""
+        import cloudpickle
+
+        if workers < 1:
+            raise UserError(f"a run needs at least 1 worker, got {workers}.")
+        program = cloudpickle.dumps((function, arguments))
+        self._connection.send_bytes(cloudpickle.dumps(Job(program, workers, threads, hang_after_s)))
+        if on_start:
+            on_start(self._ask_stop)
+        results: list[Any] = [None] * workers
+        while True:
+            try:
+                message = cloudpickle.loads(self._connection.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                code = self._process.wait()
+                raise RunFailed(
+                    f"the agent of {socket.gethostname()} (pid {self._process.pid}) ended with {code}"
+                ) from None
+            if isinstance(message, Ended):
+                if message.user_error:
+                    raise UserError(message.failure)
+                if message.failure:
+                    failure = RunFailed(message.failure)
+                    if message.trace:
+                        failure.add_note(message.trace)
+                    raise failure
+                return results
+            if isinstance(message, Said) and message.kind == "result":
+                results[message.rank] = message.value
+            elif isinstance(message, Said) and listen:
+                listen(message.rank, message.value)
+
+    def _ask_stop(self) -> None:
+        self._connection.send_bytes(b"stop")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()  # the agent sees it, kills its workers and leaves
+        try:
+            self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,92 @@
+"""What every worker of a host is doing right now, in a shared page: so that a hang can be explained, not timed out."""
+
+import mmap
+import struct
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+
+_ROW = struct.Struct("<qqqqqq")  # step, phase, shard, peer, since (monotonic ns), pid
+_STRIDE = 64  # a cache line a worker
+_STOP = 0  # byte 0: somebody asked the run to stop after the step in flight
+
+
+class Phase(IntEnum):
+    starting = 0
+    building = 1
+    loading = 2
+    forward = 3
+    backward = 4
+    exchanging = 5
+    waiting = 6
+    updating = 7
+    evaluating = 8
+    saving = 9
+    ended = 10
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a worker stood when it last said so."""
+
+    rank: int
+    step: int
+    phase: Phase
+    shard: int  # -1: none
+    peer: int  # phase waiting: the rank waited for
+    since_s: float  # time.monotonic()
+    pid: int
+
+    def __str__(self) -> str:
+        where = f"step {self.step}, " if self.step >= 0 else ""
+        if self.phase is Phase.waiting:
+            return f"{where}waiting for rank {self.peer}"
+        return f"{where}{self.phase.name}{f' shard {self.shard}' if self.shard >= 0 else ''}"
+
+
+class StatusBoard:
+    """A page that all workers of a host and their agent map; each worker writes its own row."""
+
+    SIZE = 64 * 1024  # room for 1023 workers
+
+    def __init__(self, file: int, workers: int) -> None:
+        self.workers = workers
+        self._page = mmap.mmap(file, self.SIZE)
+
+    def write(self, position: Position) -> None:
+        p = position
+        row = (p.step, int(p.phase), p.shard, p.peer, int(p.since_s * 1e9), p.pid)
+        _ROW.pack_into(self._page, (1 + p.rank) * _STRIDE, *row)
+
+    def read(self, rank: int) -> Position:
+        step, phase, shard, peer, since, pid = _ROW.unpack_from(self._page, (1 + rank) * _STRIDE)
+        return Position(rank, step, Phase(phase), shard, peer, since / 1e9, pid)
+
+    def all(self) -> list[Position]:
+        return [self.read(rank) for rank in range(self.workers)]
+
+    @property
+    def stop_asked(self) -> bool:
+        return self._page[_STOP] != 0
+
+    def ask_stop(self) -> None:
+        self._page[_STOP] = 1
+
+
+class Reporter:
+    """One worker's hand on its status; without a board (a worker started by others) it only remembers."""
+
+    def __init__(self, rank: int, pid: int, board: StatusBoard | None) -> None:
+        self.board = board
+        self.position = Position(rank, -1, Phase.starting, -1, -1, time.monotonic(), pid)
+        self._write()
+
+    def __call__(self, phase: Phase, *, step: int | None = None, shard: int = -1, peer: int = -1) -> None:
+        old = self.position
+        now = time.monotonic()
+        self.position = Position(old.rank, old.step if step is None else step, phase, shard, peer, now, old.pid)
+        self._write()
+
+    def _write(self) -> None:
+        if self.board:
+            self.board.write(self.position)

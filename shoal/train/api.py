@@ -1,0 +1,202 @@
+"""What a program calls: train, launch, join, evaluate, export. The command line calls the same."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from shoal.comm.launch import Agent
+from shoal.errors import ShoalError, UserError
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Recipe
+from shoal.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shoal.comm.distributed import DistributedGroup
+    from shoal.comm.group import Group
+    from shoal.train.loop import Order
+
+Event = Mapping[str, Any]
+
+
+def train(
+    recipe: Recipe,
+    plan: Plan | None = None,
+    *,
+    origins: Mapping[str, str] | None = None,
+    run_dir: Path | None = None,
+    resume: str | Path | None = None,
+    progress: Callable[[Event], None] | None = None,
+    model: "Callable[[], nn.Module] | None" = None,
+    data: Any = None,
+    agent: Agent | None = None,
+) -> dict[str, Any]:
+    """Train a recipe under a plan and return the result: steps, loss, weights_sha256, samples, seconds, run_dir, ...
+
+    Starts ``plan.workers`` processes on this host, or joins those that torchrun started. ``model`` (a function that
+    returns a module) and ``data`` (Splits, or any map-style training set) stand in for what the recipe names.
+    ``resume``: a run directory to go on with. ``agent``: use this one's processes, for many runs in a row.
+    Ctrl-C and SIGTERM save and return a result with "interrupted"; a second one ends at once.
+    Raises UserError for bad input and RunFailed when a worker raised, died or hung."""
+    from shoal.train.loop import Order, run_recipe
+
+    plan = plan or Plan()
+    plan.owned(recipe.shards)  # refused before anything is spent
+    folder = Run.find(resume).path if resume is not None else run_dir
+    order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
+    if _started_by_others():
+        return _train_joined(order, progress)
+    seen: list[Path] = []
+
+    def listen(_: int, event: Any) -> None:
+        seen[:] = [Path(event["run_dir"])]
+        if progress:
+            progress(event)
+
+    with nullcontext(agent) if agent else Agent() as crew:
+        try:
+            with _stop_signals() as on_start:
+                results = crew.run(
+                    run_recipe,
+                    (order,),
+                    workers=plan.workers,
+                    threads=recipe.threads,
+                    hang_after_s=plan.hang_after_s,
+                    listen=listen,
+                    on_start=on_start,
+                )
+        except ShoalError as error:
+            _tell_failure(seen, error)
+            raise
+    result: dict[str, Any] = results[0]
+    return result
+
+
+def _train_joined(order: "Order", progress: Callable[[Event], None] | None) -> dict[str, Any]:
+    from shoal.train.loop import run_recipe
+
+    with _joined(order.plan, order.recipe.threads) as group:
+        if progress:
+            group.emit = progress  # type: ignore[method-assign]
+        return run_recipe(group, order)
+
+
+def _tell_failure(seen: list[Path], error: ShoalError) -> None:
+    """The event log of a run that failed says why, with the trace of the first cause."""
+    if seen and seen[0].exists():
+        log = Run(seen[0]).open_log()
+        log.write("failed", why=str(error), trace="\n".join(getattr(error, "__notes__", [])))
+        log.close()
+
+
+def launch(
+    main: "Callable[..., Any]",
+    *arguments: Any,
+    workers: int | None = None,
+    shards: int = 8,
+    micro_batches: int = 1,
+    seed: int = 0,
+    clip: float = 0.0,
+    threads: int = 1,
+    plan: Plan | None = None,
+) -> Any:
+    """Run ``main(worker, *arguments)`` in every worker; what rank 0 returned.
+
+    Starts ``workers`` processes (default: one a core, at most one a shard), also from a notebook; inside torchrun it
+    joins as the worker that this process is. ``shards``, ``micro_batches``, ``seed``, ``clip`` and ``threads`` fix the
+    arithmetic, as in a Recipe. Raises what `train` raises; KeyboardInterrupt after an interrupted run has ended."""
+    plan = plan or Plan(mesh={"data": workers or min(usable_cores(), shards)})
+    plan.owned(shards)
+    settings = {"shards": shards, "micro_batches": micro_batches, "seed": seed, "clip": clip}
+    if _started_by_others():
+        world = int(os.environ["WORLD_SIZE"])
+        with _joined(Plan(mesh={"data": world}) if workers is None else plan, threads) as group:
+            return _as_worker(group, main, arguments, plan if plan.workers == group.world else None, settings)
+    with Agent() as agent, _stop_signals() as on_start:
+        return agent.run(
+            _as_worker,
+            (main, arguments, plan, settings),
+            workers=plan.workers,
+            threads=threads,
+            hang_after_s=plan.hang_after_s,
+            on_start=on_start,
+        )[0]
+
+
+def _as_worker(
+    group: "Group", main: "Callable[..., Any]", arguments: tuple[Any, ...], plan: Plan | None, settings: dict[str, Any]
+) -> Any:
+    from shoal.train.worker import Worker
+
+    worker = Worker(group, plan or Plan(mesh={"data": group.world}), **settings)
+    try:
+        return main(worker, *arguments)
+    finally:
+        worker.close()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _started_by_others() -> bool:
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+@contextmanager
+def _joined(plan: Plan, threads: int) -> "Iterator[DistributedGroup]":
+    """Membership in the group that torchrun started; SIGTERM and Ctrl-C stop after the step in flight."""
+    import torch
+
+    from shoal.comm.distributed import DistributedGroup
+
+    world = int(os.environ["WORLD_SIZE"])
+    if plan.workers != world:
+        raise UserError(f"the plan has {plan.workers} workers, but WORLD_SIZE says {world}: leave the number out.")
+    torch.set_num_threads(threads)
+    group = DistributedGroup(plan.hang_after_s, accelerator=plan.device != "cpu" and torch.cuda.is_available())
+    try:
+        with _handled(lambda *_: group.ask_stop()):
+            yield group
+    finally:
+        group.close()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """The first Ctrl-C or SIGTERM asks the workers to stop after their step, the second one interrupts for good."""
+    ask: list[Callable[[], None]] = []
+    asked: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if asked or not ask:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        ask[0]()
+
+    with _handled(on_signal):
+        yield ask.append
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Signal handlers can be set from the main thread only; elsewhere (some notebooks) the default stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)

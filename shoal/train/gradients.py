@@ -1,0 +1,312 @@
+"""From backward passes to one mean gradient: accumulate in tree order, reduce while the last pass still runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from shoal.comm.exchange import Exchange, Placement
+from shoal.comm.layout import Layout, flat_layout
+from shoal.comm.tree import Accumulate, Accumulation, tree_sum
+from shoal.errors import UserError
+
+if TYPE_CHECKING:
+    from shoal.comm.status import Reporter
+
+_STOP, _CHECKSUM, _WAITED, _FIRED = 0, 1, 2, 3  # places in a row of facts; per-leaf sums and counts follow
+_TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is
+
+ExchangeFactory = Callable[[Layout, int, Callable[[torch.Tensor], tuple[float, float]], torch.dtype], Exchange]
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a finished reduction says of the step, the same on every worker."""
+
+    loss: float  # mean over the global batch
+    targets: float  # the global denominator
+    norm: float  # of the mean gradient, before clipping
+    leaf_losses: tuple[float, ...]  # sum of each leaf's losses
+    stop: bool  # a worker was asked to stop after this step
+    checksums: tuple[float, ...]  # of each worker's parameters; 0.0 when not taken
+    waited: tuple[float, ...]  # seconds that each worker waited for data up to its last backward pass
+
+
+class Gradients:
+    """Hooks on a module's parameters that carry its gradients into the exchange's buffers.
+
+    After each backward pass no parameter holds a gradient; after `finish` each holds the global mean."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        placement: Placement,
+        leaves: int,
+        bucket_bytes: int,
+        make_exchange: ExchangeFactory,
+        report: "Reporter",
+    ) -> None:
+        self.module = module
+        self._placement = placement
+        self._leaves = leaves
+        self._report = report
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad][::-1]  # the order of readiness
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self._state = [b for b in module.buffers() if b.numel()]
+        dtype = _flat_dtype(named)
+        self.layout = flat_layout(
+            [p.numel() for p in self.parameters],
+            [b.numel() for b in self._state],
+            len(placement.ownership),
+            bucket_bytes // dtype.itemsize,
+        )
+        facts = _FIRED + len(named) + 2 * leaves
+        self.exchange = make_exchange(self.layout, facts, self._denominators, dtype)
+        self._buckets_of = [self.layout.buckets_of(slot) for slot in range(len(self.layout.slots))]
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))
+            for index, parameter in enumerate(self.parameters)
+        ]
+        self._views: list[list[torch.Tensor]] = []
+        self._state_views: list[list[torch.Tensor]] = []
+        self._viewed: list[int] = []
+        self._scratch: list[torch.Tensor] = []
+        self._passes: tuple[int, ...] = ()
+        self._program = self._state_program = Accumulation((), 0, 0)
+        self._now: Accumulate | None = None
+        self._last = False
+        self._fired: list[bool] = []
+        self._open: list[int] = []
+        self._done = self._leaf_ends = self._posted = 0
+        self._leaf = -1
+        self._begun_state: list[torch.Tensor] = []
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    # --- one step ---------------------------------------------------------------------------------------------
+
+    def begin(self, passes: tuple[int, ...], *, stop: bool, checksum: float) -> None:
+        """Start a step in which leaf i has ``passes[i]`` backward passes, over all workers."""
+        self._passes = passes
+        self._program = self._placement.accumulation(passes)
+        self._state_program = self._placement.accumulation(tuple(min(1, p) for p in passes))
+        self.exchange.begin(passes)
+        self._bind()
+        self._open = [0] * len(self.layout.buckets)
+        for buckets in self._buckets_of:
+            for bucket in buckets:
+                self._open[bucket] += 1
+        self._done = self._leaf_ends = self._posted = 0
+        self._leaf = -1
+        self._begun_state = [b.clone() for b in self._state]
+        facts = self.exchange.facts
+        facts.zero_()
+        facts[_STOP], facts[_CHECKSUM] = float(stop), checksum
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _bind(self) -> None:
+        """Views of every slot in every buffer of the program; made again only when the buffers are others."""
+        partials = list(self.exchange.partials)
+        extra = max(self._program.buffers - self._program.partials, self._state_program.buffers - len(partials), 0)
+        while len(self._scratch) < extra:
+            like = partials[0]
+            self._scratch.append(torch.zeros_like(like))
+        buffers = [*partials, *self._scratch[:extra]]
+        identity = [b.data_ptr() for b in buffers]
+        if identity == self._viewed:
+            return
+        self._viewed = identity
+        count = len(self.parameters)
+        shapes = [p.shape for p in self.parameters] + [b.shape for b in self._state]
+        views = [
+            [b[s.offset : s.offset + s.size].view(shape) for b in buffers]
+            for s, shape in zip(self.layout.slots, shapes, strict=True)
+        ]
+        self._views, self._state_views = views[:count], views[count:]
+
+    def enter_leaf(self, leaf: int) -> None:
+        """Before the first forward pass of a leaf: buffers start from the step's first state."""
+        if leaf != self._leaf:
+            self._leaf = leaf
+            self._restore_state()
+
+    def _restore_state(self) -> None:
+        with torch.no_grad():
+            for buffer, begun in zip(self._state, self._begun_state, strict=True):
+                buffer.copy_(begun)
+
+    def backward(
+        self, leaf: int, loss: torch.Tensor, value: float, count: float, *, leaf_ends: bool, waited_s: float
+    ) -> None:
+        """One backward pass of ``loss`` (a sum over ``count`` targets), the next one of the program.
+
+        ``waited_s`` is how long this worker has waited for data in the step so far."""
+        base = _FIRED + len(self.parameters)
+        self.exchange.facts[_WAITED] = waited_s
+        self.exchange.facts[base + leaf] += value
+        self.exchange.facts[base + self._leaves + leaf] += count
+        if self._done == 0:
+            self.exchange.claim()
+        self._now = self._program.passes[self._done]
+        self._done += 1
+        self._last = self._done == len(self._program.passes)
+        self._fired = [False] * len(self.parameters)
+        if leaf_ends:
+            self._take_state()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for index, fired in enumerate(self._fired):
+            if not fired:
+                self._absent(index)
+        self._now = None
+        if self._last:
+            self._post_ready()
+
+    @torch.no_grad()
+    def _take_state(self) -> None:
+        """What the leaf changed in the module's buffers, accumulated as gradients are."""
+        now = self._state_program.passes[self._leaf_ends]
+        self._leaf_ends += 1
+        count = len(self.parameters)
+        for index, (buffer, begun) in enumerate(zip(self._state, self._begun_state, strict=True)):
+            self._put(self._state_views[index], (buffer - begun) if buffer.dtype != torch.bool else begun ^ buffer, now)
+            if self._last:
+                self._close(count + index)
+
+    def _arrived(self, index: int, parameter: torch.Tensor) -> None:
+        now = self._now
+        if now is None:
+            return  # a backward pass outside of a step: the user's own business
+        gradient = parameter.grad
+        parameter.grad = None
+        self._fired[index] = True
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            raise UserError(f"parameter {self.names[index]!r} has a sparse gradient: use a dense one (sparse=False).")
+        self.exchange.facts[_FIRED + index] = 1.0
+        with torch.no_grad():
+            self._put(self._views[index], gradient, now)
+        if self._last:
+            self._close(index)
+            self._post_ready()
+
+    def _absent(self, index: int) -> None:
+        """A parameter that this pass did not use: its gradient is zero."""
+        now = self._now
+        assert now is not None
+        views = self._views[index]
+        with torch.no_grad():
+            if now.first:
+                views[now.buffer].zero_()
+            for add in now.then:
+                views[add.into].add_(views[add.other])
+        if self._last:
+            self._close(index)
+
+    @staticmethod
+    def _put(views: Sequence[torch.Tensor], value: torch.Tensor, now: Accumulate) -> None:
+        if now.first:
+            views[now.buffer].copy_(value)
+        else:
+            views[now.buffer].add_(value)
+        for add in now.then:
+            views[add.into].add_(views[add.other])
+
+    def _close(self, slot: int) -> None:
+        for bucket in self._buckets_of[slot]:
+            self._open[bucket] -= 1
+
+    def _post_ready(self) -> None:
+        """Hand over the buckets that are complete, in order, and reduce what has come meanwhile."""
+        before = self._posted
+        while self._posted < len(self._open) and self._open[self._posted] == 0:
+            self.exchange.post()
+            self._posted += 1
+        if self._posted > before:
+            self.exchange.advance()
+
+    # --- its end ----------------------------------------------------------------------------------------------
+
+    def finish(self, clip: float = 0.0, *, keep_gradients: bool = True) -> StepFigures:
+        """Wait for the global mean gradient and hang it on the parameters, clipped to the global norm ``clip``.
+
+        ``keep_gradients``: the optimiser is known not to write to p.grad; else every worker gets a copy of its own."""
+        if self._done != len(self._program.passes):
+            raise UserError(
+                f"commit came after {self._done} of {len(self._program.passes)} backward passes of this worker: "
+                f"call backward once for each micro-batch of the step."
+            )
+        self._open = [0] * len(self._open)
+        self._post_ready()
+        norm = self.exchange.finish()
+        figures = self._figures(norm)
+        if clip and norm > clip:
+            self.exchange.scale(clip / norm)
+        self._hang(copy=self.exchange.shared_result and not keep_gradients)
+        return figures
+
+    @torch.no_grad()
+    def _hang(self, *, copy: bool) -> None:
+        result = self.exchange.result.clone() if copy else self.exchange.result
+        used = self.exchange.all_facts[:, _FIRED : _FIRED + len(self.parameters)].any(dim=0).tolist()
+        for index, (parameter, slot) in enumerate(zip(self.parameters, self.layout.slots, strict=False)):
+            view = result[slot.offset : slot.offset + slot.size].view(parameter.shape)
+            parameter.grad = view.to(parameter.dtype) if used[index] else None
+        self._restore_state()
+        for buffer, slot in zip(self._state, self.layout.slots[len(self.parameters) :], strict=True):
+            change = result[slot.offset : slot.offset + slot.size].view(buffer.shape)
+            if buffer.dtype == torch.bool:
+                buffer.logical_xor_(change > 0)
+            else:
+                buffer.add_(change.to(buffer.dtype))
+
+    def first_not_finite(self) -> str:
+        """The first parameter, in the model's order, whose gradient is not finite."""
+        for name, parameter in zip(self.names[::-1], self.parameters[::-1], strict=True):
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                return f"that of parameter {name!r} is not"
+        return "its norm overflows"
+
+    def _denominators(self, facts: torch.Tensor) -> tuple[float, float]:
+        counts = facts[:, _FIRED + len(self.parameters) + self._leaves :]
+        return max(float(counts.sum()), 1.0), float(sum(1 for passes in self._passes if passes))
+
+    def _figures(self, norm: float) -> StepFigures:
+        facts = self.exchange.all_facts
+        base = _FIRED + len(self.parameters)
+        losses = facts[:, base : base + self._leaves].sum(dim=0).tolist()  # one owner a leaf: nothing is rounded
+        targets = self._denominators(facts)[0]
+        present = [loss for loss, passes in zip(losses, self._passes, strict=True) if passes]
+        return StepFigures(
+            loss=tree_sum(present) / targets,
+            targets=targets,
+            norm=norm,
+            leaf_losses=tuple(losses),
+            stop=bool(facts[:, _STOP].any()),
+            checksums=tuple(facts[:, _CHECKSUM].tolist()),
+            waited=tuple(facts[:, _WAITED].tolist()),
+        )
+
+
+def _flat_dtype(named: Sequence[tuple[str, nn.Parameter]]) -> torch.dtype:
+    """Gradients are summed in float64 when a parameter is, else in float32."""
+    if not named:
+        raise UserError("the model has no parameter that requires a gradient: nothing would be trained.")
+    for name, parameter in named:
+        if not parameter.dtype.is_floating_point:
+            raise UserError(
+                f"parameter {name!r} is {parameter.dtype}: only real floating-point parameters are trained."
+            )
+    return torch.float64 if any(p.dtype == torch.float64 for _, p in named) else torch.float32
+
+
+def writes_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser may write to p.grad: the ones of torch.optim do not."""
+    return not type(optimizer).__module__.startswith(_TRUSTED)

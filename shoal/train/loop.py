@@ -1,0 +1,343 @@
+"""The training loop of a recipe, as each worker runs it."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.comm.group import Group
+from shoal.comm.status import Phase
+from shoal.data.dataset import DatasetSource
+from shoal.data.registry import open_data
+from shoal.data.source import Splits
+from shoal.errors import UserError
+from shoal.models.registry import build, task_for
+from shoal.models.task import Task
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Recipe
+from shoal.run.run import Run
+from shoal.run.tensorboard import TensorBoardLog
+from shoal.train.evaluation import evaluate
+from shoal.train.optimizers import make_optimizer
+from shoal.train.precision import autocast, measure_precision
+from shoal.train.sampling import sample_text
+from shoal.train.schedules import learning_rate
+from shoal.train.worker import Step, Worker
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a run is asked to do; the same on every worker."""
+
+    recipe: Recipe
+    plan: Plan
+    origins: Mapping[str, str] = field(default_factory=dict)
+    run_dir: Path | None = None
+    resume: bool = False  # go on from the newest whole checkpoint in run_dir
+    model: Callable[[], nn.Module] | None = None  # instead of the recipe's own
+    data: Any = None  # instead of the recipe's own: Splits, or a map-style training set
+
+
+def run_recipe(group: Group, order: Order) -> dict[str, Any]:
+    """Train to the end, or until asked to stop; the result, on every worker."""
+    begun = time.perf_counter()
+    group.report(Phase.building)
+    plan = order.plan
+    worker = Worker(
+        group,
+        plan,
+        shards=order.recipe.shards,
+        micro_batches=order.recipe.micro_batches,
+        seed=order.recipe.seed,
+        clip=order.recipe.clip,
+    )
+    recipe, why = _settled(order.recipe, worker)
+    splits = _open(group, order)
+    if len(splits.train) == 0:
+        raise UserError(f"the training data in {recipe.data.path!r} holds no sample.")
+    torch.manual_seed(recipe.seed)
+    made = order.model() if order.model else build(recipe.model, splits.train.facts)
+    task = task_for(recipe.model, splits.train.facts)
+    model = worker.model(made, compile=recipe.model.compile)
+    worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
+    run = _agree_on_run(group, replace(order, recipe=recipe), why)
+    return _Loop(worker, recipe, run, splits, task, model, begun).train(resume=order.resume)
+
+
+def _settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
+    """The recipe with nothing left open: rank 0 measures, all take its choice."""
+    if recipe.precision != "auto":
+        return recipe, ""
+    said = ["", ""]
+    if worker.rank == 0:
+        found = measure_precision(worker.device)
+        said = [found.precision, found.why]
+    precision, why = json.loads(worker.group.gather(json.dumps(said).encode())[0])
+    return replace(recipe, precision=precision), why
+
+
+def _open(group: Group, order: Order) -> Splits:
+    """Rank 0 first: what it prepares and caches, the others only map."""
+    if order.data is not None:
+        return order.data if isinstance(order.data, Splits) else Splits(DatasetSource(order.data))
+    if group.rank:
+        group.gather(b"")
+    splits = open_data(order.recipe.data, order.recipe.seed)
+    if group.rank == 0:
+        group.gather(b"")
+    return splits
+
+
+def _agree_on_run(group: Group, order: Order, why: str) -> Run:
+    """Rank 0 makes the run directory, once everything else is known to be in order."""
+    digests = group.gather(order.recipe.arithmetic_hash.encode())
+    if any(digest != digests[0] for digest in digests):
+        raise UserError("the workers were started with different recipes: give every host the same one.")
+    told = b""
+    if group.rank == 0:
+        origins = dict(order.origins)
+        if why:
+            origins["precision"] = why
+        if order.resume:
+            assert order.run_dir is not None
+            run = Run(order.run_dir.absolute())
+            run.write_inputs(order.recipe, order.plan, origins)
+        else:
+            run = Run.create(order.recipe, order.plan, origins, order.run_dir)
+        told = str(run.path).encode()
+    return Run(Path(group.gather(told)[0].decode()))
+
+
+class _Loop:
+    def __init__(
+        self,
+        worker: Worker,
+        recipe: Recipe,
+        run: Run,
+        splits: Splits,
+        task: Task,
+        model: nn.Module,
+        begun: float,
+    ) -> None:
+        self.worker, self.recipe, self.run, self.splits = worker, recipe, run, splits
+        self.task, self.model, self.begun = task, model, begun
+        per_epoch = -(-len(splits.train) // recipe.batch)
+        self.per_epoch = per_epoch
+        self.steps = recipe.steps or recipe.epochs * per_epoch
+        self.log = run.open_log() if worker.rank == 0 else None
+        self.board = TensorBoardLog(run.path / "tensorboard") if recipe.report.tensorboard and self.log else None
+        self.best = math.inf
+        self.samples = 0
+        self.loss = math.nan
+        self.figures: dict[str, float] = {}
+        self.evaluated_at = self.saved_at = -1
+        self.write_problem = ""
+        self.checkpoint: str | None = None
+
+    def tell(self, event: str, **fields: Any) -> None:
+        if self.log is None:
+            return
+        self.log.write(event, **fields)
+        told = {"time": time.time(), "event": event, **fields}
+        if self.board:
+            self.board.write(told)
+        self.worker.group.emit({**told, "run_dir": str(self.run.path)})
+
+    def train(self, *, resume: bool) -> dict[str, Any]:
+        worker, recipe = self.worker, self.recipe
+        if resume:
+            self._resume()
+        self._tell_start()
+        training_began = time.perf_counter()
+        last = time.perf_counter()
+        for step in worker.steps(self.splits.train, batch=recipe.batch, steps=self.steps):
+            rate = learning_rate(recipe, step.number, self.steps)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            for batch in step:
+                with autocast(recipe.precision, worker.device):
+                    total, count = self.task.loss(self.model, batch)
+                step.backward(total, count)
+            step.commit()
+            now = time.perf_counter()
+            self._committed(step, rate, now - last)
+            last = now
+            self._after(step)
+            last += self._side_seconds(now)
+        return self._end(time.perf_counter() - training_began)
+
+    def _side_seconds(self, since: float) -> float:
+        """Evaluation and checkpoints are told on their own, and do not count as time of a step."""
+        return time.perf_counter() - since
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.worker._optimizer
+        assert optimizer is not None
+        return optimizer
+
+    def _tell_start(self) -> None:
+        worker, recipe = self.worker, self.recipe
+        self.tell(
+            "started",
+            step=worker.step,
+            workers=worker.world,
+            placement=[len(owned) for owned in worker.plan.owned(recipe.shards)],
+            host=worker.group.host,
+            device=str(worker.device),
+            threads=recipe.threads,
+            precision=recipe.precision,
+            parameters=sum(p.numel() for p in self.worker._trained().parameters()),
+            recipe_hash=recipe.arithmetic_hash,
+            torch=torch.__version__,
+            steps=self.steps,
+        )
+
+    def _resume(self) -> None:
+        found = self.worker.resume(self.run.checkpoints)
+        if found is None:
+            why = "; ".join(f"{path.name}: {reason}" for path, reason in self.worker.skipped)
+            raise UserError(
+                f"no whole checkpoint in {str(self.run.checkpoints)!r}{f' ({why})' if why else ''}: "
+                f"train from the start in another run directory."
+            )
+        if found.step >= self.steps:
+            raise UserError(
+                f"the run in {str(self.run.path)!r} has done all of its {self.steps} steps: raise --steps or --epochs."
+            )
+        self.best = found.facts.get("best_value", math.inf)
+        self.samples = found.facts.get("seen", 0)
+        self.tell(
+            "resumed",
+            step=found.step,
+            checkpoint=str(self.worker.resumed_from),
+            skipped=[{"path": str(path), "why": why} for path, why in self.worker.skipped],
+        )
+
+    def _committed(self, step: Step, rate: float, seconds: float) -> None:
+        figures = step.figures
+        assert figures is not None
+        self.loss = figures.loss
+        self.samples += step.samples
+        self.tell(
+            "committed",
+            step=step.number,
+            epoch=step.epoch,
+            index=step.index,
+            loss=figures.loss,
+            grad_norm=figures.norm,
+            lr=rate,
+            samples=step.samples,
+            targets=int(figures.targets),
+            seconds=seconds,
+            parts=step.parts,
+            waited=dict(enumerate(figures.waited)),
+        )
+
+    def _after(self, step: Step) -> None:
+        """Evaluate and save when it is time."""
+        report = self.recipe.report
+        ends = step.number == self.steps or self.worker.stopping
+        epoch_ends = step.last_of_epoch and not self.recipe.steps
+        due = step.number % report.evaluate_every == 0 if report.evaluate_every else epoch_ends
+        better = False
+        if (due or ends) and not self.worker.stopping:
+            better = self._evaluate(step.number)
+        due = step.number % report.checkpoint_every == 0 if report.checkpoint_every else epoch_ends
+        if due or ends or better:
+            self._save(step.number, best=better, final=ends)
+        self._collect_written()
+
+    def _evaluate(self, step: int) -> bool:
+        """Held-out figures; whether they are the best so far."""
+        source = self.splits.validation or self.splits.test
+        if source is None or len(source) == 0:
+            return False
+        begun = time.perf_counter()
+        self.figures = evaluate(
+            self.worker.group,
+            self.worker._trained(),
+            self.task,
+            source,
+            batch=self.recipe.batch,
+            precision=self.recipe.precision,
+            device=self.worker.device,
+            samples=self.recipe.report.evaluate_samples,
+        )
+        split = "validation" if self.splits.validation is not None else "test"
+        self.tell("evaluated", step=step, split=split, figures=self.figures, seconds=time.perf_counter() - begun)
+        name, direction = self.task.best
+        value = self.figures.get(name, math.nan) * (1 if direction == "min" else -1)
+        if value < self.best:
+            self.best = value
+            return True
+        return False
+
+    def _save(self, step: int, *, best: bool, final: bool) -> None:
+        self.worker.save(
+            self.run.checkpoints,
+            best=best,
+            final=final,
+            keep=self.recipe.report.keep,
+            recipe_hash=self.recipe.arithmetic_hash,
+            best_value=self.best if math.isfinite(self.best) else None,
+            seen=self.samples,
+            figures={k: v for k, v in self.figures.items() if math.isfinite(v)},
+        )
+
+    def _collect_written(self) -> None:
+        for written in self.worker.written():
+            self.write_problem = written.error
+            if written.path:
+                self.checkpoint = str(written.path)
+            self.tell(
+                "checkpointed",
+                step=written.step,
+                path=str(written.path) if written.path else None,
+                bytes=written.bytes,
+                stall_s=written.stall_s,
+                write_s=written.write_s,
+                best=written.best,
+                why=written.error or "; ".join(written.warnings),
+            )
+
+    def _end(self, seconds: float) -> dict[str, Any]:
+        worker = self.worker
+        worker.group.report(Phase.saving)
+        worker.close()
+        self._collect_written()
+        if worker.stopping and worker.step < self.steps:
+            self.tell("interrupted", step=worker.step, why="asked to stop")
+        elif self.recipe.report.sample and worker.rank == 0:
+            text = sample_text(worker._trained(), self.splits.train.facts, self.recipe)
+            if text is not None:
+                self.tell("sampled", step=worker.step, text=text)
+        if self.write_problem:
+            raise UserError(
+                f"the last checkpoint of {str(self.run.path)!r} was not written: {self.write_problem} "
+                f"Older ones are untouched; make room and go on with --resume."
+            )
+        result = {
+            "steps": worker.step,
+            "loss": self.loss,
+            "weights_sha256": worker.weights_sha256,
+            "samples": self.samples,
+            "seconds": seconds,
+            "run_dir": str(self.run.path),
+            "figures": self.figures,
+            "checkpoint": self.checkpoint,
+            "interrupted": worker.stopping and worker.step < self.steps,
+        }
+        if self.log:
+            (self.run.path / "result.json").write_text(json.dumps(result, indent=1))
+            self.tell("ended", step=worker.step, result=result)
+            self.log.close()
+        if self.board:
+            self.board.close()
+        return result

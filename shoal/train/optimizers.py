@@ -1,0 +1,47 @@
+"""Optimisers by name: those of torch.optim, the fused kernels where there are some."""
+
+import inspect
+
+import torch
+from torch import nn
+
+from shoal.errors import UserError, unknown_name
+from shoal.recipe.recipe import OptimizerSpec
+
+_SHORT = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
+
+
+def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:
+    """Every optimiser of torch.optim that needs no closure, by its own name."""
+    found = {
+        name: cls
+        for name, cls in vars(torch.optim).items()
+        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)
+    }
+    return {name: cls for name, cls in found.items() if name not in ("Optimizer", "LBFGS")}
+
+
+def make_optimizer(spec: OptimizerSpec, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimiser over all trainable parameters. Biases and norms (fewer than two dims) get no weight decay.
+
+    Raises UserError for an unknown optimiser or option, with the nearest name."""
+    classes = optimizer_classes()
+    name = _SHORT.get(spec.name, spec.name)
+    if name not in classes:
+        raise unknown_name("optimizer", spec.name, [*classes, *_SHORT], "optimizer.name")
+    cls = classes[name]
+    known = [p for p in inspect.signature(cls).parameters if p not in ("params", "lr")]
+    for option in spec.options:
+        if option not in known:
+            raise unknown_name("option", option, known, f"[optimizer] {spec.name}")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.options.items()}
+    if "fused" in known and "fused" not in options and "foreach" not in options:
+        options["fused"] = True
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2]}, {"params": [p for p in trained if p.dim() < 2]}]
+    if "weight_decay" in known:
+        groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
+    try:
+        return cls([group for group in groups if group["params"]], lr=lr, **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer {spec.name!r} does not take these options: {error}.") from None
