@@ -43,7 +43,7 @@ def comparison(subjects: Sequence[Subject]) -> str:
         )
     changed = tables.differences(
         [subject.name for subject in subjects],
-        [{**subject.recipe, **{f"plan.{key}": value for key, value in subject.plan.items()}} for subject in subjects],
+        [{**subject.recipe, **subject.plan} for subject in subjects],
     )
     differ = f'<div class="panel">{changed}</div>' if changed else "<p>Nothing: all keys have the same values.</p>"
     return (

@@ -55,11 +55,11 @@ def _speed(runs: Sequence[Named]) -> tuple[str, bool]:
     charts = figures.speed(runs)
     shares = tables.time_shares([(run.name, run.curves) for run in runs])
     most = max((waited for run in runs for waited in run.curves.waiting.values()), default=0.0)
-    most = max(most, 0.01)  # less than a hundredth is not drawn as if it were much
+    most = max(most, 0.1)  # less than a tenth is not drawn as if it were much
     waits = "".join(_titled(run.name if len(runs) > 1 else "", tables.waiting(run.curves, most)) for run in runs)
     look = "panel wide" if len(runs) > 1 else "panel"
     panels = f'<div class="{look}"><h3>Shares of a step</h3>{shares}</div>' if shares else ""
-    panels += f'<div class="panel"><h3>Time spent waiting for data</h3>{waits}</div>' if waits else ""
+    panels += f'<div class="{look}"><h3>Time spent waiting for data</h3>{waits}</div>' if waits else ""
     return f'<div class="charts">{charts}</div><div class="panels">{panels}</div>', bool(charts or panels)
 
 
@@ -101,7 +101,7 @@ def _settings(subjects: Sequence[Subject]) -> tuple[str, bool]:
             f"{tables.settings(subject.recipe, subject.origins)}</div>"
             '<div class="panel"><h3>Plan</h3>'
             '<p class="note">Where the work runs: time and memory, never the result.</p>'
-            f"{tables.settings(subject.plan, subject.origins, 'plan.')}</div></div>"
+            f"{tables.settings(subject.plan, subject.origins)}</div></div>"
         )
         if len(subjects) > 1:
             both = f"<details><summary>{escape(subject.name)}</summary>{both}</details>"

@@ -25,6 +25,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
 }
 COLUMNS = 160  # of a stacked chart
 MEAN_POINTS = 400  # of a smoothed line
+FEW_LINES = 4  # of more, the noise around the smoothed lines would cover all of them: it is drawn on request only
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def line_chart(chart: Chart) -> str:
             for line in lines
         ],
     }
+    classes = ("smoothed" if smoothed else "") + (" many" if len(lines) > FEW_LINES else "")
     entries = [(name, f"{keys[name].colour}{' dashed' if keys[name].dashed else ''}", "line") for name in groups]
-    return _figure(chart, plots, tools, entries, data, "smoothed" if smoothed else "")
+    return _figure(chart, plots, tools, entries, data, classes)
 
 
 def stacked_chart(chart: Chart) -> str:

@@ -18,15 +18,14 @@ def value_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def settings(values: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "") -> str:
+def settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """Dotted key, value and origin, one row each."""
     rows = []
     for key, value in values.items():
-        # The run holds one table of origins; a plan's key may stand there with or without its table's name.
-        origin = origins.get(f"{prefix}{key}", origins.get(key, "default"))
+        origin = origins.get(key, "default")
         look = "origin plain" if origin == "default" else "origin"
         rows.append(
-            f'<tr data-key="{escape(prefix + key)}"><th scope="row">{escape(key)}</th>'
+            f'<tr data-key="{escape(key)}"><th scope="row">{escape(key)}</th>'
             f'<td class="value">{escape(value_text(value))}</td>'
             f'<td><span class="{look}">{escape(origin)}</span></td></tr>'
         )

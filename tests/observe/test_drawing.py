@@ -160,6 +160,12 @@ def test_a_chart_without_points_is_not_drawn():
     assert stacked_chart(Chart("Time", "", [Line("data", "c0", Series())])) == ""
 
 
+@pytest.mark.parametrize(("count", "hidden"), [(4, False), (5, True)])
+def test_the_noise_of_many_smoothed_lines_does_not_cover_them(count, hidden):
+    lines = [Line(f"rank {i}", "c0", Series(tuple(range(20)), (1.0, 2.0) * 10), smooth=True) for i in range(count)]
+    assert ('class="chart smoothed many"' in line_chart(Chart("Waiting", "", lines))) == hidden
+
+
 def test_stacked_columns_lie_on_each_other():
     lines = [Line(name, "c0", Series((1, 2), (1.0, 1.0))) for name in ("a", "b")]
     text = stacked_chart(Chart("Time", "", lines, "seconds"))

@@ -56,9 +56,9 @@ def test_every_key_of_recipe_and_plan_has_its_origin(run):
     page = write([run]).read_text(encoding="utf-8")
     origins = dict(re.findall(r'<tr data-key="([^"]*)">.*?class="origin[^"]*">([^<]*)<', page))
     assert origins["optimizer.lr"] == "flag --optimizer.lr"
-    assert origins["plan.mesh.data"] == "measured"
+    assert origins["mesh.data"] == "measured"
     assert origins["seed"] == "default"
-    assert {"model.kind", "model.width", "batch", "report.keep", "plan.sync"} <= set(origins)
+    assert {"model.kind", "model.width", "batch", "report.keep", "sync"} <= set(origins)
 
 
 def test_the_page_asks_for_nothing_outside_of_itself(run):
@@ -148,7 +148,7 @@ def test_a_comparison_shows_only_the_keys_that_differ(tmp_path):
     place = write([one, two])
     assert place == one.path / "compare.html"
     table = re.search(r'<table class="settings differences">.*?</table>', place.read_text(encoding="utf-8"))[0]
-    assert re.findall(r'data-key="([^"]*)"', table) == ["seed", "plan.mesh.data"]
+    assert re.findall(r'data-key="([^"]*)"', table) == ["seed", "mesh.data"]
     assert re.findall(r'class="value">([^<]*)<', table) == ["0", "7", "1", "4"]
 
 

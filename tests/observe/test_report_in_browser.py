@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ def requests(browser) -> Iterator[str]:
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             yield message["params"]["request"]["url"]
+
+
+@contextmanager
+def media(browser, **what: object) -> Iterator[None]:
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", what)
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
 
 
 def find(browser, selector: str):
@@ -159,9 +169,11 @@ def test_log_scale_and_smoothing_can_be_switched(browser, page):
 def test_nothing_is_wider_than_the_window(browser, page, width):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    opened(browser, page)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    try:
+        opened(browser, page)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_page_is_whole_without_scripts(browser, page):
@@ -179,14 +191,22 @@ def test_the_page_is_whole_without_scripts(browser, page):
 def test_light_and_dark_follow_the_reader(browser, page):
     grounds = []
     for scheme in ("light", "dark"):
-        feature = [{"name": "prefers-color-scheme", "value": scheme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
-        opened(browser, page)
-        grounds.append(find(browser, "body")[0].value_of_css_property("background-color"))
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        with media(browser, features=[{"name": "prefers-color-scheme", "value": scheme}]):
+            opened(browser, page)
+            grounds.append(find(browser, "body")[0].value_of_css_property("background-color"))
     light, dark = ([int(part) for part in re.findall(r"\d+", ground)[:3]] for ground in grounds)
     assert min(light) > 200
     assert max(dark) < 60
+
+
+def test_on_paper_every_section_is_open_and_the_tools_are_gone(browser, tmp_path):
+    page = write([make_run(tmp_path / name, story()) for name in ("one", "two")])
+    opened(browser, page)
+    shown = "return document.querySelector(arguments[0]).checkVisibility({contentVisibilityAuto: true})"
+    assert not browser.execute_script(shown, "#recipe details .settings")
+    with media(browser, media="print"):
+        assert browser.execute_script(shown, "#recipe details .settings")
+        assert not browser.execute_script(shown, ".tools")
 
 
 def test_a_comparison_has_both_runs_in_its_legends_and_reads_both(browser, tmp_path):
