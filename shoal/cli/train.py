@@ -85,7 +85,7 @@ def summary(result: Mapping[str, Any], sample: str | None = None) -> str:
     if result["figures"]:
         lines.append(f"held out: {figures(result['figures'])}")
     if sample is not None:
-        lines += ["", "a sample of the model:", *(f"  | {line}" for line in sample.splitlines())]
+        lines += ["", "a sample of the model:", *(f"  | {line}" for line in printable(sample).splitlines())]
     lines += [
         "",
         f"run         {run}",
@@ -102,6 +102,11 @@ def summary(result: Mapping[str, Any], sample: str | None = None) -> str:
     }
     lines += [f"  {f'shoal {verb} {shlex.quote(run)}':<{len(run) + 24}} {why}" for verb, why in following.items()]
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: a young model writes any byte."""
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text.expandtabs())
 
 
 def _shortest(path: str | Path) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from made_up_run import STARTED, committed, trained
 
+from shoal.cli.train import printable
 from shoal.errors import RunFailed
 from shoal.recipe import presets
 from shoal.recipe.layers import assemble
@@ -142,6 +143,10 @@ def test_the_end_tells_the_figures_a_sample_where_the_run_is_and_what_to_type_ne
     assert "run         runs/one" in out
     assert all(f"shoal {verb} runs/one" in out for verb in ("report", "eval", "inspect"))
     assert "--resume" not in out
+
+
+def test_a_sample_cannot_steer_the_terminal():
+    assert printable("a\tb\x1b[2J\r\x00\nc\u2028é") == "a       b\ufffd[2J\ufffd\ufffd\nc\ufffdé"
 
 
 def test_json_writes_events_on_stderr_and_the_result_as_the_last_line_of_stdout(calls, shoal):
