@@ -80,6 +80,14 @@ def media(browser, **what: object) -> Iterator[None]:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
 
 
+def becomes(browser, selector: str, visible: bool) -> bool:
+    """Waits until the first such element is visible, or is not; raises when it stays as it is."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    script = "return document.querySelector(arguments[0]).checkVisibility()"
+    return WebDriverWait(browser, 10).until(lambda _: browser.execute_script(script, selector) == visible)
+
+
 def find(browser, selector: str):
     return browser.find_elements("css selector", selector)
 
@@ -202,11 +210,10 @@ def test_light_and_dark_follow_the_reader(browser, page):
 def test_on_paper_every_section_is_open_and_the_tools_are_gone(browser, tmp_path):
     page = write([make_run(tmp_path / name, story()) for name in ("one", "two")])
     opened(browser, page)
-    shown = "return document.querySelector(arguments[0]).checkVisibility({contentVisibilityAuto: true})"
-    assert not browser.execute_script(shown, "#recipe details .settings")
-    with media(browser, media="print"):
-        assert browser.execute_script(shown, "#recipe details .settings")
-        assert not browser.execute_script(shown, ".tools")
+    assert becomes(browser, "#recipe details .settings", visible=False)
+    with media(browser, media="print"):  # takes effect with the browser's next frame
+        assert becomes(browser, "#recipe details .settings", visible=True)
+        assert becomes(browser, ".tools", visible=False)
 
 
 def test_a_comparison_has_both_runs_in_its_legends_and_reads_both(browser, tmp_path):
