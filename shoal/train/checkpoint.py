@@ -117,13 +117,17 @@ def save(
         sync_folder(folder)
     except BaseException as error:
         if hidden is not None:
-            shutil.rmtree(hidden, ignore_errors=True)
+            with suppress(OSError):
+                remove_folder(hidden)
         if isinstance(error, OSError):
             raise CheckpointError(f"cannot write a checkpoint of step {step} in {folder}: {error.strerror}.") from error
         raise
     for older in _folders(folder):
         if older != path and _number(older)[0] == step and (best or not _marked_best(older)):
-            remove_folder(older)
+            try:
+                remove_folder(older)
+            except OSError as error:
+                warn(f"{older} has been replaced but cannot be removed: {error.strerror}.")
     return path
 
 

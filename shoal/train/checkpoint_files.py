@@ -15,7 +15,7 @@ from pathlib import Path
 from shoal.train.checkpoint_manifest import StoredFile
 
 _COUNT = itertools.count()
-_TEMPORARY = re.compile(r"\.(?:writing|removing)-.+-([0-9a-f]{8})-(\d+)-(\d+)-\d+")
+_TEMPORARY = re.compile(r"\.(writing|removing)-.+-([0-9a-f]{8})-(\d+)-(\d+)-\d+")
 _FOREIGN_DEAD_AFTER_S = 24 * 3600.0
 
 
@@ -84,19 +84,22 @@ def temporary(folder: Path, verb: str, name: str) -> Path:
 
 
 def remove_folder(folder: Path) -> None:
-    """Take a folder away at once under its own name, then delete it: a kill in between leaves no half of it."""
-    hidden = temporary(folder.parent, "removing", folder.name)
+    """Take a folder away at once under its own name, then delete it: a kill in between leaves no half of it.
+
+    Raises OSError when it cannot be taken away; what then cannot be deleted is left for ``clear_leftovers``."""
+    hidden = temporary(folder.parent, "removing", folder.name.lstrip("."))
     with suppress(FileNotFoundError):  # another process removed it first
         os.rename(folder, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete temporary folders whose process is dead. One of another machine, container or boot cannot be asked:
-    it counts as dead when nothing in it changed for a day. Other files are never touched."""
+    """Delete temporary folders that a removal left, and those whose writer is dead. A writer of another machine,
+    container or boot cannot be asked: it counts as dead when nothing in its folder changed for a day.
+    Other files are never touched."""
     for entry in folder.iterdir():
         owner = _TEMPORARY.fullmatch(entry.name)
-        if owner and _is_dead(entry, owner[1], int(owner[2]), owner[3]):
+        if owner and (owner[1] == "removing" or _is_dead(entry, owner[2], int(owner[3]), owner[4])):
             shutil.rmtree(entry, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from shoal.train.checkpoint import Checkpoint, CheckpointError, best, listing, load, newest, prune, save
+from shoal.train.checkpoint_layout import DTYPES
 
 
 @pytest.mark.parametrize("sizes", [{}, {"shard_bytes": 1, "chunk_bytes": 1}, {"shard_bytes": 100, "chunk_bytes": 64}])
@@ -28,9 +29,7 @@ def test_the_safetensors_library_reads_every_shard(tmp_path, checkpoint_of, shar
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
-    + [torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
-    + [torch.float8_e4m3fn, torch.float8_e5m2],
+    sorted(DTYPES.values(), key=str),
     ids=str,
 )
 def test_every_dtype_comes_back_beside_others_of_any_alignment(tmp_path, dtype):

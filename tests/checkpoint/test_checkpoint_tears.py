@@ -59,7 +59,7 @@ def test_a_file_cut_short_at_any_byte_is_refused(two, same):
     assert same(load(torn), 2)
 
 
-@pytest.mark.parametrize("bit", range(8))
+@pytest.mark.parametrize("bit", [0, 5, 7])  # 5: the case of a letter
 def test_a_flipped_bit_in_any_byte_of_any_file_is_refused(two, same, bit):
     torn = two / "step-00000002"
     for file in files_of(torn):
