@@ -1,7 +1,7 @@
 """The agent: one process of this host that has torch imported, forks the workers, and never outlives its launcher.
 
-The launcher starts it with a socket's number as its only argument. It reads jobs from the launcher's socket, and tells it what the workers say and
-how they end. It computes nothing itself, so that forking it is safe and quick.
+The launcher starts it with a socket's number as its only argument. It reads jobs from the launcher's socket, and tells
+it what the workers say and how they end. It computes nothing itself, so that forking it is safe and quick.
 """
 
 import ctypes

@@ -7,7 +7,7 @@ between processors, NCCL between GPUs. With aligned placements this moves what r
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -38,10 +38,11 @@ class DistributedGroup:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.host = socket.gethostname()
         self.report = Reporter(self.rank, os.getpid(), None)
+        self._listener: Callable[[Any], None] = lambda message: None
         self._stop = threading.Event()
         self._leave = threading.Event()
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore("shoal-presence", store)
+        self._store = torch._C._distributed_c10d.PrefixStore("shoal-presence", store)
         self._beat = 0
         self._thread = threading.Thread(target=self._keep_present, name="shoal-presence", daemon=True)
         self._thread.start()
@@ -66,8 +67,12 @@ class DistributedGroup:
             table = rows.view(self.world, -1)
             return [bytes(table[rank, : int(sizes[rank])].numpy()) for rank in range(self.world)]
 
+    def listen(self, listener: Callable[[Any], None]) -> None:
+        """What this worker emits goes to ``listener``, in this process."""
+        self._listener = listener
+
     def emit(self, message: Any) -> None:
-        """Nobody listens beyond the event log."""
+        self._listener(message)
 
     def _keep_present(self) -> None:
         while not self._leave.is_set():
@@ -194,7 +199,7 @@ class DistributedExchange:
             )
             assert work is not None
             works.append(work)
-            for origin, piece in zip(origins, out.split(size), strict=True):
+            for origin, piece in zip(origins, torch.split(out, size), strict=True):
                 operands[origin].append(piece)
         self._scatters.append(works)
         self._operands.append([piece for row in operands for piece in row])

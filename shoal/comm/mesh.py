@@ -68,10 +68,11 @@ class Mesh:
         found = self.take(origin, kind, sequence)
         if found is not None:
             return found
-        before = self._report.position
+        peer, before = self._peers[origin], self._report.position
+        assert peer is not None
         self._report(Phase.waiting, peer=origin)
         while found is None:
-            select.select([self._peers[origin]], [], [])
+            select.select([peer], [], [])
             found = self.take(origin, kind, sequence)
         self._report(before.phase, shard=before.shard)
         return found
@@ -82,8 +83,8 @@ class Mesh:
         got_kind, got_sequence, payload = self._inbox[origin].popleft()
         if (got_kind, got_sequence) != (kind, sequence):
             raise OutOfStep(
-                f"rank {origin} is at message {got_kind}/{got_sequence} where rank {self.rank} is at {kind}/{sequence}: "
-                f"the workers do not run the same program"
+                f"rank {origin} is at message {got_kind}/{got_sequence} where rank {self.rank} is at "
+                f"{kind}/{sequence}: the workers do not run the same program"
             )
         return payload
 

@@ -84,7 +84,7 @@ def _train_joined(order: "Order", progress: Callable[[Event], None] | None) -> d
 
     with _joined(order.plan, order.recipe.threads) as group:
         if progress:
-            group.emit = progress  # type: ignore[method-assign]
+            group.listen(progress)
         return run_recipe(group, order)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.train.weights import flat_bytes
+
 _BLOCK = 1 << 20  # elements compared at a time, so that the comparison needs no copy of a whole tensor
 
 
@@ -88,7 +90,7 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _bits(block: Tensor) -> Tensor:
-    return block.contiguous().view(torch.uint8).reshape(len(block), -1)
+    return flat_bytes(block.contiguous()).view(len(block), -1)
 
 
 def _wide(block: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Gradients:
         self.exchange = make_exchange(self.layout, facts, self._denominators, dtype)
         self._buckets_of = [self.layout.buckets_of(slot) for slot in range(len(self.layout.slots))]
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))  # type: ignore[no-untyped-call]
             for index, parameter in enumerate(self.parameters)
         ]
         self._views: list[list[torch.Tensor]] = []

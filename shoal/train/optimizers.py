@@ -1,6 +1,7 @@
 """Optimisers by name: those of torch.optim, the fused kernels where there are some."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def make_optimizer(spec: OptimizerSpec, model: nn.Module, lr: float) -> torch.op
     for option in spec.options:
         if option not in known:
             raise unknown_name("option", option, known, f"[optimizer] {spec.name}")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.options.items()}
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.options.items()}
     if "fused" in known and "fused" not in options and "foreach" not in options:
         options["fused"] = True
     trained = [p for p in model.parameters() if p.requires_grad]

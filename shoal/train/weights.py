@@ -25,11 +25,17 @@ def byte_pieces(tensor: Tensor, piece_bytes: int = PIECE_BYTES) -> Iterator[memo
     yield from _pieces(tensor.detach().resolve_conj().resolve_neg(), piece_bytes)
 
 
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor as uint8 [n], sharing its memory."""
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # of size 1, a contiguous tensor may have any stride
+    return flat.view(torch.uint8)
+
+
 def _pieces(tensor: Tensor, piece_bytes: int) -> Iterator[memoryview]:
     if tensor.numel() == 0:
         return
     if tensor.is_contiguous() and tensor.device.type == "cpu":
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        yield flat_bytes(tensor).numpy().data
     elif tensor.nbytes <= piece_bytes or tensor.dim() == 0:
         yield from _pieces(tensor.cpu().contiguous(), piece_bytes)
     else:
@@ -55,7 +61,9 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         for text in (name.encode(), str(tensor.dtype).removeprefix("torch.").encode()):
             digest.update(struct.pack("<Q", len(text)) + text)
-        digest.update(struct.pack(f"<{2 + tensor.dim()}Q", tensor.dim(), *tensor.shape, tensor.nbytes))
+        digest.update(
+            struct.pack(f"<{2 + tensor.dim()}Q", tensor.dim(), *tensor.shape, tensor.numel() * tensor.element_size())
+        )
         for piece in byte_pieces(tensor):
             digest.update(piece)
     return digest.hexdigest()

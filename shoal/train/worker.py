@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,6 @@ class Worker:
         self.ledger: Ledger | None = None
         self._fingerprint = ""
         self._module: nn.Module | None = None
-        self._called: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._kept: dict[str, Any] = {}
         self._gradients: Gradients | None = None
@@ -103,8 +102,8 @@ class Worker:
             lambda *a: make_exchange(self.group, placement, most, self.device, *a),
             self.group.report,
         )
-        self._called = torch.compile(module) if compile else module
-        return self._called
+        called: Any = torch.compile(module) if compile else module
+        return cast(nn.Module, called)
 
     def _share_weights(self, module: nn.Module) -> None:
         """Rank 0's weights for all: a factory that draws from elsewhere than the seed would differ by worker."""
@@ -114,7 +113,7 @@ class Worker:
         if all(other == digests[0] for other in digests):
             return
         with torch.no_grad():
-            for name, tensor in sorted(tensors.items()):
+            for _, tensor in sorted(tensors.items()):
                 raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) if tensor.numel() else None
                 sent = bytes(raw.numpy()) if self.rank == 0 and raw is not None else b""
                 first = self.group.gather(sent)[0]
@@ -123,14 +122,14 @@ class Worker:
                     tensor.copy_(flat.view(tensor.shape))
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The optimiser that ``step.commit`` runs. Closures (LBFGS) cannot be run: its step would need the loss again."""
+        """The optimiser that ``step.commit`` runs. LBFGS is refused: its step would need the loss again."""
         if isinstance(optimizer, torch.optim.LBFGS):
             raise UserError("LBFGS evaluates the loss again inside its step, which a distributed step cannot do.")
         self._optimizer = optimizer
         return optimizer
 
     def keep(self, **objects: Any) -> None:
-        """Objects with state_dict and load_state_dict (a scheduler, say) that checkpoints hold too; plain values only."""
+        """Objects with state_dict and load_state_dict (a scheduler, say) that checkpoints hold too: plain values."""
         self._kept.update(objects)
 
     # --- steps ------------------------------------------------------------------------------------------------
@@ -401,7 +400,8 @@ class Step:
             odd = [rank for rank, value in enumerate(sums) if value != usual]
             raise RunFailed(
                 f"the workers' parameters differ before step {self.number}: rank {', '.join(map(str, odd))} "
-                f"disagree{'s' if len(odd) == 1 else ''} with the others (checksums {', '.join(f'{s:.0f}' for s in sums)})"
+                f"disagree{'s' if len(odd) == 1 else ''} with the others "
+                f"(checksums {', '.join(f'{s:.0f}' for s in sums)})"
             )
 
     def _lap(self, part: str) -> None:
