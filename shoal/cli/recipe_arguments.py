@@ -61,7 +61,7 @@ def add_plan_arguments(parser: ArgumentParser) -> None:
 def choose(args: Namespace, environment: Mapping[str, str] = os.environ) -> Chosen:
     """The recipe and the plan that the arguments mean. Raises UserError naming the argument, the file or the key."""
     of_recipe, of_plan, spelt = _flags(args)
-    resumed = run_of(args.resume) if getattr(args, "resume", None) else None
+    resumed = Run.find(args.resume) if getattr(args, "resume", None) else None
     if resumed and args.recipe:
         raise UserError(f"--resume goes on with the recipe of {args.resume!r}: leave {args.recipe!r} out.")
     file, preset = (None, None) if resumed else _file_or_preset(args.recipe)
@@ -80,13 +80,6 @@ def choose(args: Namespace, environment: Mapping[str, str] = os.environ) -> Chos
         saved=_decided(resumed) if resumed else None,
     )
     return Chosen(recipe, plan, origins | plan_origins)
-
-
-def run_of(target: str) -> Run:
-    """The run that ``target`` is, or that it is a checkpoint of. Raises UserError when it is neither."""
-    place = Path(target).absolute()
-    around = (place, *place.parents[:2])  # a checkpoint lies in RUN/checkpoints/
-    return Run.find(next((folder for folder in around if (folder / "recipe.toml").exists()), target))
 
 
 def launched_workers(environment: Mapping[str, str]) -> int | None:
