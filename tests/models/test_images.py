@@ -24,7 +24,8 @@ def test_the_imagenet_resnets_have_the_parameters_of_the_published_ones(depth, p
 
 
 @pytest.mark.parametrize(
-    ("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]  # He et al., 2016, table 6
+    ("depth", "millions"),
+    [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)],  # He et al., 2016, table 6
 )
 def test_the_cifar_resnets_have_the_parameters_of_the_published_ones(depth, millions):
     with torch.device("meta"):
