@@ -106,39 +106,44 @@ class Ledger:
     def verify(self, events: Iterable[Mapping[str, Any]]) -> "Account":
         """Read a run's events in order and say what was committed, and everything that is wrong with it.
 
-        Uses ``committed`` (step counted from 0, epoch, index, samples) and ``resumed`` (step: the first one still to be
-        done; commits from there on were thrown away with the state they had changed); other events are passed over."""
+        The log counts steps from 1. Read are ``committed`` (step, epoch, index, samples) and ``resumed`` (step: the
+        last that the checkpoint holds; later commits were thrown away with the state they had changed)."""
         wrong: list[Discrepancy] = []
-        due = 0
+        done = 0
         for event in events:
+            step = int(event.get("step", 0))
             if event.get("event") == "resumed":
-                back = int(event["step"])
-                if back > due:
-                    wrong.append(
-                        Discrepancy("skipped", due, f"resumed at step {back}, but step {due} was never committed")
-                    )
-                due = back
+                if step > done:
+                    text = f"resumed after step {step}, but {_steps(done + 1, step)} never committed"
+                    wrong.append(Discrepancy("skipped", done + 1, text))
+                done = step
             if event.get("event") != "committed":
                 continue
-            step = int(event["step"])
-            if step > due:
-                missed = f"step {due}" if step == due + 1 else f"steps {due} to {step - 1}"
-                wrong.append(Discrepancy("skipped", due, f"step {step} was committed, but {missed} never"))
-            elif step < due:
-                wrong.append(Discrepancy("doubled", step, f"step {step} was committed again after step {due - 1}"))
+            if step > done + 1:
+                text = f"step {step} was committed, but {_steps(done + 1, step - 1)} never committed"
+                wrong.append(Discrepancy("skipped", done + 1, text))
+            elif step <= done:
+                wrong.append(Discrepancy("doubled", step, f"step {step} was committed again after step {done}"))
             wrong += self._misplaced(step, event)
-            due = max(due, step + 1)
-        return Account(self, due, tuple(wrong))
+            done = max(done, step)
+        return Account(self, done, tuple(wrong))
 
     def _misplaced(self, step: int, event: Mapping[str, Any]) -> list["Discrepancy"]:
-        said, is_at = (event["epoch"], event["index"]), self.position(step)
+        """What the event says about its own step that is not so."""
+        if step < 1:
+            return [Discrepancy("misplaced", step, f"there is no step {step}: the first is 1")]
         found = []
+        said, is_at = (event["epoch"], event["index"]), self.position(step - 1)
         if said != is_at:
             found.append(Discrepancy("misplaced", step, f"step {step} says (epoch, index) {said}, the ledger {is_at}"))
-        if event["samples"] != sum(self.counts(step)):
-            text = f"step {step} says {event['samples']} samples, the ledger {sum(self.counts(step))}"
+        if event["samples"] != sum(self.counts(step - 1)):
+            text = f"step {step} says {event['samples']} samples, the ledger {sum(self.counts(step - 1))}"
             found.append(Discrepancy("miscounted", step, text))
         return found
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first} was" if first == last else f"steps {first} to {last} were"
 
 
 @dataclass(frozen=True)
@@ -146,13 +151,13 @@ class Discrepancy:
     """One way in which the event log is not what the ledger says."""
 
     kind: Literal["skipped", "doubled", "misplaced", "miscounted"]
-    step: int
+    step: int  # counted from 1, as in the log
     text: str
 
 
 @dataclass(frozen=True)
 class Account:
-    """What the event log proves: steps 0 .. steps - 1 were committed once each, in order, unless ``wrong`` objects."""
+    """What the event log proves: steps 1 .. ``steps`` were committed once each, in order, unless ``wrong`` objects."""
 
     ledger: Ledger
     steps: int

@@ -23,7 +23,7 @@ def committed(ledger: Ledger, steps: range) -> list[dict]:
     events = []
     for step in steps:
         epoch, index = ledger.position(step)
-        fields = {"step": step, "epoch": epoch, "index": index, "samples": len(ledger.ids(step))}
+        fields = {"step": step + 1, "epoch": epoch, "index": index, "samples": len(ledger.ids(step))}
         events.append({"event": "committed", **fields})
     return events
 
@@ -126,15 +126,15 @@ def test_a_skipped_step_is_named():
     events = committed(ledger, range(10))
     del events[4:6]
     (wrong,) = ledger.verify(events).wrong
-    assert (wrong.kind, wrong.step) == ("skipped", 4)
-    assert "steps 4 to 5 never" in wrong.text
+    assert (wrong.kind, wrong.step) == ("skipped", 5)
+    assert "steps 5 to 6 were never committed" in wrong.text
 
 
 def test_a_doubled_step_is_named():
     ledger = Ledger(100, 8, 4, 1, 0)
     events = committed(ledger, range(10))
     (wrong,) = ledger.verify([*events, events[3]]).wrong
-    assert (wrong.kind, wrong.step) == ("doubled", 3)
+    assert (wrong.kind, wrong.step) == ("doubled", 4)
 
 
 def test_a_step_with_a_sample_too_few_is_named():
@@ -142,7 +142,7 @@ def test_a_step_with_a_sample_too_few_is_named():
     events = committed(ledger, range(3))
     events[1]["samples"] = 7
     (wrong,) = ledger.verify(events).wrong
-    assert (wrong.kind, wrong.step) == ("miscounted", 1)
+    assert (wrong.kind, wrong.step) == ("miscounted", 2)
 
 
 def test_a_step_at_the_wrong_place_of_its_epoch_is_named():
@@ -150,7 +150,20 @@ def test_a_step_at_the_wrong_place_of_its_epoch_is_named():
     events = committed(ledger, range(20))
     events[15]["index"] = 0
     (wrong,) = ledger.verify(events).wrong
-    assert (wrong.kind, wrong.step) == ("misplaced", 15)
+    assert (wrong.kind, wrong.step) == ("misplaced", 16)
+
+
+@given(ledgers(), st.data())
+def test_a_log_with_any_one_event_lost_or_repeated_is_never_proved(ledger, data):
+    events = committed(ledger, range(12))
+    at = data.draw(st.integers(0, 10))
+    assert ledger.verify(events[:at] + events[at + 1 :]).wrong
+    assert ledger.verify([*events[:at], events[at], *events[at:]]).wrong
+
+
+def test_a_step_before_the_first_is_named():
+    (doubled, misplaced) = Ledger(100, 8, 4, 1, 0).verify([{"event": "committed", "step": 0}]).wrong
+    assert (doubled.kind, misplaced.text) == ("doubled", "there is no step 0: the first is 1")
 
 
 def test_steps_undone_by_a_resume_may_be_committed_again():

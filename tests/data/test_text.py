@@ -1,6 +1,8 @@
 """Text sources: windows, tokenisers, and a cache that is never trusted unchecked."""
 
+import errno
 import json
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -173,6 +175,16 @@ def test_a_damaged_cached_vocabulary_is_made_again(poem, cache):
 def test_a_build_that_fails_leaves_nothing_behind(poem, cache, monkeypatch):
     monkeypatch.setattr(ByteTokenizer, "encode_corpus", lambda *_: iter([np.zeros(3), 1 / 0]))
     with pytest.raises(ZeroDivisionError):
+        tokenise(open_corpus(str(poem)), ByteTokenizer())
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(poem, cache, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shoal.data.tokens._write", full)
+    with pytest.raises(UserError, match=r"No space left on device: set SHOAL_CACHE to another"):
         tokenise(open_corpus(str(poem)), ByteTokenizer())
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
