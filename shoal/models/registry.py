@@ -137,11 +137,12 @@ def _elmo(spec: ModelSpec, facts: Facts) -> nn.Module:
 
 
 def _bert(spec: ModelSpec, facts: Facts) -> nn.Module:
+    config = _options(BertConfig, spec)
     head = _BERT_HEADS[task_name(spec, facts)]
     sizes = ("vocab", "context", "classes") if head == "classification" else ("vocab", "context")
     if head == "masked-language-model":
         facts = {**facts, "vocab": max(facts.get("vocab", 0), _masked(spec, facts).mask_token + 1)}
-    return Bert(fill(_options(BertConfig, spec), facts, at_least=sizes), head)
+    return Bert(fill(config, facts, at_least=sizes), head)
 
 
 _BERT_HEADS: dict[str, Head] = {
