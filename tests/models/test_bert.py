@@ -23,7 +23,7 @@ def test_bert_base_has_the_published_parameters():
 
 
 @pytest.mark.parametrize(
-    ("head", "shape"), zip(HEADS, [(2, 8, 16), (2, 8, 11), (2, 3), (2, 8, 2)], strict=True), ids=HEADS
+    ("head", "shape"), list(zip(HEADS, [(2, 8, 16), (2, 8, 11), (2, 3), (2, 8, 2)], strict=True)), ids=HEADS
 )
 def test_each_head_has_its_shape_and_what_is_behind_the_mask_changes_nothing(head, shape):
     model = _bert(head)
