@@ -42,6 +42,7 @@ class Order:
     resume: bool = False  # go on from the newest whole checkpoint in run_dir
     model: Callable[[], nn.Module] | None = None  # instead of the recipe's own
     data: Any = None  # instead of the recipe's own: Splits, or a map-style training set
+    observe: Callable[[Worker, Step], None] | None = None  # called on every worker after each committed step
 
 
 def run_recipe(group: Group, order: Order) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     model = worker.model(made, compile=recipe.model.compile)
     worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
     run = _agree_on_run(group, replace(order, recipe=recipe), why)
-    return _Loop(worker, recipe, run, splits, task, model, begun).train(resume=order.resume)
+    return _Loop(worker, recipe, run, splits, task, model, begun, order.observe).train(resume=order.resume)
 
 
 def _settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
@@ -124,9 +125,10 @@ class _Loop:
         task: Task,
         model: nn.Module,
         begun: float,
+        observe: Callable[[Worker, Step], None] | None,
     ) -> None:
         self.worker, self.recipe, self.run, self.splits = worker, recipe, run, splits
-        self.task, self.model, self.begun = task, model, begun
+        self.task, self.model, self.begun, self.observe = task, model, begun, observe
         per_epoch = -(-len(splits.train) // recipe.batch)
         self.per_epoch = per_epoch
         self.steps = recipe.steps or recipe.epochs * per_epoch
@@ -165,6 +167,8 @@ class _Loop:
                     total, count = self.task.loss(self.model, batch)
                 step.backward(total, count)
             step.commit()
+            if self.observe:
+                self.observe(worker, step)
             now = time.perf_counter()
             self._committed(step, rate, now - last)
             last = now
