@@ -24,6 +24,7 @@ from shoal.comm.status import Phase, Position, Reporter, StatusBoard
 from shoal.errors import ShoalError, UserError
 
 WATCH_S = 0.5  # how often the agent looks for workers without progress
+STOP, END = b"stop", b"end"  # what a launcher says while a job runs: after the step in flight; at once
 FIRST_STEP_PATIENCE = 5  # building, compiling and the first step may take so many times longer
 
 
@@ -54,10 +55,12 @@ class Ended:
     trace: str = ""
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """Linux: the kernel kills this process when its parent dies, even when the parent could not say goodbye."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)  # it died before we could ask
 
 
 def _process_state(pid: int) -> str:
@@ -88,11 +91,12 @@ class Crew:
         heap_file = anonymous_file(0)
         pairs = {(a, b): socket.socketpair() for a in range(count) for b in range(a + 1, count)}
         pipes = [socket.socketpair() for _ in range(count)]
+        parent = os.getpid()
         gc.freeze()  # keep the collector from copying the parent's pages into every worker
         for rank in range(count):
             pid = os.fork()
             if pid == 0:
-                _die_with_parent()
+                _die_with_parent(parent)
                 launcher.close()
                 peers: list[socket.socket | None] = [None] * count
                 for (a, b), (left, right) in pairs.items():
@@ -224,7 +228,7 @@ def _run(job: Job, launcher: Connection, forward: Callable[[Any], None]) -> Ende
             for source in ready:
                 assert isinstance(source, Connection)
                 if source is launcher:
-                    if launcher.recv_bytes() == b"stop":  # EOFError when the launcher has gone: nobody to work for
+                    if launcher.recv_bytes() == STOP:  # EOFError when the launcher has gone: nobody to work for
                         crew.board.ask_stop()
                     else:
                         crew.fail("the launcher ended the run")
@@ -272,7 +276,8 @@ def main() -> None:
         sys.path[:], folder = cloudpickle.loads(launcher.recv_bytes())
         os.chdir(folder)
         while True:
-            job: Job = cloudpickle.loads(launcher.recv_bytes())
-            forward(_run(job, launcher, forward))
+            request = launcher.recv_bytes()
+            if request not in (STOP, END):  # those came just after the job that they were meant for had ended
+                forward(_run(cloudpickle.loads(request), launcher, forward))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the launcher has gone, and with it the reason to be here

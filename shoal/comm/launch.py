@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from shoal.comm.agent import Ended, Job, Said
+from shoal.comm.agent import END, STOP, Ended, Job, Said
 from shoal.errors import RunFailed, UserError
 
 GRACE_S = 5.0  # how long an agent may take to leave before it is killed
@@ -61,13 +61,7 @@ class Agent:
             on_start(self._ask_stop)
         results: list[Any] = [None] * workers
         while True:
-            try:
-                message = cloudpickle.loads(self._connection.recv_bytes())
-            except (EOFError, ConnectionResetError):
-                code = self._process.wait()
-                raise RunFailed(
-                    f"the agent of {socket.gethostname()} (pid {self._process.pid}) ended with {code}"
-                ) from None
+            message = self._receive()
             if isinstance(message, Ended):
                 if message.user_error:
                     raise UserError(message.failure)
@@ -77,13 +71,35 @@ class Agent:
                         failure.add_note(message.trace)
                     raise failure
                 return results
-            if isinstance(message, Said) and message.kind == "result":
+            if message.kind == "result":
                 results[message.rank] = message.value
-            elif isinstance(message, Said) and listen:
-                listen(message.rank, message.value)
+            elif listen:
+                try:
+                    listen(message.rank, message.value)
+                except Exception:
+                    self._end_job()
+                    raise
+
+    def _receive(self) -> Ended | Said:
+        import cloudpickle
+
+        try:
+            message: Ended | Said = cloudpickle.loads(self._connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            code = self._process.wait()
+            raise RunFailed(
+                f"the agent of {socket.gethostname()} (pid {self._process.pid}) ended with {code}"
+            ) from None
+        return message
 
     def _ask_stop(self) -> None:
-        self._connection.send_bytes(b"stop")
+        self._connection.send_bytes(STOP)
+
+    def _end_job(self) -> None:
+        """End the workers at once, so that the agent is free for the next job."""
+        self._connection.send_bytes(END)
+        while not isinstance(self._receive(), Ended):
+            continue
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
