@@ -49,7 +49,7 @@ def _folder(seen: "FolderView", verified: bool) -> str:
     rows = [
         (
             listed.path.name,
-            f"{listed.bytes / 1e6:.1f} MB" if listed.saved_at else "-",
+            _size(listed.bytes) if listed.saved_at else "-",
             duration(time.time() - listed.saved_at) if listed.saved_at else "-",
             "best" if listed is best else "",
             listed.problem or ("whole" if verified else "whole (sizes)"),
@@ -57,6 +57,10 @@ def _folder(seen: "FolderView", verified: bool) -> str:
         for listed in seen.checkpoints
     ]
     return table(("checkpoint", "size", "age", "", "state"), rows)
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"
 
 
 def _checkpoint(seen: "CheckpointView") -> str:

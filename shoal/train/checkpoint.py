@@ -47,6 +47,7 @@ __all__ = [
     "listing",
     "load",
     "newest",
+    "plain_facts",
     "prune",
     "read_manifest",
     "save",
@@ -173,6 +174,8 @@ def _folders(folder: Path) -> list[Path]:
         names = [entry for entry in folder.iterdir() if is_folder_name(entry.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror}).") from None
     return sorted(names, key=_number, reverse=True)
 
 
@@ -185,9 +188,9 @@ def _marked_best(path: Path) -> bool:
 def read_manifest(path: Path) -> Manifest:
     """The checkpoint's manifest, checked against its own hash. Raises CheckpointError naming the file."""
     file = path / MANIFEST
-    if file.exists() and not file.is_file():  # opening a pipe would wait for ever
-        raise CheckpointError(f"{file}: is not a file.")
     try:
+        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{file}: is not a file.")
         with file.open("rb") as stream:
             raw = stream.read(checkpoint_manifest.LIMIT_BYTES + 1)
     except OSError as error:
@@ -195,9 +198,12 @@ def read_manifest(path: Path) -> Manifest:
     if len(raw) > checkpoint_manifest.LIMIT_BYTES:
         raise CheckpointError(f"{file}: is larger than {checkpoint_manifest.LIMIT_BYTES} bytes.")
     try:
-        return checkpoint_manifest.decode(raw)
+        manifest = checkpoint_manifest.decode(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}.") from None
+    if is_folder_name(path.name) and manifest.facts["step"] != _number(path)[0]:  # order goes by the folders' names
+        raise CheckpointError(f"{file}: is of step {manifest.facts['step']}, its folder was renamed.")
+    return manifest
 
 
 def _size_problem(file: Path, stored: StoredFile) -> str:
@@ -265,7 +271,7 @@ def damage(path: Path) -> list[str]:
 
 def newest(folder: Path) -> tuple[Checkpoint | None, Path | None, list[tuple[Path, str]]]:
     """The newest whole checkpoint and its path (None, None when there is none), and the newer ones that were skipped,
-    each with why, newest first. Never raises for a broken checkpoint."""
+    each with why, newest first. A broken checkpoint never raises; CheckpointError when the folder cannot be listed."""
     return _first_whole(_folders(folder))
 
 

@@ -119,6 +119,9 @@ def decode(raw: bytes) -> Manifest:
 
 
 def _check(manifest: Manifest) -> None:
+    step = manifest.facts.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"has step {step!r} among its facts")
     sizes: dict[str, int] = {}
     if manifest.chunk_bytes < 1:
         raise CheckpointError(f"has chunk_bytes {manifest.chunk_bytes}")

@@ -80,7 +80,7 @@ class BackgroundWriter:
 
         Waits first while the previous write runs; with ``busy="skip"`` it gives up at once instead, and says so in
         ``poll``, unless the checkpoint is the ``best`` or the ``final`` one: those always wait and are never skipped.
-        ``facts`` must hold "step" and are not to be changed until the write is over."""
+        ``facts`` must hold "step"; they are copied too. What JSON cannot hold among them is told by ``poll``."""
         if self._closed:
             raise ShoalError("this checkpoint writer is closed: make a new one.")
         began = time.perf_counter()
@@ -89,9 +89,13 @@ class BackgroundWriter:
             self._report(Written(step, None, 0, 0.0, 0.0, best, "skipped: the previous checkpoint is still written"))
             return time.perf_counter() - began
         self._join()
-        copies = self._copy(tensors)
+        try:
+            plain = checkpoint.plain_facts(facts)
+        except checkpoint.CheckpointError as error:
+            self._report(Written(step, None, 0, 0.0, 0.0, best, str(error)))
+            return time.perf_counter() - began
+        state = checkpoint.Checkpoint(self._copy(tensors), plain)
         stall_s = time.perf_counter() - began
-        state = checkpoint.Checkpoint(copies, facts)
         self._thread = threading.Thread(
             target=self._write, args=(state, step, best, stall_s), name=f"checkpoint of step {step}"
         )

@@ -1,5 +1,6 @@
 """No torn checkpoint is ever loaded: each says which file is wrong, and the newest whole one is used instead."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +156,15 @@ def test_shards_of_another_step_are_refused(two, same):
         file.write_bytes(whole)
 
 
+def test_a_renamed_folder_does_not_pass_for_another_step(two, same):
+    (two / "step-00000001").rename(two / "step-00000009")
+    loaded, _, skipped = newest(two)
+    assert same(loaded, 2)
+    assert "manifest.json: is of step 1, its folder was renamed." in skipped[0][1]
+    (two / "step-00000009").rename(two / "a copy")
+    assert same(load(two / "a copy"), 1)
+
+
 def test_an_empty_folder_is_not_a_checkpoint(two, same):
     (two / "step-00000003").mkdir()
     check = newest(two)
@@ -206,6 +217,8 @@ def whole_tensor(manifest: Manifest) -> StoredTensor:
 
 
 FORGERIES = {
+    "no step": (lambda m: replace(m, facts={}), "has step None among its facts"),
+    "step as text": (lambda m: replace(m, facts={"step": "2"}), "has step '2' among its facts"),
     "file in the parent": (a_file(name="../step-00000001/state-00000.safetensors"), "file names must be plain"),
     "absolute file": (a_file(name="/etc/passwd"), "file names must be plain"),
     "hidden file": (a_file(name=".hidden"), "file names must be plain"),
@@ -260,6 +273,30 @@ def test_forging_nothing_still_loads(two, same):
 def test_a_manifest_that_is_none_says_so(two, raw, wrong):
     (two / "step-00000002" / "manifest.json").write_bytes(raw)
     assert wrong in refusal(two / "step-00000002")
+
+
+def test_a_file_or_folder_that_may_not_be_read_is_named(two, same, monkeypatch):
+    torn = two / "step-00000002"
+
+    def forbid(pattern: str) -> None:
+        for method in ("open", "iterdir"):
+            real = getattr(Path, method)
+
+            def checked(self: Path, *args: object, real: Any = real, **named: object) -> Any:
+                if self.match(pattern):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                return real(self, *args, **named)
+
+            monkeypatch.setattr(Path, method, checked)
+
+    for file in files_of(torn):
+        forbid(f"{torn.name}/{file.name}")
+        check_walk_back(two, torn, file, same)
+        assert f"{file}: cannot be read (Permission denied)" in refusal(torn)
+        monkeypatch.undo()
+    forbid(two.name)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)"):
+        newest(two)
 
 
 def test_an_endless_manifest_is_neither_read_nor_written(two, checkpoint_of, monkeypatch):

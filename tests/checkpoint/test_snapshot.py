@@ -123,6 +123,25 @@ def test_a_failed_write_is_reported_and_training_goes_on(tmp_path, monkeypatch):
     assert [listed.step for listed in listing(tmp_path)] == [2]
 
 
+def test_facts_may_change_after_the_submit(tmp_path, gate):
+    facts = {"step": 1, "kept": {"seen": [1, 2]}}
+    with BackgroundWriter(tmp_path) as writer:
+        writer.submit({}, facts)
+        assert gate.entered.acquire(timeout=30)
+        facts["kept"]["seen"].append(3)
+        gate.open.release()
+    assert newest(tmp_path)[0].facts == {"step": 1, "kept": {"seen": [1, 2]}}
+
+
+def test_facts_that_json_cannot_hold_are_reported_and_training_goes_on(tmp_path):
+    with BackgroundWriter(tmp_path) as writer:
+        writer.submit({}, {"step": 1, "loss": float("inf")})
+        writer.submit({}, {"step": 2})
+    failed, written = writer.poll()
+    assert failed.error.startswith("checkpoint: facts.loss is inf, which JSON cannot hold")
+    assert (failed.path, written.path) == (None, tmp_path / "step-00000002")
+
+
 def test_it_prunes_to_so_many_beside_the_best(tmp_path):
     with BackgroundWriter(tmp_path, keep=2) as writer:
         for step in range(6):
