@@ -154,7 +154,7 @@ def _forever(group):
     signal.pause()
 
 
-def test_leaving_the_block_by_an_exception_ends_every_worker():
+def test_leaving_the_block_by_an_exception_ends_every_worker(on_workers):
     pids: list[int] = []
 
     class Enough(Exception):
@@ -165,11 +165,12 @@ def test_leaving_the_block_by_an_exception_ends_every_worker():
         if len(pids) == 2:
             raise Enough
 
-    with pytest.raises(Enough), Agent() as agent:
-        import cloudpickle
+    def inside() -> None:
+        with Agent() as agent:
+            agent.run(_forever, workers=2, listen=listen)
 
-        cloudpickle.register_pickle_by_value(__import__(__name__))
-        agent.run(_forever, workers=2, listen=listen)
+    with pytest.raises(Enough):
+        inside()
     assert all(map(gone, pids))
 
 
