@@ -19,6 +19,7 @@ _HOME = {
     "launch": "shoal.train.api",
     "Worker": "shoal.train.worker",
     "evaluate": "shoal.train.api",
+    "export": "shoal.train.api",
     "prove": "shoal.prove.api",
 }
 __all__ = list(_HOME)

@@ -133,6 +133,7 @@ class DistributedExchange:
     """See shoal.comm.exchange for the protocol."""
 
     shared_result = False
+    alone = False
 
     def __init__(
         self,
@@ -149,6 +150,7 @@ class DistributedExchange:
         self._group = group
         self.facts = torch.zeros(facts, dtype=torch.float64)
         self.all_facts = torch.zeros(group.world, facts, dtype=torch.float64)
+        self._early_facts = torch.zeros_like(self.all_facts)
         counts = placement.partials(most_passes)
         self._buffers = [torch.zeros(layout.elements, dtype=dtype, device=device) for _ in range(counts[group.rank])]
         largest = max(bucket.slice for bucket in layout.buckets)
@@ -159,6 +161,7 @@ class DistributedExchange:
         self._passes: tuple[int, ...] = ()
         self._posted = self._reduced = 0
         self._facts_work: dist.Work | None = None
+        self._late_work: dist.Work | None = None
         self._scatters: list[list[dist.Work]] = []
         self._operands: list[list[torch.Tensor]] = []
         self._gathers: list[dist.Work] = []
@@ -176,9 +179,15 @@ class DistributedExchange:
     def post(self) -> None:
         with self._group.explained("the gradient exchange"):
             if self._posted == 0:
-                self._facts_work = dist.all_gather_into_tensor(self.all_facts.view(-1), self.facts, async_op=True)
+                self._facts_work = self._gather_facts(self._early_facts)
+            if self._posted == len(self.layout.buckets) - 1:
+                self._late_work = self._gather_facts(self.all_facts)
             self._scatter(self.layout.buckets[self._posted])
             self._posted += 1
+
+    def _gather_facts(self, into: torch.Tensor) -> "dist.Work | None":
+        work: dist.Work | None = dist.all_gather_into_tensor(into.view(-1), self.facts.clone(), async_op=True)
+        return work
 
     def _scatter(self, bucket: Bucket) -> None:
         """Send every owner its slice of the own partials; slices of rank r's i-th partial arrive in round i."""
@@ -223,7 +232,7 @@ class DistributedExchange:
     @torch.no_grad()
     def _reduce(self, index: int) -> None:
         bucket, operands = self.layout.buckets[index], self._operands[index]
-        denominators = self._denominators(self.all_facts)
+        denominators = self._denominators(self._early_facts)
         for add in self._placement.adds(self._passes):
             operands[add.into].add_(operands[add.other])
         first = bucket.owned(self._group.rank).start
@@ -239,8 +248,9 @@ class DistributedExchange:
         self._group.report(Phase.exchanging)
         with self._group.explained("the gradient exchange"):
             self._advance(wait=True)
-            for work in self._gathers:
-                work.wait()
+            for work in [self._late_work, *self._gathers]:
+                if work is not None:
+                    work.wait()
         self._group.report(before.phase, shard=before.shard)
         blocks = self._result[: self.layout.state_start].view(-1, BLOCK)
         return global_norm(torch.stack([torch.dot(block, block) for block in blocks]).double().tolist())
@@ -266,7 +276,7 @@ class ReducingExchange(DistributedExchange):
     @torch.no_grad()
     def _reduce(self, index: int) -> None:
         bucket = self.layout.buckets[index]
-        denominators = self._denominators(self.all_facts)
+        denominators = self._denominators(self._early_facts)
         cut = min(max(self.layout.state_start, bucket.start), bucket.stop)
         if bucket.start < cut:
             divide(self._result[bucket.start : cut], bucket.start, self.layout, denominators)

@@ -4,7 +4,8 @@ The protocol of a step, the same for every exchange:
 
     begin(passes)      which leaves have samples; `partials` now names this worker's buffers, the last result is let go
     claim()            before the first write to `partials`
-    facts[...] = ...   this worker's row of small numbers (losses, counts, flags), before the first post
+    facts[...] = ...   this worker's row of small numbers: what the denominators need, before the first post; the rest
+                       before the last one
     post()             the next bucket of all own partials is final; called once a bucket, in order
     advance()          reduce what every worker has posted, without waiting; called whenever there is a moment
     finish()           wait for the rest; `result` is the mean gradient, `norm` its global norm
@@ -59,10 +60,11 @@ class Placement:
 class Exchange(Protocol):
     layout: Layout
     facts: torch.Tensor  # float64 [facts]: this worker's row, to be filled before the first post
-    all_facts: torch.Tensor  # float64 [workers, facts]: valid after finish
+    all_facts: torch.Tensor  # float64 [workers, facts]: complete after finish
     partials: Sequence[torch.Tensor]  # this worker's flat buffers [elements] for the step, those of `placement`
     result: torch.Tensor  # [elements]: valid after finish, until the next begin
     shared_result: bool  # True: the result is other workers' memory too, and must not be written
+    alone: bool  # True: the one worker divides by the denominators itself, while each gradient is in the cache
 
     def begin(self, passes: tuple[int, ...]) -> None: ...
     def claim(self) -> None: ...
@@ -109,6 +111,7 @@ class HeapExchange:
     ) -> None:
         self.layout, self._placement, self._denominators = layout, placement, denominators
         self._group, self._mesh = group, group.mesh
+        self.alone = group.world == 1
 
         def allocate(elements: int, dtype: torch.dtype) -> torch.Tensor:
             if device.type == "cpu":
@@ -177,12 +180,14 @@ class HeapExchange:
             blocks = [operand[start : start + BLOCK] for operand in self._operands]
             for add in self._adds:
                 blocks[add.into].add_(blocks[add.other])
-            divide(blocks[0], start, self.layout, denominators)
+            if not self.alone:
+                divide(blocks[0], start, self.layout, denominators)
             if start < self.layout.state_start:
                 self._squares[start // BLOCK] = torch.dot(blocks[0], blocks[0])
 
     def finish(self) -> float:
         self._advance(wait=True)
+        self.all_facts.copy_(self._facts)  # all have posted their last bucket: the rows are complete
         self._barrier(_DONE)
         self._sequence += len(self.layout.buckets)
         return global_norm(self._squares.tolist())

@@ -4,12 +4,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from shoal.cluster.detect import usable_cores
 from shoal.comm.launch import Agent
 from shoal.errors import ShoalError, UserError
 from shoal.recipe.plan import Plan
@@ -96,6 +98,41 @@ def _tell_failure(seen: list[Path], error: ShoalError) -> None:
         log.close()
 
 
+def evaluate(
+    target: str | Path,
+    *,
+    split: str = "",
+    workers: int | None = None,
+    progress: Callable[[Event], None] | None = None,
+    agent: Agent | None = None,
+) -> dict[str, Any]:
+    """The task's own figures of a run or a checkpoint: run_dir, step, split, samples, figures.
+
+    ``split`` is "train", "validation" or "test"; "" takes the test set if there is one, else what was held out.
+    Raises UserError when the run, the checkpoint or the split is not there."""
+    from shoal.train.scoring import find_target, score
+
+    found = find_target(target)
+    recipe = found.run.recipe
+    with nullcontext(agent) if agent else Agent() as crew:
+        figures: dict[str, Any] = crew.run(
+            score, (found, split), workers=workers or usable_cores(), threads=recipe.threads
+        )[0]
+    if progress:
+        progress({"event": "evaluated", "time": time.time(), "seconds": 0.0, **figures})
+    return figures
+
+
+def export(target: str | Path, folder: str | Path) -> Path:
+    """Write the model of a run or a checkpoint as a Hugging Face folder (bert and gpt); returns the folder.
+
+    Raises UserError when the model has no such form or the folder cannot be written."""
+    from shoal.train.scoring import export_target, find_target
+
+    export_target(find_target(target), Path(folder))
+    return Path(folder)
+
+
 def launch(
     main: "Callable[..., Any]",
     *arguments: Any,
@@ -140,11 +177,6 @@ def _as_worker(
         return main(worker, *arguments)
     finally:
         worker.close()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _started_by_others() -> bool:

@@ -79,7 +79,9 @@ class Gradients:
         self._program = self._state_program = Accumulation((), 0, 0)
         self._now: Accumulate | None = None
         self._last = False
-        self._fired: list[bool] = []
+        self._fired: list[bool] = []  # parameters that the pass under way has reached
+        self._used: list[bool] = []  # parameters that any pass of the step has reached
+        self._means: tuple[float, float] | None = None  # denominators, in the last pass of a lone worker
         self._open: list[int] = []
         self._done = self._leaf_ends = self._posted = 0
         self._leaf = -1
@@ -102,6 +104,7 @@ class Gradients:
         for buckets in self._buckets_of:
             for bucket in buckets:
                 self._open[bucket] += 1
+        self._used = [False] * len(self.parameters)
         self._done = self._leaf_ends = self._posted = 0
         self._leaf = -1
         self._begun_state = [b.clone() for b in self._state]
@@ -158,6 +161,9 @@ class Gradients:
         self._done += 1
         self._last = self._done == len(self._program.passes)
         self._fired = [False] * len(self.parameters)
+        self._means = None
+        if self._last and self.exchange.alone:
+            self._means = self._denominators(self.exchange.facts.unsqueeze(0))
         if leaf_ends:
             self._take_state()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -175,7 +181,8 @@ class Gradients:
         self._leaf_ends += 1
         count = len(self.parameters)
         for index, (buffer, begun) in enumerate(zip(self._state, self._begun_state, strict=True)):
-            self._put(self._state_views[index], (buffer - begun) if buffer.dtype != torch.bool else begun ^ buffer, now)
+            change = begun ^ buffer if buffer.dtype == torch.bool else buffer - begun
+            self._put(self._state_views[index], change, now, self._means and self._means[1])
             if self._last:
                 self._close(count + index)
 
@@ -190,9 +197,9 @@ class Gradients:
             return
         if gradient.is_sparse:
             raise UserError(f"parameter {self.names[index]!r} has a sparse gradient: use a dense one (sparse=False).")
-        self.exchange.facts[_FIRED + index] = 1.0
+        self._used[index] = True
         with torch.no_grad():
-            self._put(self._views[index], gradient, now)
+            self._put(self._views[index], gradient, now, self._means and self._means[0])
         if self._last:
             self._close(index)
             self._post_ready()
@@ -207,17 +214,25 @@ class Gradients:
                 views[now.buffer].zero_()
             for add in now.then:
                 views[add.into].add_(views[add.other])
+            if self._means:
+                views[0].div_(self._means[0])
         if self._last:
             self._close(index)
 
     @staticmethod
-    def _put(views: Sequence[torch.Tensor], value: torch.Tensor, now: Accumulate) -> None:
+    def _put(views: Sequence[torch.Tensor], value: torch.Tensor, now: Accumulate, by: float | None) -> None:
+        """``by``: the sum is complete after this, and divided while it is in the cache."""
+        if now.first and by is not None and not now.then and value.dtype == views[now.buffer].dtype:
+            torch.div(value, by, out=views[now.buffer])
+            return
         if now.first:
             views[now.buffer].copy_(value)
         else:
             views[now.buffer].add_(value)
         for add in now.then:
             views[add.into].add_(views[add.other])
+        if by is not None:
+            views[0].div_(by)
 
     def _close(self, slot: int) -> None:
         for bucket in self._buckets_of[slot]:
@@ -227,6 +242,9 @@ class Gradients:
         """Hand over the buckets that are complete, in order, and reduce what has come meanwhile."""
         before = self._posted
         while self._posted < len(self._open) and self._open[self._posted] == 0:
+            if self._posted == len(self._open) - 1:
+                used = self.exchange.facts[_FIRED : _FIRED + len(self._used)]
+                used.copy_(torch.tensor(self._used, dtype=torch.float64))
             self.exchange.post()
             self._posted += 1
         if self._posted > before:

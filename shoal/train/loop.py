@@ -47,12 +47,10 @@ class Order:
 
 def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     """Train to the end, or until asked to stop; the result, on every worker."""
-    begun = time.perf_counter()
     group.report(Phase.building)
-    plan = order.plan
     worker = Worker(
         group,
-        plan,
+        order.plan,
         shards=order.recipe.shards,
         micro_batches=order.recipe.micro_batches,
         seed=order.recipe.seed,
@@ -67,8 +65,10 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     task = task_for(recipe.model, splits.train.facts)
     model = worker.model(made, compile=recipe.model.compile)
     worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
-    run = _agree_on_run(group, replace(order, recipe=recipe), why)
-    return _Loop(worker, recipe, run, splits, task, model, begun, order.observe).train(resume=order.resume)
+    origins = {**order.origins, "precision": why} if why else dict(order.origins)
+    order = replace(order, recipe=recipe, origins=origins)
+    run = _agree_on_run(group, order)
+    return _Loop(worker, order, run, splits, task, model).train()
 
 
 def _settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
@@ -95,22 +95,18 @@ def _open(group: Group, order: Order) -> Splits:
     return splits
 
 
-def _agree_on_run(group: Group, order: Order, why: str) -> Run:
+def _agree_on_run(group: Group, order: Order) -> Run:
     """Rank 0 makes the run directory, once everything else is known to be in order."""
     digests = group.gather(order.recipe.arithmetic_hash.encode())
     if any(digest != digests[0] for digest in digests):
         raise UserError("the workers were started with different recipes: give every host the same one.")
     told = b""
     if group.rank == 0:
-        origins = dict(order.origins)
-        if why:
-            origins["precision"] = why
         if order.resume:
             assert order.run_dir is not None
-            run = Run(order.run_dir.absolute())
-            run.write_inputs(order.recipe, order.plan, origins)
+            run = Run(order.run_dir.absolute())  # its inputs are written once the checkpoint has been accepted
         else:
-            run = Run.create(order.recipe, order.plan, origins, order.run_dir)
+            run = Run.create(order.recipe, order.plan, order.origins, order.run_dir)
         told = str(run.path).encode()
     return Run(Path(group.gather(told)[0].decode()))
 
@@ -119,26 +115,22 @@ class _Loop:
     def __init__(
         self,
         worker: Worker,
-        recipe: Recipe,
+        order: Order,
         run: Run,
         splits: Splits,
         task: Task,
         model: nn.Module,
-        begun: float,
-        observe: Callable[[Worker, Step], None] | None,
     ) -> None:
-        self.worker, self.recipe, self.run, self.splits = worker, recipe, run, splits
-        self.task, self.model, self.begun, self.observe = task, model, begun, observe
-        per_epoch = -(-len(splits.train) // recipe.batch)
-        self.per_epoch = per_epoch
-        self.steps = recipe.steps or recipe.epochs * per_epoch
+        self.worker, self.order, self.recipe, self.run = worker, order, order.recipe, run
+        self.splits, self.task, self.model = splits, task, model
+        recipe = order.recipe
+        self.steps = recipe.steps or recipe.epochs * -(-len(splits.train) // recipe.batch)
         self.log = run.open_log() if worker.rank == 0 else None
         self.board = TensorBoardLog(run.path / "tensorboard") if recipe.report.tensorboard and self.log else None
         self.best = math.inf
         self.samples = 0
         self.loss = math.nan
         self.figures: dict[str, float] = {}
-        self.evaluated_at = self.saved_at = -1
         self.write_problem = ""
         self.checkpoint: str | None = None
 
@@ -151,13 +143,13 @@ class _Loop:
             self.board.write(told)
         self.worker.group.emit({**told, "run_dir": str(self.run.path)})
 
-    def train(self, *, resume: bool) -> dict[str, Any]:
+    def train(self) -> dict[str, Any]:
         worker, recipe = self.worker, self.recipe
-        if resume:
+        if self.order.resume:
             self._resume()
         self._tell_start()
-        training_began = time.perf_counter()
-        last = time.perf_counter()
+        first = worker.step + 1
+        begun = last = time.perf_counter()
         for step in worker.steps(self.splits.train, batch=recipe.batch, steps=self.steps):
             rate = learning_rate(recipe, step.number, self.steps)
             for group in self._optimizer.param_groups:
@@ -167,18 +159,20 @@ class _Loop:
                     total, count = self.task.loss(self.model, batch)
                 step.backward(total, count)
             step.commit()
-            if self.observe:
-                self.observe(worker, step)
-            now = time.perf_counter()
-            self._committed(step, rate, now - last)
-            last = now
+            if self.order.observe:
+                self.order.observe(worker, step)
+            self._committed(step, rate, time.perf_counter() - last)
+            if step.number == first:
+                self._after_first()
             self._after(step)
-            last += self._side_seconds(now)
-        return self._end(time.perf_counter() - training_began)
+            last = time.perf_counter()  # evaluation and checkpoints are told on their own
+        return self._end(time.perf_counter() - begun)
 
-    def _side_seconds(self, since: float) -> float:
-        """Evaluation and checkpoints are told on their own, and do not count as time of a step."""
-        return time.perf_counter() - since
+    def _after_first(self) -> None:
+        """What can be done only once the optimiser has its state and a resumed run has been accepted."""
+        self.worker.prepare_to_save(self.run.checkpoints, keep=self.recipe.report.keep)
+        if self.order.resume and self.log:
+            self.run.write_inputs(self.recipe, self.order.plan, self.order.origins)
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -288,7 +282,6 @@ class _Loop:
             self.run.checkpoints,
             best=best,
             final=final,
-            keep=self.recipe.report.keep,
             recipe_hash=self.recipe.arithmetic_hash,
             best_value=self.best if math.isfinite(self.best) else None,
             seen=self.samples,

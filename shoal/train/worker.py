@@ -231,20 +231,23 @@ class Worker:
             "workers": self.world,
         }
 
-    def save(
-        self, folder: str | Path, *, best: bool = False, final: bool = False, keep: int = 3, **facts: Any
-    ) -> float:
+    def prepare_to_save(self, folder: str | Path, *, keep: int = 3) -> None:
+        """Reserve the memory of checkpoints now, so that the first one holds training up no longer than the others.
+
+        ``keep``: how many of the newest stay in ``folder``, beside the best; 0: all."""
+        place = Path(folder).absolute()
+        if self.rank == 0 and place not in self._writers:
+            self._writers[place] = BackgroundWriter(place, self.tensors(), keep=keep)
+
+    def save(self, folder: str | Path, *, best: bool = False, final: bool = False, **facts: Any) -> float:
         """Checkpoint the run as it stands into ``folder``, behind the training; the seconds that this worker waited.
 
         Called by every worker; rank 0 holds all and writes. ``written`` tells what became of it."""
         if self.rank:
             return 0.0
         self.group.report(Phase.saving, step=self.step)
-        place = Path(folder).absolute()
-        tensors = self.tensors()
-        if place not in self._writers:
-            self._writers[place] = BackgroundWriter(place, tensors, keep=keep)
-        return self._writers[place].submit(tensors, {**self.facts(), **facts}, best, final)
+        self.prepare_to_save(folder)
+        return self._writers[Path(folder).absolute()].submit(self.tensors(), {**self.facts(), **facts}, best, final)
 
     def written(self) -> list[Written]:
         """What has come of checkpoints since the last call; empty on all workers but rank 0."""
