@@ -1,0 +1,54 @@
+"""What the pages say is run."""
+
+import difflib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(program: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(program), *arguments], cwd=program.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_program_gives_the_same_hash_on_one_process_and_on_two(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(blocks("README.md", "python")))
+    hashes = run(program).split()
+    assert len(hashes) == 2
+    assert re.fullmatch(r"[0-9a-f]{64}", hashes[0])
+    assert hashes[0] == hashes[1]
+
+
+def test_the_page_shows_the_difference_between_the_two_scripts() -> None:
+    scripts = [(f"examples/{name}.py", (ROOT / f"examples/{name}.py").read_text()) for name in ("plain", "with_shoal")]
+    (old, before), (new, after) = scripts
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), old, new, lineterm="", n=1)
+    assert blocks("docs/your_own_loop.md", "diff") == ["\n".join(lines) + "\n"]
+
+
+def test_the_script_with_shoal_learns_what_the_plain_one_learns() -> None:
+    """With the whole set as one batch the order of samples does not matter: only the order of sums differs."""
+    plain = float(run(ROOT / "examples/plain.py", "2048", "6").split()[-1])
+    for workers in "12":
+        ours = float(run(ROOT / "examples/with_shoal.py", workers, "2048", "6").split()[-1])
+        assert ours == pytest.approx(plain, abs=1e-5)  # float32: 195 weights, each summed in another order
+
+
+def test_every_file_that_a_page_points_at_is_there() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} points at {target}"
