@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.activation import ACTIVATIONS, Activation
+from shoal.models.attention import attention
 from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one, probability
 
 Head = Literal["encoder", "masked-language-model", "classification", "question-answering"]
@@ -58,13 +60,13 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.down = nn.Linear(ffn, config.width)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         n, length, width = x.shape
         q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        mixed = attention(q, k, v, mask, dropout=dropout)
         mixed = mixed.transpose(1, 2).reshape(n, length, width)
         x = self.norm1(x + self.dropout(self.out(mixed)))
         hidden = self.activation(self.up(x))
@@ -91,7 +93,7 @@ class Bert(nn.Module):
         self.positions = nn.Embedding(config.context, config.width)
         self.types = nn.Embedding(config.types, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         if head in ("encoder", "classification"):
             self.pooler = nn.Linear(config.width, config.width)

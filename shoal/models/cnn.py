@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one, probability
 
 
@@ -57,7 +58,7 @@ class CNN(nn.Module):
             self.norms.append(nn.BatchNorm2d(wider) if config.norm else nn.Identity())
             channels = wider
         self.pool = nn.MaxPool2d(2)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.hidden = nn.Linear(channels * (height >> halvings) * (width >> halvings), config.hidden)
         self.head = nn.Linear(config.hidden, config.classes)
         for layer in (*self.convolutions, self.hidden):

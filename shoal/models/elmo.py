@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one, probability
 
 
@@ -38,7 +39,7 @@ class Elmo(nn.Module):
         self.tokens = nn.Embedding(config.vocab, width)
         self.forward_layers = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(config.layers))
         self.backward_layers = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(config.layers))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = None if config.tied else nn.Linear(width, config.vocab, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab))
         nn.init.normal_(self.tokens.weight, std=width**-0.5)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.activation import ACTIVATIONS, Activation
+from shoal.models.attention import attention
 from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one, probability
 
 
@@ -51,9 +53,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
         q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )
+        mixed = attention(q, k, v, causal=True, dropout=self.dropout if self.training else 0.0)
         projected: Tensor = self.out(mixed.transpose(1, 2).reshape(n, length, width))
         return projected
 
@@ -70,7 +70,7 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, ffn, bias=config.bias)
         self.down = nn.Linear(ffn, config.width, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
@@ -90,7 +90,7 @@ class GPT(nn.Module):
         self.config = config
         self.tokens = nn.Embedding(config.vocab, config.width)
         self.positions = nn.Embedding(config.context, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)

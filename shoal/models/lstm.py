@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one, probability
 
 
@@ -40,7 +41,7 @@ class LSTM(nn.Module):
         self.tokens = nn.Embedding(config.vocab, config.width)
         between = config.dropout if config.layers > 1 else 0.0
         self.lstm = nn.LSTM(config.width, hidden, config.layers, dropout=between, batch_first=True)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = None if config.tied else nn.Linear(hidden, config.vocab, bias=False)
         self.bias = nn.Parameter(self.tokens.weight.new_zeros(config.vocab))
         nn.init.normal_(self.tokens.weight, std=0.1 if not config.tied else hidden**-0.5)

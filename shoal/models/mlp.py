@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one, probability
 
 
@@ -34,7 +35,7 @@ class MLP(nn.Module):
         self.last = config.classes or config.outputs
         widths = (config.features, *config.hidden, self.last)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         for layer in self.layers[:-1]:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import SAMPLES, TINY, Tiny
+from tiny_models import SAMPLES, TINY, Tiny
 
 from shoal.models.registry import KINDS
 
