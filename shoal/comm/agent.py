@@ -6,6 +6,7 @@ it what the workers say and how they end. It computes nothing itself, so that fo
 
 import ctypes
 import gc
+import importlib
 import os
 import signal
 import socket
@@ -283,8 +284,10 @@ def main() -> None:
         launcher.send_bytes(cloudpickle.dumps(message))
 
     try:
-        sys.path[:], folder = cloudpickle.loads(launcher.recv_bytes())
+        sys.path[:], folder, preload = cloudpickle.loads(launcher.recv_bytes())
         os.chdir(folder)
+        for module in preload:
+            importlib.import_module(module)
         while True:
             request = launcher.recv_bytes()
             if request not in (STOP, END):  # those came just after the job that they were meant for had ended

@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,13 @@ GRACE_S = 5.0  # how long an agent may take to leave before it is killed
 
 
 class Agent:
-    """The launcher's end of an agent process. One agent runs any number of jobs, one after the other."""
+    """The launcher's end of an agent process. One agent runs any number of jobs, one after the other.
+
+    It imports torch and the modules named in ``preload`` once; forked workers have them at no cost. A module that
+    starts threads when it is imported does not belong there."""
+
+    def __init__(self, preload: Sequence[str] = ()) -> None:
+        self._preload = tuple(preload)
 
     def __enter__(self) -> Self:
         import cloudpickle
@@ -31,7 +37,7 @@ class Agent:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
         self._connection = Connection(ours.detach())
-        self._connection.send_bytes(cloudpickle.dumps((list(sys.path), os.getcwd())))
+        self._connection.send_bytes(cloudpickle.dumps((list(sys.path), os.getcwd(), self._preload)))
         return self
 
     def run(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shoal.train.loop import Order
 
 Event = Mapping[str, Any]
+PRELOAD = ("shoal.train.loop", "torch._dynamo")  # the latter comes with the first optimiser that is made
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
         if progress:
             progress(event)
 
-    with nullcontext(agent) if agent else Agent() as crew:
+    with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:
             with _stop_signals() as on_start:
                 results = crew.run(
@@ -114,7 +115,7 @@ def evaluate(
 
     found = find_target(target)
     recipe = found.run.recipe
-    with nullcontext(agent) if agent else Agent() as crew:
+    with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         figures: dict[str, Any] = crew.run(
             score, (found, split), workers=workers or usable_cores(), threads=recipe.threads
         )[0]
@@ -156,7 +157,7 @@ def launch(
         world = int(os.environ["WORLD_SIZE"])
         with _joined(Plan(mesh={"data": world}) if workers is None else plan, threads) as group:
             return _as_worker(group, main, arguments, plan if plan.workers == group.world else None, settings)
-    with Agent() as agent, _stop_signals() as on_start:
+    with Agent(PRELOAD) as agent, _stop_signals() as on_start:
         return agent.run(
             _as_worker,
             (main, arguments, plan, settings),

@@ -1,0 +1,38 @@
+"""One agent for all runs of a session: a group of workers then costs a fork."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+from train import tiny_runs
+
+from shoal.comm.launch import Agent
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Recipe
+from shoal.train.api import PRELOAD, train
+
+
+@pytest.fixture(scope="session")
+def agent() -> Iterator[Agent]:
+    cloudpickle.register_pickle_by_value(tiny_runs)
+    with Agent(PRELOAD) as agent:
+        yield agent
+
+
+@pytest.fixture
+def run(agent: Agent, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
+    """Train a recipe on a number of workers in a run directory of its own; the result."""
+    cloudpickle.register_pickle_by_value(request.module)
+    count = 0
+
+    def train_it(recipe: Recipe, workers: int = 1, *, plan: Plan | None = None, **options: Any) -> dict[str, Any]:
+        nonlocal count
+        count += 1
+        plan = plan or Plan(mesh={"data": workers}, device="cpu")
+        if "resume" not in options:
+            options.setdefault("run_dir", tmp_path / f"run{count}")
+        return train(recipe, plan, agent=agent, **options)
+
+    return train_it
