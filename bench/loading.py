@@ -147,9 +147,9 @@ def main() -> None:
             DataSpec(source="idx", path=str(arguments.mnist), options={"flip": True, "crop": 2}), small_cnn, image_loss,
         ),
     }  # fmt: skip
-    machine = {
+    machine: dict[str, Any] = {
         "cpus": len(os.sched_getaffinity(0)), "torch_threads": torch.get_num_threads(), "torch": torch.__version__,
-        "numpy": np.__version__, "python": platform.python_version(), "load_average": os.getloadavg()[0],
+        "numpy": np.__version__, "python": platform.python_version(), "load_average_before": os.getloadavg()[0],
     }  # fmt: skip
     results: dict[str, Any] = {"machine": machine, "batch": BATCH, "sources": {}}
     for name, (spec, make, loss) in cases.items():
@@ -166,6 +166,7 @@ def main() -> None:
             print(f"  trains   {how:<10} {row['samples_per_s']:>11,.0f} samples/s   {waiting}")
         speedup = statistics.median(found["prefetch_speedup"])
         print(f"  one loader brings {found['supply_over_demand']:.1f}x what training takes; prefetch: {speedup:.3f}x")
+    machine["load_average_after"] = os.getloadavg()[0]  # about 1 of this program's own; more is somebody else's
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
