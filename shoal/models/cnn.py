@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from shoal.errors import UserError
+from shoal.models.convolution import Conv2d
 from shoal.models.dimensions import Dimensions, name_dimensions
 from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one, probability
@@ -54,7 +55,7 @@ class CNN(nn.Module):
         self.convolutions = nn.ModuleList()
         self.norms = nn.ModuleList()
         for wider in config.channels:
-            self.convolutions.append(nn.Conv2d(channels, wider, config.kernel, padding=config.kernel // 2))
+            self.convolutions.append(Conv2d(channels, wider, config.kernel, padding=config.kernel // 2))
             self.norms.append(nn.BatchNorm2d(wider) if config.norm else nn.Identity())
             channels = wider
         self.pool = nn.MaxPool2d(2)

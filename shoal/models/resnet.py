@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.cnn import image_shape
+from shoal.models.convolution import Conv2d
 from shoal.models.dimensions import Dimensions, name_dimensions
 from shoal.models.facts import at_least_one
 
@@ -33,8 +34,8 @@ class ResNetConfig:
             raise UserError(f"model.depth = {self.depth}: style 'imagenet' has depths {list(IMAGENET_BLOCKS)}.")
 
 
-def _conv3(channels: int, wider: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, wider, 3, stride, padding=1, bias=False)
+def _conv3(channels: int, wider: int, stride: int = 1) -> Conv2d:
+    return Conv2d(channels, wider, 3, stride, padding=1, bias=False)
 
 
 class PaddedShortcut(nn.Module):
@@ -76,9 +77,9 @@ class Bottleneck(nn.Module):
     def __init__(self, channels: int, width: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
         wider = width * self.growth
-        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = _conv3(width, width, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, wider, 1, bias=False), nn.BatchNorm2d(wider)
+        self.conv3, self.bn3 = Conv2d(width, wider, 1, bias=False), nn.BatchNorm2d(wider)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class Bottleneck(nn.Module):
 
 
 def _projection(channels: int, wider: int, stride: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(channels, wider, 1, stride, bias=False), nn.BatchNorm2d(wider))
+    return nn.Sequential(Conv2d(channels, wider, 1, stride, bias=False), nn.BatchNorm2d(wider))
 
 
 def _padding(channels: int, wider: int, stride: int) -> nn.Module:
@@ -111,7 +112,7 @@ class ResNet(nn.Module):
         blocks = (((config.depth - 2) // 6,) * 3) if small else IMAGENET_BLOCKS[config.depth]
         shortcut = _padding if small else _projection
         self.conv1 = (
-            _conv3(self.shape[0], width) if small else nn.Conv2d(self.shape[0], width, 7, 2, padding=3, bias=False)
+            _conv3(self.shape[0], width) if small else Conv2d(self.shape[0], width, 7, 2, padding=3, bias=False)
         )
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, padding=1)

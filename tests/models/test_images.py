@@ -5,6 +5,7 @@ import torch
 
 from shoal.errors import UserError
 from shoal.models.cnn import CNN, CNNConfig
+from shoal.models.convolution import Conv2d
 from shoal.models.mlp import MLP, MLPConfig
 from shoal.models.resnet import ResNet, ResNetConfig
 
@@ -82,6 +83,23 @@ def test_a_grey_channel_may_be_left_out_of_the_images():
 def test_images_too_small_for_the_pooling_are_refused():
     with pytest.raises(UserError, match="images of 3 x 9 are too small for 2 halvings"):
         CNN(CNNConfig(shape=(1, 3, 9), classes=2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_changes_neither_the_convolution_nor_the_layout_of_its_gradients(channels):
+    torch.manual_seed(0)
+    ours = Conv2d(channels, 4, 3, stride=2, padding=1)
+    plain = torch.nn.Conv2d(channels, 4, 3, stride=2, padding=1)
+    plain.load_state_dict(ours.state_dict())
+    images = torch.randn(2, channels, 8, 8)
+    outputs = ours(images), plain(images)
+    torch.testing.assert_close(*outputs)  # float32: another order of sums
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+    assert ours.weight.is_contiguous()
+    assert ours.weight.grad.is_contiguous()
+    assert not outputs[0].is_contiguous()
 
 
 def test_an_even_kernel_is_refused():
