@@ -1,11 +1,17 @@
 """Fixtures shared by all tests."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "SHOAL_CACHE" not in os.environ:  # tests leave nothing in the home folder; processes that they start inherit it
+    os.environ["SHOAL_CACHE"] = tempfile.mkdtemp(prefix="shoal-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["SHOAL_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
