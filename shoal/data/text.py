@@ -25,7 +25,7 @@ class TextConfig(SourceConfig):
     tokenizer: str = "bytes"  # "bytes", "chars", "bpe", or the path of a tokenizer.json
     vocab: int = 4096  # ids of a "bpe" vocabulary; training it stops earlier when the text is short
     context: int = 128  # tokens that a sample predicts; it holds one more, the first one's input
-    stride: int = 0  # tokens from one sample's start to the next one's; 0: context, so that each is predicted once
+    stride: int = 0  # tokens from one training sample's start to the next one's; 0: context. Held-out ones never overlap
     pattern: str = "*"  # which files of a folder, at any depth
     max_bytes: int = 0  # read at most so much text; 0: all of it (of the standard library 16 MiB)
 
@@ -76,13 +76,13 @@ def open_text(spec: DataSpec, seed: int) -> Splits:
     tokenizer = corpus_tokenizer(config.tokenizer, config.vocab, corpus)
     tokens = tokenise(corpus, tokenizer)
 
-    def part(name: str, tokens: Tokens, span: range) -> TextSource:
+    def part(name: str, tokens: Tokens, span: range, stride: int = config.context) -> TextSource:
         if len(span) <= config.context:
             raise UserError(
                 f"data: the {name} text has {len(span)} tokens, fewer than context + 1 = {config.context + 1}: "
                 f"lower context, or change the held-out shares."
             )
-        return TextSource(tokens, span, tokenizer, config.context, config.stride or config.context)
+        return TextSource(tokens, span, tokenizer, config.context, stride)
 
     if not len(tokens.ids):
         raise UserError(f"data: {spec.path!r} holds no text.")
@@ -91,4 +91,4 @@ def open_text(spec: DataSpec, seed: int) -> Splits:
     if spec.test_path:
         apart = tokenise(open_corpus(spec.test_path, config.pattern, config.max_bytes), tokenizer)
         held[1] = part("test", apart, range(len(apart.ids)))
-    return Splits(part("training", tokens, train), *held)
+    return Splits(part("training", tokens, train, config.stride or config.context), *held)
