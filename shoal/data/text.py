@@ -25,7 +25,7 @@ class TextConfig(SourceConfig):
     tokenizer: str = "bytes"  # "bytes", "chars", "bpe", or the path of a tokenizer.json
     vocab: int = 4096  # ids of a "bpe" vocabulary; training it stops earlier when the text is short
     context: int = 128  # tokens that a sample predicts; it holds one more, the first one's input
-    stride: int = 0  # tokens from one training sample's start to the next one's; 0: context. Held-out ones never overlap
+    stride: int = 0  # tokens from a training sample to the next; 0: context. Held-out samples never overlap
     pattern: str = "*"  # which files of a folder, at any depth
     max_bytes: int = 0  # read at most so much text; 0: all of it (of the standard library 16 MiB)
 
