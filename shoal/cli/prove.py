@@ -11,7 +11,7 @@ from shoal.cli.recipe_arguments import add_recipe_arguments, choose, whole_numbe
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 
-HELP = "run a recipe on several worker counts and name the first tensor that differs"
+HELP = "run a recipe on several worker counts, compare with a plain loop, name the first tensor that differs"
 STEPS = 20  # where --steps is not given: enough for a wrong sum to spread to every parameter
 DEFAULT = (1, 2, 4)
 PLANS = {"standard": (1, 2, 3, 4, 5, 8)}  # even, uneven and one shard each, as far as the recipe's shards go
@@ -20,7 +20,7 @@ PLANS = {"standard": (1, 2, 3, 4, 5, 8)}  # even, uneven and one shard each, as 
 def add_arguments(parser: ArgumentParser) -> None:
     add_recipe_arguments(parser)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--workers", metavar="1,2,4", help="worker counts to compare; 1,2,4 if unset")
+    group.add_argument("--workers", metavar="1,2,4", help="worker counts to compare with a plain loop; 1,2,4 if unset")
     group.add_argument(
         "--plans", choices=sorted(PLANS), help="standard: 1, 2, 3, 4, 5 and 8 workers, where the shards allow"
     )
@@ -53,6 +53,11 @@ def worker_counts(args: Namespace, recipe: Recipe) -> tuple[int, ...]:
 
 
 def _row(plan: Mapping[str, Any]) -> tuple[object, ...]:
+    same = f"within {plan['tolerance']:g}" if plan.get("tolerance") else "same"
     differs = plan["differs"]
-    where = f"step {differs['step']}, {differs['tensor']}" if differs else ""
-    return plan["plan"], "same" if plan["ok"] else "DIFFERS", f"{plan['error']:.3g}", where
+    places = [f"step {differs['step']}, {differs['tensor']}"] if differs else []
+    for name in ("ranks", "shards"):
+        if plan.get(name):
+            places.append(f"{name} {' '.join(map(str, plan[name]))}")
+    where = "; ".join([*places, *filter(None, [plan.get("failure")])])
+    return plan["plan"], same if plan["ok"] else "DIFFERS", f"{plan['error']:.3g}", where

@@ -1,0 +1,46 @@
+"""From fingerprints to a verdict: pure."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from shoal.prove.closeness import deviations, first_beyond
+from shoal.prove.fingerprint import Difference, StepPrint, first_difference
+from shoal.prove.plans import label
+from shoal.prove.trial import Trial
+from shoal.recipe.plan import Plan
+
+
+def verdict(plan: Plan, trial: Trial, reference: Trial, fast_tolerance: float) -> dict[str, Any]:
+    """Whether the trial of a plan went as the reference did, and where it first went another way."""
+    fast = plan.sync == "fast"
+    error, differs = _fast(trial, reference.prints[0], fast_tolerance) if fast else _exact(trial, reference)
+    return {
+        "plan": label(plan),
+        "ok": differs is None and not trial.failure,
+        "error": error if trial.ended else math.inf,
+        "differs": {"step": differs.step, "tensor": differs.tensor} if differs else None,
+        "ranks": list(differs.ranks) if differs else [],
+        "shards": list(differs.shards) if differs else [],
+        "tolerance": fast_tolerance if fast else 0.0,
+        "weights_sha256": trial.ended[0].weights_sha256 if trial.ended else None,
+        "seconds": trial.seconds,
+        "failure": trial.failure,
+    }
+
+
+def _exact(trial: Trial, reference: Trial) -> tuple[float, Difference | None]:
+    error, tensor = max(((worker.error, worker.tensor) for worker in trial.ended), default=(math.inf, ""))
+    differs = first_difference(reference.prints[0], trial.prints)
+    wanted = reference.ended[0].weights_sha256
+    odd = tuple(rank for rank, worker in enumerate(trial.ended) if worker.weights_sha256 != wanted)
+    if differs is None and odd:  # they changed after the last step's commit
+        differs = Difference(reference.prints[0][-1].step, tensor, odd, ())
+    return error, differs
+
+
+def _fast(trial: Trial, reference: Sequence[StepPrint], tolerance: float) -> tuple[float, Difference | None]:
+    apart = first_difference(trial.prints[0], trial.prints)  # the workers agree to the bit in every mode
+    found = list(deviations(reference, trial.prints[0]))
+    error = max((deviation.size for deviation in found), default=0.0)
+    return error, apart or first_beyond(found, tolerance, len(trial.prints))

@@ -1,0 +1,166 @@
+"""The prover says "same" where every bit is, and finds what was planted where it was planted."""
+
+import json
+import tempfile
+
+import numpy as np
+import pytest
+from plain_loop import train as plain
+from planted_faults import STEP, Crash, Doubled, Factory, Forgotten, Skipped, Touched, Twice
+from prove_subjects import RECIPES, data_of
+
+from shoal.cli.main import main
+from shoal.comm.launch import Agent
+from shoal.errors import UserError
+from shoal.prove.api import PRELOAD, prove
+from shoal.recipe.plan import Plan
+
+STEPS = 4
+FIRST, LAST = "gradient/layers.0.weight", "gradient/layers.1.bias"
+
+
+@pytest.fixture(autouse=True)
+def _apart(monkeypatch, tmp_path):
+    """An empty working directory and an empty temporary one, and no launcher around us."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def agent():
+    with Agent(PRELOAD) as running:
+        yield running
+
+
+@pytest.fixture
+def found(agent):
+    """``found(fault, *plans)``: the verdicts on a tiny model when its factory plants the fault."""
+
+    def prove_with(fault, *plans, steps=STEPS):
+        recipe, data = RECIPES["mlp"], data_of("mlp")
+        model = Factory(fault, recipe.model, data.train.facts)
+        return prove(recipe, steps=steps, plans=plans, data=data, model=model, agent=agent)["plans"]
+
+    return prove_with
+
+
+def plan(workers, **given):
+    return Plan(mesh={"data": workers}, **given)
+
+
+@pytest.mark.parametrize("name", ["gpt", "lstm", "cnn"])
+def test_the_same_bits_on_1_2_and_3_workers_as_in_a_plain_loop(name, agent):
+    recipe = RECIPES[name]
+    result = prove(recipe, workers=(1, 2, 3), steps=STEPS, data=data_of(name), agent=agent)
+    names = ["data=1", "data=2", "data=3", "data=2 placement=1+4", "data=3 placement=1+3+1", "data=3 fast"]
+    assert [(p["plan"], p["ok"], p["differs"]) for p in result["plans"]] == [(n, True, None) for n in names]
+    exact = [p for p in result["plans"] if "fast" not in p["plan"]]
+    assert {p["error"] for p in exact} == {0.0}
+    expected = plain(recipe, data_of(name), STEPS)
+    assert {p["weights_sha256"] for p in exact} == {result["reference"]["weights_sha256"]} == {expected}
+    fast = result["plans"][-1]
+    assert fast["error"] <= fast["tolerance"] == result["tolerance"]["fast"]
+
+
+def test_a_gradient_that_one_worker_doubles_is_named_with_its_step_and_only_where_that_worker_is(found):
+    alone, two, fast = found(Doubled(), plan(1), plan(2), plan(2, sync="fast"))
+    assert alone["ok"]
+    for verdict in (two, fast):
+        assert not verdict["ok"]
+        assert verdict["differs"] == {"step": STEP, "tensor": LAST}
+        assert verdict["ranks"] == [0, 1]
+        assert verdict["shards"] == []  # no loss is another one: the sum is wrong
+        assert verdict["error"] > 1e-5
+
+
+def test_a_forgotten_addition_is_found_at_the_first_step(found):
+    alone, two = found(Forgotten(), plan(1), plan(2), steps=1)
+    assert alone["ok"]
+    assert two["differs"] == {"step": 1, "tensor": FIRST}
+    assert two["shards"] == []
+
+
+@pytest.mark.parametrize("instead", [None, 0])
+def test_a_skipped_or_exchanged_sample_is_named_with_its_step_and_shard(instead, found):
+    alone, two, fast = found(Skipped(instead), plan(1), plan(2, placement=(2, 3)), plan(2, sync="fast"))
+    assert alone["ok"]
+    for verdict in (two, fast):
+        assert not verdict["ok"]
+        assert verdict["differs"] == {"step": STEP, "tensor": FIRST}
+        assert verdict["shards"] == [4]
+
+
+def test_workers_that_part_from_one_another_are_told_in_every_mode(found):
+    exact, fast = found(Twice(), plan(2), plan(2, sync="fast"))
+    for verdict in (exact, fast):
+        assert verdict["differs"] == {"step": STEP, "tensor": "model/layers.0.weight"}
+        assert verdict["ranks"] == [1]
+
+
+def test_a_weight_that_changes_after_the_last_step_is_told_too(found):
+    [verdict] = found(Touched(), plan(2), steps=2)
+    assert not verdict["ok"]
+    assert verdict["differs"] == {"step": 2, "tensor": "model/layers.0.bias"}
+    assert verdict["ranks"] == [1]
+
+
+def test_a_run_that_fails_is_one_verdict_among_the_others(found):
+    broken, whole = found(Crash(), plan(2), plan(1))
+    assert (broken["ok"], broken["differs"], broken["error"]) == (False, None, float("inf"))
+    assert "rank 1" in broken["failure"]
+    assert "ArithmeticError: planted" in broken["failure"]
+    assert whole["ok"]
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    draw = np.random.default_rng(0)
+    samples = draw.normal(size=(40, 3)).astype("f4")
+    np.savez(tmp_path / "samples.npz", input=samples, target=draw.integers(0, 3, 40))
+
+    def write(model):
+        file = tmp_path / "recipe.toml"
+        file.write_text(
+            f'batch = 8\nshards = 4\nsteps = 100\nprecision = "float32"\n'
+            f'[data]\nsource = "arrays"\npath = "{tmp_path}/samples.npz"\nvalidation = 0.2\n[model]\n{model}\n'
+        )
+        return str(file)
+
+    return write
+
+
+def test_the_command_proves_a_recipe_file_and_leaves_nothing_behind(recipe_file, capfd, tmp_path):
+    file = recipe_file('kind = "mlp"\nhidden = [4]')
+    assert main(["prove", file, "--workers", "1,2", "--steps", "3", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [(p["plan"], p["ok"], p["differs"]) for p in result["plans"]] == [
+        (name, True, None) for name in ("data=1", "data=2", "data=2 placement=1+3", "data=2 fast")
+    ]
+    assert all(isinstance(p["error"], float) for p in result["plans"])
+    assert (result["steps"], result["precision"]) == (3, "float32")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.toml", "samples.npz", "temporary"]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_the_command_exits_1_and_names_what_a_planted_fault_changed(recipe_file, capfd):
+    file = recipe_file('kind = "custom"\ntask = "classification"\nfactory = "planted_faults:doubled_mlp"\nhidden = 4')
+    assert main(["prove", file, "--workers", "1,2", "--steps", "4"]) == 1
+    rows = capfd.readouterr().out.splitlines()
+    assert [row.split()[1] for row in rows if row.startswith("data=1 ")] == ["same"]
+    assert any("DIFFERS" in row and f"step {STEP}, {LAST}" in row for row in rows if row.startswith("data=2 "))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "at least 1 step"),
+        ({"workers": (6,)}, "6 workers for 5 shards"),
+        ({"plans": [plan(1, device="cuda")]}, "on the CPU"),
+    ],
+)
+def test_what_cannot_be_proved_is_refused_before_anything_runs(given, message):
+    with pytest.raises(UserError, match=message):
+        prove(RECIPES["mlp"], data=data_of("mlp"), **given)
