@@ -1,12 +1,16 @@
 """Answers as texts: decoding spans and scoring."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.data.registry import open_data
 from shoal.errors import UserError
 from shoal.models.squad import Window, best_span, decode_answers, exact_match, f1, normalise, squad_scores
+from shoal.recipe.recipe import DataSpec
 
 TEXT = "The shoal of many small fish moves as one."
 WORDS = [(0, 3), (4, 9), (10, 12), (13, 17), (18, 23), (24, 28), (29, 34), (35, 37), (38, 41), (41, 42)]
@@ -124,3 +128,29 @@ def test_a_question_has_no_answer_when_every_window_rather_says_so():
     assert decode_answers([sure], {"q": TEXT}, unanswerable=False) == {"q": "many"}
     unsure = _window("q", {}, {})
     assert decode_answers([sure, unsure], {"q": TEXT}) == {"q": "many"}  # the least of the windows' scores counts
+
+
+def test_a_model_that_knows_every_window_scores_all_points_on_the_source(tmp_path):
+    passage = " ".join(f"word{i} stands here." for i in range(12))
+    qas = [
+        {"id": f"q{i}", "question": f"Which is {i}?", "answers": [{"text": f"word{i}", "answer_start": 0}]}
+        for i in (0, 7, 11)
+    ]
+    for qa in qas:
+        qa["answers"][0]["answer_start"] = passage.index(qa["answers"][0]["text"])
+    qas.append({"id": "none", "question": "Which is missing?", "answers": [], "is_impossible": True})
+    plain = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": passage, "qas": qas}]}]}
+    (tmp_path / "squad.json").write_text(json.dumps(plain), encoding="utf-8")
+    options = {"context": 96, "stride": 40, "question": 20}
+    spec = DataSpec(source="squad", path=str(tmp_path / "squad.json"), validation=0.0, options=options)
+    source = open_data(spec, 0).train
+    assert len(source) > len(qas)  # windows
+    batch = source.fetch(np.arange(len(source)), 0)
+    windows = []
+    for id in range(len(source)):
+        example = source.example(id)
+        start, end = (np.where(np.arange(96) == int(batch[name][id]), 9.0, -9.0) for name in ("start", "end"))
+        windows.append(Window(example["id"], example["offsets"], start, end))
+    contexts = {qa["id"]: passage for qa in qas}
+    scores = squad_scores(decode_answers(windows, contexts), source.dataset)
+    assert (scores["exact"], scores["f1"], scores["NoAns_exact"]) == (100.0, 100.0, 100.0)
