@@ -20,6 +20,7 @@ from shoal.comm.layout import BLOCK, Bucket, Layout
 from shoal.comm.status import Phase, Reporter
 from shoal.errors import RunFailed
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 PRESENCE_S = 1.0  # how often a worker writes down where it is
 SILENT_S = 5.0  # a worker that has not done so for this long is named first when something breaks
 
@@ -34,7 +35,8 @@ class DistributedGroup:
 
     def __init__(self, hang_after_s: float, *, accelerator: bool) -> None:
         backend = "cpu:gloo,cuda:nccl" if accelerator else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=hang_after_s))
+        self.patience = timedelta(seconds=hang_after_s)
+        dist.init_process_group(backend, timeout=self.patience)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.host = socket.gethostname()
         self.report = Reporter(self.rank, os.getpid(), None)
@@ -57,13 +59,13 @@ class DistributedGroup:
     def gather(self, payload: bytes) -> list[bytes]:
         with self.explained("a gather"):
             sizes = torch.zeros(self.world, dtype=torch.int64)
-            dist.all_gather_into_tensor(sizes, torch.tensor([len(payload)]))
+            _all_gather(sizes, torch.tensor([len(payload)]))
             longest = int(sizes.max())
             padded = torch.zeros(max(1, longest), dtype=torch.uint8)
             if payload:
                 padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
             rows = torch.zeros(self.world * len(padded), dtype=torch.uint8)
-            dist.all_gather_into_tensor(rows, padded)
+            _all_gather(rows, padded)
             table = rows.view(self.world, -1)
             return [bytes(table[rank, : int(sizes[rank])].numpy()) for rank in range(self.world)]
 
@@ -148,6 +150,10 @@ class DistributedExchange:
     ) -> None:
         self.layout, self._placement, self._denominators = layout, placement, denominators
         self._group = group
+        # Collectives of one group are matched by their order. When a result can go out depends on what has come in, so
+        # that workers start these in another order among the scatters: they need a group of their own.
+        self._results = dist.new_group(timeout=group.patience)
+        self._eager = group.world > 1 and device.type == "cpu"  # NCCL's own order must be equal on all workers too
         self.facts = torch.zeros(facts, dtype=torch.float64)
         self.all_facts = torch.zeros(group.world, facts, dtype=torch.float64)
         self._early_facts = torch.zeros_like(self.all_facts)
@@ -186,7 +192,7 @@ class DistributedExchange:
             self._posted += 1
 
     def _gather_facts(self, into: torch.Tensor) -> "dist.Work | None":
-        work: dist.Work | None = dist.all_gather_into_tensor(into.view(-1), self.facts.clone(), async_op=True)
+        work: dist.Work | None = _all_gather(into.view(-1), self.facts.clone(), async_op=True)
         return work
 
     def _scatter(self, bucket: Bucket) -> None:
@@ -214,7 +220,7 @@ class DistributedExchange:
         self._operands.append([piece for row in operands for piece in row])
 
     def advance(self) -> None:
-        if self._group.world > 1:
+        if self._eager:
             self._advance(wait=False)
 
     def _advance(self, *, wait: bool) -> None:
@@ -238,7 +244,8 @@ class DistributedExchange:
         first = bucket.owned(self._group.rank).start
         for start in range(0, bucket.slice, BLOCK):
             divide(operands[0][start : start + BLOCK], first + start, self.layout, denominators)
-        work = dist.all_gather_into_tensor(self._result[bucket.start : bucket.stop], operands[0], async_op=True)
+        whole = self._result[bucket.start : bucket.stop]
+        work = _all_gather(whole, operands[0], async_op=True, group=self._results)
         assert work is not None
         self._gathers.append(work)
 
