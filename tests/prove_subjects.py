@@ -51,7 +51,10 @@ RECIPES = {
     ),
     "lstm": _recipe(ModelSpec(kind="lstm", options={"width": 6, "hidden": 7, "dropout": 0.2}), precision="bfloat16"),
     "cnn": _recipe(
-        ModelSpec(kind="cnn", options={"channels": (3,), "hidden": 5, "norm": True}),
+        ModelSpec(
+            kind="cnn", options={"channels": (3,), "hidden": 700, "norm": True}
+        ),  # three blocks of the flat order
+        clip=0.5,
         optimizer=OptimizerSpec(name="sgd", lr=0.1, options={"momentum": 0.9}),
     ),
     "mlp": _recipe(ModelSpec(kind="mlp", options={"hidden": (6,)})),
