@@ -28,8 +28,9 @@ from shoal.train.loop import Order, run_recipe
 from shoal.train.optimizers import make_optimizer
 from shoal.train.precision import measure_precision
 from shoal.train.state import model_tensors
+from shoal.train.step import Step
 from shoal.train.weights import weights_sha256
-from shoal.train.worker import Step, Worker
+from shoal.train.worker import Worker
 
 Progress = Callable[[Mapping[str, Any]], None]
 REFERENCE_HANGS_S = 1800.0  # it says where it is once a step, and a step is the work of all workers

@@ -28,7 +28,8 @@ from shoal.train.optimizers import make_optimizer
 from shoal.train.precision import autocast, measure_precision
 from shoal.train.sampling import sample_text
 from shoal.train.schedules import learning_rate
-from shoal.train.worker import Step, Worker
+from shoal.train.step import Step
+from shoal.train.worker import Worker
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,11 @@
 """The Worker: the whole machinery for somebody's own training loop, and for ours.
 
-def main(worker):
-    model = worker.model(Net())
-    optimizer = worker.optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3))
-    for step in worker.steps(dataset, batch=64, epochs=3):
-        for batch in step:
-            loss = F.cross_entropy(model(batch["input"]), batch["target"], reduction="sum")
-            step.backward(loss, count=len(batch["target"]))
-        step.commit()
-
-shoal.launch(main, workers=2)
+docs/your_own_loop.md shows one; `shoal.train` runs `shoal.train.loop` on it.
 """
 
 import json
 import math
-import os
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,18 +19,16 @@ from shoal.comm.transport import make_exchange
 from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher
-from shoal.data.source import Batch, Source
+from shoal.data.source import Source
 from shoal.errors import RunFailed, UserError
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint
-from shoal.train.gradients import Gradients, StepFigures, writes_gradients
+from shoal.train.device import device_for
+from shoal.train.gradients import Gradients, StepFigures
 from shoal.train.snapshot import BackgroundWriter, Written
 from shoal.train.state import load_model, load_optimizer, model_tensors, optimizer_facts, optimizer_tensors
-from shoal.train.streams import enter_stream
+from shoal.train.step import Place, Step
 from shoal.train.weights import weights_sha256
-
-COMPARE_EVERY = 50  # steps between two comparisons of all workers' parameters
-Place = tuple[int, int, int]  # step, shard, micro-batch
 
 
 class Worker:
@@ -63,7 +49,7 @@ class Worker:
         self.micro_batches, self.seed, self.clip = micro_batches, seed, clip
         self._ownership = plan.owned(shards)
         self._shard_count = shards
-        self.device = _device(plan.device, group.rank)
+        self.device = device_for(plan.device, group.rank)
         self.step = 0  # committed so far
         self.stopping = False  # the run was asked to stop; no further step is yielded
         self.ledger: Ledger | None = None
@@ -149,6 +135,9 @@ class Worker:
             )
         if len(source) == 0:
             raise UserError("the training data holds no sample.")
+        gradients, optimizer = self._gradients, self._optimizer
+        if gradients is None or optimizer is None:
+            raise UserError("call worker.model(module) and worker.optimizer(...) before the first step.")
         self.ledger = ledger = Ledger(len(source), batch, self._shard_count, self.micro_batches, self.seed)
         self._fingerprint = source.fingerprint
         self._check_resumed()
@@ -156,10 +145,14 @@ class Worker:
         ahead, threads = self.plan.prefetch, self.plan.loaders
         with Prefetcher(source, self._work(ledger, self.step, last), ahead, threads) as batches:
             while self.step < last and not self.stopping:
-                step = Step(self, ledger, self.step, batches)
+                step = Step(self, gradients, optimizer, ledger, self.step, batches, self._committed)
                 yield step
                 if not step.committed:
-                    raise UserError(f"step {self.step + 1} was left without commit(): call step.commit() at its end.")
+                    raise UserError(f"step {step.number} was left without commit(): call step.commit() at its end.")
+
+    def _committed(self, figures: StepFigures) -> None:
+        self.step += 1
+        self.stopping |= figures.stop
 
     def _work(self, ledger: Ledger, first: int, last: int) -> Iterator[tuple[Place, Any, int]]:
         for step in range(first, last):
@@ -291,156 +284,3 @@ class Worker:
         """Wait for checkpoints that are still being written."""
         for writer in self._writers.values():
             writer.close()
-
-    # --- used by Step -----------------------------------------------------------------------------------------
-
-    def _begin(self, passes: tuple[int, ...]) -> Gradients:
-        if self._gradients is None:
-            raise UserError("call worker.model(module) before the first step.")
-        checksum = parameter_checksum(self._trained()) if self.step % COMPARE_EVERY == 0 else 0.0
-        self._gradients.begin(passes, stop=self.group.stop_asked, checksum=checksum)
-        return self._gradients
-
-    def _update(self) -> None:
-        if self._optimizer is None:
-            raise UserError("call worker.optimizer(...) before the first step.")
-        self._optimizer.step()
-
-
-class Step:
-    """One step of the run: iterate its micro-batches, call backward once for each, then commit."""
-
-    def __init__(self, worker: Worker, ledger: Ledger, number: int, batches: Prefetcher[Place]) -> None:
-        self.number = number + 1  # as committed: the first step is 1
-        self.epoch, self.index = ledger.position(number)
-        self.committed = False
-        self.samples = int(sum(ledger.counts(number)))
-        self.last_of_epoch = self.index == ledger.steps_per_epoch - 1
-        self.parts = dict.fromkeys(("data", "forward", "backward", "exchange", "update"), 0.0)
-        self.figures: StepFigures | None = None
-        self._worker, self._ledger, self._zero_based, self._batches = worker, ledger, number, batches
-        self._report = worker.group.report
-        self._report(Phase.loading, step=self.number)
-        self._passes = passes_of(ledger, number)
-        self._gradients = worker._begin(self._passes)
-        self._place: Place | None = None
-        self._mark = time.perf_counter()
-
-    def __iter__(self) -> Iterator[Batch]:
-        mine = sum(self._passes[shard] for shard in self._worker.shards)
-        for _ in range(mine):
-            self._report(Phase.loading)
-            self._lap("data")
-            self._place, batch = next(self._batches)
-            if self._worker.device.type != "cpu":
-                batch = {k: v.to(self._worker.device, non_blocking=True) for k, v in batch.items()}
-            self._lap("data")
-            _, shard, micro = self._place
-            enter_stream(self._worker.seed, self._zero_based, shard, micro)
-            self._gradients.enter_leaf(shard)
-            self._report(Phase.forward, shard=shard)
-            yield batch
-            if self._place is not None:
-                raise UserError(
-                    f"step {self.number}: a micro-batch of shard {shard} went by without step.backward(loss)."
-                )
-        self._lap("backward")
-
-    @property
-    def shard(self) -> int:
-        """The shard of the current micro-batch."""
-        if self._place is None:
-            raise UserError("there is no current micro-batch: iterate the step first.")
-        return self._place[1]
-
-    def backward(self, loss: Tensor, count: float) -> None:
-        """Back-propagate a micro-batch's ``loss``, the SUM over its ``count`` samples or target tokens.
-
-        The mean is taken over the whole step: that is what makes the result independent of the split.
-        Raises RunFailed naming shard and sample ids when the loss is not finite."""
-        if self._place is None:
-            raise UserError("step.backward was called twice for one micro-batch, or outside of the step's iteration.")
-        _, shard, micro = self._place
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            ids = self._ledger.shard(self._zero_based, shard)[micro].tolist()
-            shown = ", ".join(map(str, ids[:32])) + (f", ... ({len(ids)} in all)" if len(ids) > 32 else "")
-            raise RunFailed(f"loss is {value} at step {self.number}, shard {shard}, sample ids {shown}")
-        self._lap("forward")
-        self._report(Phase.backward, shard=shard)
-        self._place = None
-        ends = micro == self._passes[shard] - 1
-        self._gradients.backward(shard, loss, value, float(count), leaf_ends=ends, waited_s=self.parts["data"])
-        self._lap("backward")
-
-    def commit(self) -> StepFigures:
-        """Wait for the global mean gradient, clip it, update the weights: the step has then happened on all workers."""
-        worker = self._worker
-        self._report(Phase.exchanging)
-        self._lap("backward")
-        optimizer = worker._optimizer
-        trusted = optimizer is not None and not writes_gradients(optimizer)
-        self.figures = figures = self._gradients.finish(worker.clip, keep_gradients=trusted)
-        self._lap("exchange")
-        self._check(figures)
-        self._report(Phase.updating)
-        worker._update()
-        worker.step = self.number
-        worker.stopping |= figures.stop
-        self.committed = True
-        self._lap("update")
-        return figures
-
-    def _check(self, figures: StepFigures) -> None:
-        if not math.isfinite(figures.norm):
-            raise RunFailed(
-                f"the gradient is not finite at step {self.number} although the loss is ({figures.loss:.6g}): "
-                f"{self._gradients.first_not_finite()}"
-            )
-        sums = figures.checksums
-        if len(set(sums)) > 1:
-            usual = max(set(sums), key=sums.count)
-            odd = [rank for rank, value in enumerate(sums) if value != usual]
-            raise RunFailed(
-                f"the workers' parameters differ before step {self.number}: rank {', '.join(map(str, odd))} "
-                f"disagree{'s' if len(odd) == 1 else ''} with the others "
-                f"(checksums {', '.join(f'{s:.0f}' for s in sums)})"
-            )
-
-    def _lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.parts[part] += now - self._mark
-        self._mark = now
-
-
-def passes_of(ledger: Ledger, step: int) -> tuple[int, ...]:
-    """How many backward passes each shard has at a step."""
-    return tuple(len(ledger.shard(step, shard)) for shard in range(ledger.shards))
-
-
-@torch.no_grad()
-def parameter_checksum(module: nn.Module) -> float:
-    """A sum of the parameters' bits, exact in float64: equal on workers whose parameters are equal."""
-    total = 0
-    for parameter in module.parameters():
-        flat = parameter.detach().reshape(-1).contiguous()
-        words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-        total += int(flat.view(words).sum(dtype=torch.int64))
-    return float(total % (1 << 52))
-
-
-def _device(name: str, rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    if name != "cuda":
-        raise UserError(f"plan: device {name!r} is not known: use auto, cpu or cuda.")
-    if not torch.cuda.is_available():
-        raise UserError("plan: device 'cuda' is asked for, but this torch finds no CUDA device.")
-    local = rank
-    with suppress(KeyError):
-        local = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
