@@ -66,19 +66,30 @@ class Skipped:
         Worker._work = skipping
 
 
+def after_step(strike):
+    """``strike(optimizer)`` when worker 1 has made its update of step 3, before the step counts as committed."""
+    take = Worker.optimizer
+
+    def taking(worker, optimizer):
+        updates = []
+
+        def updated(*_):
+            updates.append(None)
+            if worker.rank == RANK and len(updates) == STEP:
+                strike(optimizer)
+
+        optimizer.register_step_post_hook(updated)
+        return take(worker, optimizer)
+
+    Worker.optimizer = taking
+
+
 @dataclass(frozen=True)
 class Twice:
     """Worker 1 updates its own weights twice at step 3: the workers part."""
 
     def plant(self):
-        update = Worker._update
-
-        def updating(worker):
-            update(worker)
-            if worker.rank == RANK and worker.step == STEP - 1:
-                update(worker)
-
-        Worker._update = updating
+        after_step(lambda optimizer: optimizer.step())
 
 
 @dataclass(frozen=True)
@@ -86,14 +97,10 @@ class Crash:
     """Worker 1 raises at step 3."""
 
     def plant(self):
-        update = Worker._update
+        def strike(_):
+            raise ArithmeticError("planted")
 
-        def updating(worker):
-            if worker.rank == RANK and worker.step == STEP - 1:
-                raise ArithmeticError("planted")
-            update(worker)
-
-        Worker._update = updating
+        after_step(strike)
 
 
 @dataclass(frozen=True)
