@@ -66,7 +66,8 @@ def main() -> None:
     if args.job == "mnist":
         reached = next((point["seconds"] for point in curve if point["accuracy"] >= 0.99), None)
         out["seconds_to_99_percent_of_validation"] = reached
-        print(f"test accuracy {out['final']['accuracy']:.4f} after {seconds:.0f} s; 99% of validation after {reached} s")
+        accuracy = out["final"]["accuracy"]
+        print(f"test accuracy {accuracy:.4f} after {seconds:.0f} s; 99% of validation after {reached} s")
     else:
         best = min(curve, key=lambda point: point["loss"])
         reached = next((point["seconds"] for point in curve if point["loss"] <= 1.60), None)

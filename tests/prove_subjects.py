@@ -63,3 +63,34 @@ RECIPES = {
 
 def data_of(name: str, samples: int = SAMPLES) -> Splits:
     return words(samples) if name in ("gpt", "lstm") else digits(samples)
+
+
+def halves(samples: int = 16) -> Splits:
+    """Inputs 0 and 1 in turns, which are their own classes."""
+    labels = torch.arange(samples) % 2
+    return Splits(Held({"input": labels.float().unsqueeze(1), "target": labels}, {"classes": 2, "shape": (1,)}))
+
+
+class _MinusZero(torch.autograd.Function):
+    """Passes ``y`` through; the gradient of ``weight`` is -0.0."""
+
+    @staticmethod
+    def forward(context: Any, weight: Tensor, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tensor([-0.0]), gradients[0]
+
+
+class SometimesUsed(torch.nn.Module):
+    """``rare`` takes part only in micro-batches that begin with a 1, and its gradient is -0.0 there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 2)
+        self.rare = torch.nn.Parameter(torch.tensor([-0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return _MinusZero.apply(self.rare, y) if bool(x[0, 0] > 0) else y

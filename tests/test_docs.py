@@ -17,9 +17,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def run(program: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(program), *arguments], cwd=program.parent, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, str(program), *arguments]
+    done = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

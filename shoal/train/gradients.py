@@ -56,7 +56,8 @@ class Gradients:
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad][::-1]  # the order of readiness
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        self._state = [b for b in module.buffers() if b.numel()]
+        self._buffers = {name: b for name, b in module.named_buffers() if b.numel()}
+        self._state = [torch.view_as_real(b) if b.is_complex() else b for b in self._buffers.values()]
         dtype = _flat_dtype(named)
         self.layout = flat_layout(
             [p.numel() for p in self.parameters],
@@ -181,7 +182,10 @@ class Gradients:
         self._leaf_ends += 1
         count = len(self.parameters)
         for index, (buffer, begun) in enumerate(zip(self._state, self._begun_state, strict=True)):
-            change = begun ^ buffer if buffer.dtype == torch.bool else buffer - begun
+            if buffer.dtype == torch.bool:
+                change = begun ^ buffer
+            else:  # an infinity that stays (a mask) has not changed, though inf - inf is not a number
+                change = torch.where(buffer == begun, torch.zeros_like(buffer), buffer - begun)
             self._put(self._state_views[index], change, now, self._means and self._means[1])
             if self._last:
                 self._close(count + index)
@@ -212,6 +216,8 @@ class Gradients:
         with torch.no_grad():
             if now.first:
                 views[now.buffer].zero_()
+            else:
+                views[now.buffer].add_(0.0)  # not nothing: -0.0 + 0.0 is 0.0, wherever the leaves live
             for add in now.then:
                 views[add.into].add_(views[add.other])
             if self._means:
@@ -263,12 +269,21 @@ class Gradients:
             )
         self._open = [0] * len(self._open)
         self._post_ready()
+        self._check_buffers()
         norm = self.exchange.finish()
         figures = self._figures(norm)
         if clip and norm > clip:
             self.exchange.scale(clip / norm)
         self._hang(copy=self.exchange.shared_result and not keep_gradients)
         return figures
+
+    def _check_buffers(self) -> None:
+        for name, buffer in self.module.named_buffers():
+            if self._buffers.get(name, buffer) is not buffer:
+                raise UserError(
+                    f"the forward pass put a new tensor in the place of buffer {name!r}: write into the old one, "
+                    f"{name.rpartition('.')[2]}.copy_(...), so that all workers can share it."
+                )
 
     @torch.no_grad()
     def _hang(self, *, copy: bool) -> None:
@@ -326,5 +341,6 @@ def _flat_dtype(named: Sequence[tuple[str, nn.Parameter]]) -> torch.dtype:
 
 
 def writes_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser may write to p.grad: the ones of torch.optim do not."""
-    return not type(optimizer).__module__.startswith(_TRUSTED)
+    """Whether an optimiser may write to p.grad: those of torch.optim do not, but for some ``foreach`` kernels."""
+    trusted = type(optimizer).__module__.startswith(_TRUSTED)
+    return not trusted or any(group.get("foreach") for group in optimizer.param_groups)

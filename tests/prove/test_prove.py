@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from plain_loop import train as plain
 from planted_faults import STEP, Crash, Doubled, Factory, Forgotten, Skipped, Touched, Twice
-from prove_subjects import RECIPES, data_of
+from prove_subjects import RECIPES, SometimesUsed, data_of, halves
 
 from shoal.cli.main import main
 from shoal.comm.launch import Agent
 from shoal.errors import UserError
 from shoal.prove.api import PRELOAD, prove
 from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import ModelSpec, OptimizerSpec, Recipe
 
 STEPS = 4
 FIRST, LAST = "gradient/layers.0.weight", "gradient/layers.1.bias"
@@ -164,3 +165,18 @@ def test_the_command_exits_1_and_names_what_a_planted_fault_changed(recipe_file,
 def test_what_cannot_be_proved_is_refused_before_anything_runs(given, message):
     with pytest.raises(UserError, match=message):
         prove(RECIPES["mlp"], data=data_of("mlp"), **given)
+
+
+def test_a_parameter_that_a_shard_does_not_use_adds_zero_and_not_nothing(agent):
+    """-0.0 + 0.0 is 0.0: leaving the addition out would keep a -0.0 on some placements only."""
+    recipe = Recipe(
+        model=ModelSpec(kind="custom", task="classification", factory="a:b"),
+        optimizer=OptimizerSpec(name="sgd", lr=0.1),
+        batch=4,
+        shards=4,
+        steps=20,
+        precision="float32",
+    )
+    plans = [Plan(mesh={"data": workers}) for workers in (1, 2, 3, 4)]
+    found = prove(recipe, steps=20, model=SometimesUsed, data=halves(), plans=plans, agent=agent)
+    assert [verdict["differs"] for verdict in found["plans"]] == [None] * 4
