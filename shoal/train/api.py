@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ def train(
     Raises UserError for bad input and RunFailed when a worker raised, died or hung."""
     from shoal.train.loop import Order, run_recipe
 
-    plan = plan or Plan()
+    plan = plan or Plan(mesh={"data": int(os.environ["WORLD_SIZE"]) if _started_by_others() else 1})
     plan.owned(recipe.shards)  # refused before anything is spent
     folder = Run.find(resume).path if resume is not None else run_dir
     order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
@@ -94,9 +94,10 @@ def _train_joined(order: "Order", progress: Callable[[Event], None] | None) -> d
 def _tell_failure(seen: list[Path], error: ShoalError) -> None:
     """The event log of a run that failed says why, with the trace of the first cause."""
     if seen and seen[0].exists():
-        log = Run(seen[0]).open_log()
-        log.write("failed", why=str(error), trace="\n".join(getattr(error, "__notes__", [])))
-        log.close()
+        with suppress(OSError):  # a full disk may be what it failed of
+            log = Run(seen[0]).open_log()
+            log.write("failed", why=str(error), trace="\n".join(getattr(error, "__notes__", [])))
+            log.close()
 
 
 def evaluate(
@@ -150,13 +151,15 @@ def launch(
     Starts ``workers`` processes (default: one a core, at most one a shard), also from a notebook; inside torchrun it
     joins as the worker that this process is. ``shards``, ``micro_batches``, ``seed``, ``clip`` and ``threads`` fix the
     arithmetic, as in a Recipe. Raises what `train` raises; KeyboardInterrupt after an interrupted run has ended."""
-    plan = plan or Plan(mesh={"data": workers or min(usable_cores(), shards)})
+    joins = _started_by_others()
+    if plan is None:
+        found = int(os.environ["WORLD_SIZE"]) if joins else min(usable_cores(), shards)
+        plan = Plan(mesh={"data": workers or found})
     plan.owned(shards)
     settings = {"shards": shards, "micro_batches": micro_batches, "seed": seed, "clip": clip}
-    if _started_by_others():
-        world = int(os.environ["WORLD_SIZE"])
-        with _joined(Plan(mesh={"data": world}) if workers is None else plan, threads) as group:
-            return _as_worker(group, main, arguments, plan if plan.workers == group.world else None, settings)
+    if joins:
+        with _joined(plan, threads) as group:
+            return _as_worker(group, main, arguments, plan, settings)
     with Agent(PRELOAD) as agent, _stop_signals() as on_start:
         return agent.run(
             _as_worker,
@@ -169,11 +172,11 @@ def launch(
 
 
 def _as_worker(
-    group: "Group", main: "Callable[..., Any]", arguments: tuple[Any, ...], plan: Plan | None, settings: dict[str, Any]
+    group: "Group", main: "Callable[..., Any]", arguments: tuple[Any, ...], plan: Plan, settings: dict[str, Any]
 ) -> Any:
     from shoal.train.worker import Worker
 
-    worker = Worker(group, plan or Plan(mesh={"data": group.world}), **settings)
+    worker = Worker(group, plan, **settings)
     try:
         return main(worker, *arguments)
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -132,17 +133,27 @@ class _Loop:
         self.samples = 0
         self.loss = math.nan
         self.figures: dict[str, float] = {}
-        self.write_problem = ""
+        self.write_problem = self.log_problem = ""
         self.checkpoint: str | None = None
 
     def tell(self, event: str, **fields: Any) -> None:
         if self.log is None:
             return
-        self.log.write(event, **fields)
+        try:
+            self.log.write(event, **fields)
+        except OSError as error:
+            self._warn_of_log(error)
         told = {"time": time.time(), "event": event, **fields}
         if self.board:
             self.board.write(told)
         self.worker.group.emit({**told, "run_dir": str(self.run.path)})
+
+    def _warn_of_log(self, error: OSError) -> None:
+        """A full disk costs the log, not the training."""
+        if not self.log_problem:
+            self.log_problem = error.strerror or str(error)
+            line = f"shoal: cannot write {str(self.run.path / 'events.jsonl')!r}: {self.log_problem}; training goes on."
+            print(line, file=sys.stderr, flush=True)
 
     def train(self) -> dict[str, Any]:
         worker, recipe = self.worker, self.recipe
@@ -210,7 +221,8 @@ class _Loop:
             raise UserError(
                 f"the run in {str(self.run.path)!r} has done all of its {self.steps} steps: raise --steps or --epochs."
             )
-        self.best = found.facts.get("best_value", math.inf)
+        best = found.facts.get("best_value")  # None: nothing had been evaluated yet
+        self.best = math.inf if best is None else best
         self.samples = found.facts.get("seen", 0)
         self.tell(
             "resumed",
@@ -308,6 +320,7 @@ class _Loop:
     def _end(self, seconds: float) -> dict[str, Any]:
         worker = self.worker
         worker.group.report(Phase.saving)
+        worker.compare_parameters()
         worker.close()
         self._collect_written()
         if worker.stopping and worker.step < self.steps:
@@ -333,9 +346,18 @@ class _Loop:
             "interrupted": worker.stopping and worker.step < self.steps,
         }
         if self.log:
-            (self.run.path / "result.json").write_text(json.dumps(result, indent=1))
+            self._write_result(result)
             self.tell("ended", step=worker.step, result=result)
             self.log.close()
         if self.board:
             self.board.close()
         return result
+
+    def _write_result(self, result: dict[str, Any]) -> None:
+        file = self.run.path / "result.json"
+        try:
+            file.write_text(json.dumps(result, indent=1))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {str(file)!r}: {error.strerror}: the checkpoints are whole; make room and resume."
+            ) from None

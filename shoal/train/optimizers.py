@@ -13,13 +13,13 @@ _SHORT = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 
 
 def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:
-    """Every optimiser of torch.optim that needs no closure, by its own name."""
+    """Every optimiser of torch.optim that needs no closure and takes dense gradients, by its own name."""
     found = {
         name: cls
         for name, cls in vars(torch.optim).items()
         if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)
     }
-    return {name: cls for name, cls in found.items() if name not in ("Optimizer", "LBFGS")}
+    return {name: cls for name, cls in found.items() if name not in ("Optimizer", "LBFGS", "SparseAdam")}
 
 
 def make_optimizer(spec: OptimizerSpec, model: nn.Module, lr: float) -> torch.optim.Optimizer:

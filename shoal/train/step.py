@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -133,15 +133,7 @@ class Step:
                 f"the gradient is not finite at step {self.number} although the loss is ({figures.loss:.6g}): "
                 f"{self._gradients.first_not_finite()}"
             )
-        sums = figures.checksums
-        if len(set(sums)) > 1:
-            usual = max(set(sums), key=sums.count)
-            odd = [rank for rank, value in enumerate(sums) if value != usual]
-            raise RunFailed(
-                f"the workers' parameters differ before step {self.number}: rank {', '.join(map(str, odd))} "
-                f"disagree{'s' if len(odd) == 1 else ''} with the others "
-                f"(checksums {', '.join(f'{s:.0f}' for s in sums)})"
-            )
+        compare(figures.checksums, f"before step {self.number}")
 
     def _lap(self, part: str) -> None:
         now = time.perf_counter()
@@ -152,6 +144,18 @@ class Step:
 def passes_of(ledger: Ledger, step: int) -> tuple[int, ...]:
     """How many backward passes each shard has at a step."""
     return tuple(len(ledger.shard(step, shard)) for shard in range(ledger.shards))
+
+
+def compare(checksums: Sequence[float], when: str) -> None:
+    """Raises RunFailed naming the ranks whose parameters are not those of the most."""
+    if len(set(checksums)) > 1:
+        usual = max(checksums, key=checksums.count)
+        odd = [rank for rank, value in enumerate(checksums) if value != usual]
+        raise RunFailed(
+            f"the workers' parameters differ {when}: rank {', '.join(map(str, odd))} "
+            f"disagree{'s' if len(odd) == 1 else ''} with the others "
+            f"(checksums {', '.join(f'{s:.0f}' for s in checksums)})"
+        )
 
 
 @torch.no_grad()

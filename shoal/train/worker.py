@@ -27,7 +27,7 @@ from shoal.train.device import device_for
 from shoal.train.gradients import Gradients, StepFigures
 from shoal.train.snapshot import BackgroundWriter, Written
 from shoal.train.state import load_model, load_optimizer, model_tensors, optimizer_facts, optimizer_tensors
-from shoal.train.step import Place, Step
+from shoal.train.step import Place, Step, compare, parameter_checksum
 from shoal.train.weights import weights_sha256
 
 
@@ -191,6 +191,11 @@ class Worker:
         rows = [json.loads(row) for row in self.group.gather(json.dumps(dict(values)).encode())]
         names = sorted({name for row in rows for name in row})
         return {name: math.fsum(row.get(name, 0.0) for row in rows) for name in names}
+
+    def compare_parameters(self) -> None:
+        """Called by every worker. Raises RunFailed naming the ranks whose parameters are not those of the most."""
+        mine = json.dumps(parameter_checksum(self._trained())).encode()
+        compare([json.loads(row) for row in self.group.gather(mine)], f"after step {self.step}")
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
