@@ -15,17 +15,19 @@ _HOME = {
     "Run": "shoal.run.run",
     "ShoalError": "shoal.errors",
     "UserError": "shoal.errors",
-    "train": "shoal.train.api",
-    "launch": "shoal.train.api",
+    "RunFailed": "shoal.errors",
     "Worker": "shoal.train.worker",
+    "launch": "shoal.train.api",
     "evaluate": "shoal.train.api",
     "export": "shoal.train.api",
-    "prove": "shoal.prove.api",
 }
-__all__ = list(_HOME)
+_VERBS = ("train", "prove")  # folders that can be called
+__all__ = [*_HOME, *_VERBS]  # noqa: PLE0604  (all names are text)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        return import_module(f"shoal.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'shoal' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

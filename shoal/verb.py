@@ -1,0 +1,19 @@
+"""Folders that can be called: `shoal.train` is both the folder of the training code and what a program calls."""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+
+class Verb(ModuleType):
+    """A package whose call is that of the function of its own name in its ``api`` module, imported when called."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        function = getattr(import_module(f"{self.__name__}.api"), self.__name__.rpartition(".")[2])
+        return function(*arguments, **options)
+
+
+def make_verb(package: str) -> None:
+    """Called by the package's own ``__init__``, with its name."""
+    sys.modules[package].__class__ = Verb
