@@ -135,7 +135,7 @@ class Crew:
         if said.kind == "user_error":
             self.fail(said.value, user_error=True)
         elif said.kind == "shoal_error":
-            self.fail(f"{self.position(said.rank)}: {said.value}")
+            self.fail(f"{where}: {said.value}", trace=said.trace)
         elif said.kind == "failed":
             self.fail(f"{where}: {said.value}", trace=said.trace)
         if said.kind in ("result", "user_error", "shoal_error", "failed", "lost"):

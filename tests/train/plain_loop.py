@@ -98,7 +98,8 @@ def plain_training(
                 targets += count
                 loss_sum = float(loss.detach()) + (loss_sum or 0.0)
                 one = torch.autograd.grad(loss, parameters, materialize_grads=True)
-                gradients = list(one) if gradients is None else add_all(gradients, list(one))
+                one = [gradient.contiguous() for gradient in one]  # as backward() would leave them
+                gradients = one if gradients is None else add_all(gradients, one)
             leaf_gradients.append(gradients)
             leaf_losses.append(loss_sum)
             changes = [(buffer - old).float() for buffer, old in zip(buffers, begun, strict=True)]
