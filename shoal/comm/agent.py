@@ -134,11 +134,9 @@ class Crew:
         where = f"{self.position(said.rank)} failed at {self.board.read(said.rank)}"
         if said.kind == "user_error":
             self.fail(said.value, user_error=True)
-        elif said.kind == "shoal_error":
-            self.fail(f"{where}: {said.value}", trace=said.trace)
         elif said.kind == "failed":
             self.fail(f"{where}: {said.value}", trace=said.trace)
-        if said.kind in ("result", "user_error", "shoal_error", "failed", "lost"):
+        if said.kind in ("result", "user_error", "failed", "lost"):
             self.finished.add(said.rank)
 
     def on_exit(self, rank: int) -> None:
@@ -217,7 +215,7 @@ def _work(
     except UserError as error:
         say("user_error", str(error))
     except ShoalError as error:
-        say("shoal_error", str(error), traceback.format_exc())
+        say("failed", str(error), traceback.format_exc())
     except SystemExit as leaving:
         say("failed", f"the program called exit({leaving.code})", traceback.format_exc())
     except BaseException as error:
