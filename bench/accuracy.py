@@ -1,7 +1,7 @@
 """Time to accuracy on real data: a CNN on MNIST, a GPT on tiny Shakespeare, with this machine's cores.
 
-    python bench/accuracy.py mnist DIR            at least 99% of the test set in at most 3 epochs
-    python bench/accuracy.py shakespeare FILE     character-level validation loss of at most 1.60 within 10 minutes
+python bench/accuracy.py mnist DIR            at least 99% of the test set in at most 3 epochs
+python bench/accuracy.py shakespeare FILE     character-level validation loss of at most 1.60 within 10 minutes
 """
 
 import argparse

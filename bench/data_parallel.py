@@ -27,6 +27,7 @@ from shoal.comm.launch import Agent
 from shoal.models.registry import build, task_for
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import ModelSpec
+from shoal.train.api import PRELOAD
 from shoal.train.precision import autocast
 from shoal.train.worker import Worker
 
@@ -157,7 +158,7 @@ def main() -> None:
         "arms": {},
     }
     print({key: out[key] for key in out if key != "arms"})
-    with Agent() as agent:
+    with Agent(PRELOAD) as agent:
         for workers in args.workers:
             ranks = agent.run(measure, (args.model, args.precision, args.rounds, free_port()), workers=workers)
             control = "plain" if workers == 1 else "ddp"

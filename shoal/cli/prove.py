@@ -11,7 +11,7 @@ from shoal.cli.recipe_arguments import add_recipe_arguments, choose, whole_numbe
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 
-HELP = "run a recipe on several worker counts, compare with a plain loop, name the first tensor that differs"
+HELP = "run a recipe under many plans, compare to the bit, name the first tensor that differs"
 STEPS = 20  # where --steps is not given: enough for a wrong sum to spread to every parameter
 DEFAULT = (1, 2, 4)
 PLANS = {"standard": (1, 2, 3, 4, 5, 8)}  # even, uneven and one shard each, as far as the recipe's shards go

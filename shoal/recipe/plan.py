@@ -16,10 +16,12 @@ class Plan:
     placement: tuple[int, ...] = ()  # shards of each worker, in order; () spreads them evenly
     sync: Literal["exact", "fast"] = "exact"  # fast: sums in an order that depends on the number of workers
     bucket_bytes: int = 4 << 20  # gradients are reduced in pieces of this size, while backward still runs
-    prefetch: int = 2  # batches made ahead by each worker's loaders; 0 loads in line
+    prefetch: int = 2  # steps whose batches each worker's loaders make ahead; 0 loads in line
     loaders: int = 1  # background loading threads of each worker
     device: str = "auto"  # auto, cpu or cuda
-    hang_after_s: float = 120.0  # a worker without progress for so long (or 20 of its own steps) is called hung
+    hang_after_s: float = (
+        120.0  # a worker without progress for so long is called hung; five times as long in its first step
+    )
 
     def __post_init__(self) -> None:
         if set(self.mesh) != {"data"}:

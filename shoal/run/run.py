@@ -1,6 +1,7 @@
 """The Run: a directory with recipe, plan, event log, checkpoints and report. Verbs pass nothing else on."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,9 +78,19 @@ class Run:
         return run
 
     def write_inputs(self, recipe: Recipe, plan: Plan, origins: Mapping[str, str]) -> None:
-        (self.path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-        (self.path / "plan.toml").write_text(plan.to_toml(), encoding="utf-8")
-        (self.path / "origins.json").write_text(json.dumps(dict(origins), indent=1), encoding="utf-8")
+        """Each file is replaced whole: a full disk leaves the old one as it was. Raises UserError."""
+        texts = {
+            "recipe.toml": recipe.to_toml(),
+            "plan.toml": plan.to_toml(),
+            "origins.json": json.dumps(dict(origins), indent=1),
+        }
+        try:
+            for name, text in texts.items():
+                fresh = self.path / f".{name}.new"
+                fresh.write_text(text, encoding="utf-8")
+                os.replace(fresh, self.path / name)
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {str(self.path)!r}: {error.strerror}.") from None
 
     @staticmethod
     def find(target: str | Path) -> "Run":

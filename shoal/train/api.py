@@ -65,7 +65,7 @@ def train(
 
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:
-            with _stop_signals() as on_start:
+            with _stop_signals() as stop:
                 results = crew.run(
                     run_recipe,
                     (order,),
@@ -73,7 +73,7 @@ def train(
                     threads=recipe.threads,
                     hang_after_s=plan.hang_after_s,
                     listen=listen,
-                    on_start=on_start,
+                    on_start=stop.reach,
                 )
         except ShoalError as error:
             _tell_failure(seen, error)
@@ -85,10 +85,20 @@ def train(
 def _train_joined(order: "Order", progress: Callable[[Event], None] | None) -> dict[str, Any]:
     from shoal.train.loop import run_recipe
 
-    with _joined(order.plan, order.recipe.threads) as group:
+    seen: list[Path] = []
+
+    def listen(event: Any) -> None:
+        seen[:] = [Path(event["run_dir"])]
         if progress:
-            group.listen(progress)
-        return run_recipe(group, order)
+            progress(event)
+
+    with _joined(order.plan, order.recipe.threads) as group:
+        group.listen(listen)
+        try:
+            return run_recipe(group, order)
+        except ShoalError as error:
+            _tell_failure(seen, error)
+            raise
 
 
 def _tell_failure(seen: list[Path], error: ShoalError) -> None:
@@ -160,15 +170,18 @@ def launch(
     if joins:
         with _joined(plan, threads) as group:
             return _as_worker(group, main, arguments, plan, settings)
-    with Agent(PRELOAD) as agent, _stop_signals() as on_start:
-        return agent.run(
+    with Agent(PRELOAD) as agent, _stop_signals() as stop:
+        result = agent.run(
             _as_worker,
             (main, arguments, plan, settings),
             workers=plan.workers,
             threads=threads,
             hang_after_s=plan.hang_after_s,
-            on_start=on_start,
+            on_start=stop.reach,
         )[0]
+    if stop.asked:
+        raise KeyboardInterrupt  # the loop ended early, and saved what it saves: the program must not go on
+    return result
 
 
 def _as_worker(
@@ -178,7 +191,10 @@ def _as_worker(
 
     worker = Worker(group, plan, **settings)
     try:
-        return main(worker, *arguments)
+        result = main(worker, *arguments)
+        if worker.step:
+            worker.compare_parameters()
+        return result
     finally:
         worker.close()
 
@@ -206,21 +222,31 @@ def _joined(plan: Plan, threads: int) -> "Iterator[DistributedGroup]":
         group.close()
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """The first Ctrl-C or SIGTERM asks the workers to stop after their step, the second one interrupts for good."""
-    ask: list[Callable[[], None]] = []
-    asked: list[int] = []
+class _Stop:
+    """The first signal asks the workers to stop after their step, the second one interrupts for good."""
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if asked or not ask:
+    def __init__(self) -> None:
+        self.asked = False
+        self._ask: Callable[[], None] | None = None
+
+    def reach(self, ask: Callable[[], None]) -> None:
+        """From now on there are workers, and ``ask`` asks them."""
+        self._ask = ask
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or self._ask is None:
             raise KeyboardInterrupt
-        asked.append(number)
+        self.asked = True
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-        ask[0]()
+        self._ask()
 
-    with _handled(on_signal):
-        yield ask.append
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Ctrl-C and SIGTERM go to the workers, in an orderly way."""
+    stop = _Stop()
+    with _handled(stop.on_signal):
+        yield stop
 
 
 @contextmanager

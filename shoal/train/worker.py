@@ -142,7 +142,7 @@ class Worker:
         self._fingerprint = source.fingerprint
         self._check_resumed()
         last = steps or epochs * ledger.steps_per_epoch
-        ahead, threads = self.plan.prefetch, self.plan.loaders
+        ahead, threads = self.plan.prefetch * len(self.shards) * self.micro_batches, self.plan.loaders
         with Prefetcher(source, self._work(ledger, self.step, last), ahead, threads) as batches:
             while self.step < last and not self.stopping:
                 step = Step(self, gradients, optimizer, ledger, self.step, batches, self._committed)
