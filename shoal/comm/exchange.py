@@ -132,6 +132,7 @@ class HeapExchange:
         self._adds: list[Add] = []
         self._posted = self._reduced = 0
         self._heard = [0] * group.world
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
 
     def begin(self, passes: tuple[int, ...]) -> None:
         counts = self._placement.partials(passes)
@@ -176,14 +177,25 @@ class HeapExchange:
         """Finish the own slice, block by block while it is in the cache."""
         denominators = self._denominators(self.all_facts)
         owned = bucket.owned(self._group.rank)
-        for start in range(owned.start, owned.stop, BLOCK):
-            blocks = [operand[start : start + BLOCK] for operand in self._operands]
+        squares: list[torch.Tensor] = []
+        columns = [self._blocks(operand, owned) for operand in self._operands]
+        for start, blocks in zip(range(owned.start, owned.stop, BLOCK), zip(*columns, strict=True), strict=True):
             for add in self._adds:
                 blocks[add.into].add_(blocks[add.other])
             if not self.alone:
                 divide(blocks[0], start, self.layout, denominators)
             if start < self.layout.state_start:
-                self._squares[start // BLOCK] = torch.dot(blocks[0], blocks[0])
+                squares.append(torch.dot(blocks[0], blocks[0]))
+        if squares:
+            first = owned.start // BLOCK
+            self._squares[first : first + len(squares)] = torch.stack(squares)
+
+    def _blocks(self, buffer: torch.Tensor, owned: range) -> tuple[torch.Tensor, ...]:
+        """The blocks of a slice of a buffer; the views are made once."""
+        key = (buffer.data_ptr(), owned.start)
+        if key not in self._views:
+            self._views[key] = torch.split(buffer[owned.start : owned.stop], BLOCK)
+        return self._views[key]
 
     def finish(self) -> float:
         self._advance(wait=True)
