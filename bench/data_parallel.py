@@ -2,7 +2,8 @@
 
     python bench/data_parallel.py [--model gpt|cnn] [--rounds 8] [--precision float32|bfloat16]
 
-One worker: Shoal against a plain hand-written loop. Two workers: Shoal exact (2, 4 and 8 shards) and fast against
+One worker: Shoal against a plain hand-written loop, as a script of its own (the control) and inside of Shoal's worker
+process, where it has the worker's allocator settings. Two workers: Shoal exact (2, 4 and 8 shards) and fast against
 DistributedDataParallel over gloo, on the same model and global batch. Every round runs a few steps of each arm, in an
 order that rotates; a ratio is the median over rounds of this round's Shoal time over this round's control time.
 """
@@ -13,6 +14,8 @@ import os
 import platform
 import socket
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,10 +104,43 @@ def plain_arm(group, model: str, precision: str, *, ddp: bool) -> Iterator[None]
         yield
 
 
+class OwnProcess:
+    """The plain loop as anybody would run it: a Python process of its own, told when to step."""
+
+    def __init__(self, model: str, precision: str) -> None:
+        command = [sys.executable, __file__, "--serve-plain", "--model", model, "--precision", precision]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __next__(self) -> float:
+        """One step; its CPU seconds."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def serve_plain(model: str, precision: str) -> None:
+    torch.set_num_threads(1)
+
+    class Alone:
+        rank, world = 0, 1
+
+    arm = plain_arm(Alone(), model, precision, ddp=False)
+    for _ in sys.stdin:
+        used = time.process_time()
+        next(arm)
+        print(time.process_time() - used, flush=True)
+
+
 def measure(group, model: str, precision: str, rounds: int, port: int) -> dict:
     arms: dict[str, Callable[[], Iterator[None]]] = {}
     if group.world == 1:
-        arms["plain"] = lambda: plain_arm(group, model, precision, ddp=False)
+        arms["plain script"] = lambda: OwnProcess(model, precision)
+        arms["plain inside"] = lambda: plain_arm(group, model, precision, ddp=False)
         arms["shoal 1 shard"] = lambda: shoal_arm(group, model, precision, 1, "exact")
     else:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -124,11 +160,12 @@ def measure(group, model: str, precision: str, rounds: int, port: int) -> dict:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             group.gather(b"")
             begun, used = time.perf_counter(), time.process_time()
-            for _ in range(STEPS):
-                next(running[name])
+            elsewhere = sum(next(running[name]) or 0.0 for _ in range(STEPS))
             group.gather(b"")
             wall[name].append((time.perf_counter() - begun) / STEPS)
-            cpu[name].append((time.process_time() - used) / STEPS)
+            cpu[name].append((time.process_time() - used + elsewhere) / STEPS)
+    for arm in running.values():
+        arm.close()
     if group.world > 1:
         dist.destroy_process_group()
     return {"wall": wall, "cpu": cpu}
@@ -146,7 +183,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--serve-plain", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve_plain:
+        serve_plain(args.model, args.precision)
+        return
     out: dict = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
@@ -161,7 +202,7 @@ def main() -> None:
     with Agent(PRELOAD) as agent:
         for workers in args.workers:
             ranks = agent.run(measure, (args.model, args.precision, args.rounds, free_port()), workers=workers)
-            control = "plain" if workers == 1 else "ddp"
+            control = "plain script" if workers == 1 else "ddp"
             walls = {n: [max(r["wall"][n][i] for r in ranks) for i in range(args.rounds)] for n in ranks[0]["wall"]}
             cpus = {n: [sum(r["cpu"][n][i] for r in ranks) for i in range(args.rounds)] for n in ranks[0]["cpu"]}
             for name in walls:
