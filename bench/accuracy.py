@@ -56,7 +56,7 @@ def main() -> None:
             "machine": f"{platform.machine()}, {usable_cores()} cores",
             "torch": torch.__version__,
             "load_average": load,
-            "recipe": run.recipe.to_toml(),
+            "recipe": run.recipe.to_toml().replace(str(args.data), args.data.name),
             "seconds_whole_run": seconds,
             "seconds_training": result["seconds"],
             "steps": result["steps"],
