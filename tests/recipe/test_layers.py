@@ -66,7 +66,7 @@ def test_a_length_in_a_higher_layer_unsets_the_other_length_below(file):
 def test_another_kind_takes_away_the_options_of_the_old_one():
     recipe, _ = assemble(None, "gpt-stdlib", {"model.kind": "mlp", "model.hidden": 8, "optimizer.name": "sgd"})
     assert recipe.model.options == {"hidden": 8}
-    assert recipe.optimizer.lr == 1e-3
+    assert recipe.optimizer.lr == presets.load("gpt-stdlib")["optimizer"]["lr"]
     kept, _ = assemble(None, "gpt-stdlib", {"model.kind": "gpt", "model.hidden": 8})
     assert set(kept.model.options) > {"hidden", "layers"}
 
