@@ -81,10 +81,10 @@ def shoal_arm(group, model: str, precision: str, shards: int, sync: str) -> Iter
     called = worker.model(net)
     worker.optimizer(optimizer_of(net))
     for step in worker.steps(Synthetic(model), batch=SPECS[model][1], steps=10**6):
-        for batch in step:
-            with autocast(precision, worker.device):
+        with autocast(precision, worker.device):
+            for batch in step:
                 loss, count = task.loss(called, batch)
-            step.backward(loss, count)
+                step.backward(loss, count)
         step.commit()
         yield
 

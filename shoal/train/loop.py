@@ -166,10 +166,10 @@ class _Loop:
             rate = learning_rate(recipe, step.number, self.steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
-            for batch in step:
-                with autocast(recipe.precision, worker.device):
+            with autocast(recipe.precision, worker.device):  # around all: each weight is cast once a step
+                for batch in step:
                     total, count = self.task.loss(self.model, batch)
-                step.backward(total, count)
+                    step.backward(total, count)
             step.commit()
             if self.order.observe:
                 self.order.observe(worker, step)

@@ -109,7 +109,8 @@ class Step:
         self._report(Phase.backward, shard=shard)
         self._place = None
         ends = micro == self._passes[shard] - 1
-        self._gradients.backward(shard, loss, value, float(count), leaf_ends=ends, waited_s=self.parts["data"])
+        with torch.autocast(self._crew.device.type, enabled=False):  # the caller's, if any, is for forward passes
+            self._gradients.backward(shard, loss, value, float(count), leaf_ends=ends, waited_s=self.parts["data"])
         self._lap("backward")
 
     def commit(self) -> StepFigures:
