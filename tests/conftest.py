@@ -7,6 +7,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The gate gives the same verdict on the same change; the search for new examples goes on wherever people run the tests.
+settings.register_profile("gate", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("gate")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "SHOAL_CACHE" not in os.environ:  # tests leave nothing in the home folder; processes that they start inherit it

@@ -24,6 +24,8 @@ class Shares:
 def shares(total: int, validation: float, test: float) -> Shares:
     """A share above 0 gets at least one sample. Raises UserError when nothing is left to train on."""
     held = [max(1, round(total * share)) if share else 0 for share in (validation, test)]
+    if total - sum(held) < 1:  # of a few samples, rounding up may have taken the last one
+        held = [max(1, int(total * share)) if share else 0 for share in (validation, test)]
     if total - sum(held) < 1:
         raise UserError(
             f"data: {total} samples are too few to hold out {validation:g} for validation and {test:g} for test: "

@@ -39,7 +39,7 @@ def running_mean(series: Series, window: int | None = None, most: int = MOST_POI
     for i in places:
         reach = max(min(half, i, count - 1 - i), half // 4)
         inside = [y for y in series.y[max(0, i - reach) : i + reach + 1] if math.isfinite(y)]
-        means.append(math.fsum(inside) / len(inside) if inside else math.nan)
+        means.append(math.fsum(y / len(inside) for y in inside) if inside else math.nan)
     return Series(tuple(series.x[i] for i in places), tuple(means))
 
 
