@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.cluster.detect import usable_cores
+from shoal.cluster.detect import launched_workers, usable_cores
 from shoal.errors import UserError, unknown_name
 from shoal.recipe import presets
 from shoal.recipe.layers import Layer, Origins, assemble, assemble_plan, owner, parse_setting, saved_layer
@@ -80,16 +80,6 @@ def choose(args: Namespace, environment: Mapping[str, str] = os.environ) -> Chos
         saved=_decided(resumed) if resumed else None,
     )
     return Chosen(recipe, plan, origins | plan_origins)
-
-
-def launched_workers(environment: Mapping[str, str]) -> int | None:
-    """How many workers torchrun started, this one among them; None when it did not."""
-    if not all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
-        return None
-    try:
-        return int(environment["WORLD_SIZE"])
-    except ValueError:
-        raise UserError(f"WORLD_SIZE={environment['WORLD_SIZE']!r} in the environment is not a number.") from None
 
 
 def speaks(environment: Mapping[str, str] = os.environ) -> bool:

@@ -1,11 +1,13 @@
-"""What this machine lets this process use: affinity, control-group quotas and memory limits, accelerators."""
+"""What this machine lets this process use, affinity, quotas, memory and accelerators; and who started the process."""
 
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from shoal.cluster.cluster import Device, Host
+from shoal.errors import UserError
 
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED_BYTES = 1 << 60  # control groups of the first version say "no limit" with a number near 2**63
@@ -16,6 +18,18 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cores_of_quota(cgroup)
     return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def launched_workers(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many workers torchrun (or who sets its variables) started, this one among them; None when it did not.
+
+    Raises UserError when the number is none."""
+    if not all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return None
+    try:
+        return int(environment["WORLD_SIZE"])
+    except ValueError:
+        raise UserError(f"WORLD_SIZE={environment['WORLD_SIZE']!r} in the environment is not a number.") from None
 
 
 def _cores_of_quota(cgroup: Path) -> float | None:

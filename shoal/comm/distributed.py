@@ -22,12 +22,6 @@ from shoal.errors import RunFailed
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 PRESENCE_S = 1.0  # how often a worker writes down where it is
-SILENT_S = 5.0  # a worker that has not done so for this long is named first when something breaks
-
-
-def started_by_others() -> bool:
-    """The standard variables of torchrun are set."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 class DistributedGroup:

@@ -1,6 +1,5 @@
-"""What a program calls: train, launch, join, evaluate, export. The command line calls the same."""
+"""What a program calls: train, launch, evaluate, export. The command line calls the same."""
 
-import os
 import signal
 import sys
 import threading
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from shoal.cluster.detect import usable_cores
+from shoal.cluster.detect import launched_workers, usable_cores
 from shoal.comm.launch import Agent
 from shoal.errors import ShoalError, UserError
 from shoal.recipe.plan import Plan
@@ -50,11 +49,12 @@ def train(
     Raises UserError for bad input and RunFailed when a worker raised, died or hung."""
     from shoal.train.loop import Order, run_recipe
 
-    plan = plan or Plan(mesh={"data": int(os.environ["WORLD_SIZE"]) if _started_by_others() else 1})
+    joins = launched_workers()
+    plan = plan or Plan(mesh={"data": joins or 1})
     plan.owned(recipe.shards)  # refused before anything is spent
     folder = Run.find(resume).path if resume is not None else run_dir
     order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
-    if _started_by_others():
+    if joins is not None:
         return _train_joined(order, progress)
     seen: list[Path] = []
 
@@ -161,13 +161,11 @@ def launch(
     Starts ``workers`` processes (default: one a core, at most one a shard), also from a notebook; inside torchrun it
     joins as the worker that this process is. ``shards``, ``micro_batches``, ``seed``, ``clip`` and ``threads`` fix the
     arithmetic, as in a Recipe. Raises what `train` raises; KeyboardInterrupt after an interrupted run has ended."""
-    joins = _started_by_others()
-    if plan is None:
-        found = int(os.environ["WORLD_SIZE"]) if joins else min(usable_cores(), shards)
-        plan = Plan(mesh={"data": workers or found})
+    joins = launched_workers()
+    plan = plan or Plan(mesh={"data": workers or joins or min(usable_cores(), shards)})
     plan.owned(shards)
     settings = {"shards": shards, "micro_batches": micro_batches, "seed": seed, "clip": clip}
-    if joins:
+    if joins is not None:
         with _joined(plan, threads) as group:
             return _as_worker(group, main, arguments, plan, settings)
     with Agent(PRELOAD) as agent, _stop_signals() as stop:
@@ -199,10 +197,6 @@ def _as_worker(
         worker.close()
 
 
-def _started_by_others() -> bool:
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-
-
 @contextmanager
 def _joined(plan: Plan, threads: int) -> "Iterator[DistributedGroup]":
     """Membership in the group that torchrun started; SIGTERM and Ctrl-C stop after the step in flight."""
@@ -210,7 +204,7 @@ def _joined(plan: Plan, threads: int) -> "Iterator[DistributedGroup]":
 
     from shoal.comm.distributed import DistributedGroup
 
-    world = int(os.environ["WORLD_SIZE"])
+    world = launched_workers()
     if plan.workers != world:
         raise UserError(f"the plan has {plan.workers} workers, but WORLD_SIZE says {world}: leave the number out.")
     torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,9 +11,6 @@ from shoal.comm.exchange import Exchange, Placement
 from shoal.comm.layout import Layout, flat_layout
 from shoal.comm.tree import Accumulate, Accumulation, tree_sum
 from shoal.errors import UserError
-
-if TYPE_CHECKING:
-    from shoal.comm.status import Reporter
 
 _STOP, _CHECKSUM, _WAITED, _FIRED = 0, 1, 2, 3  # places in a row of facts; per-leaf sums and counts follow
 _TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is
@@ -47,12 +43,10 @@ class Gradients:
         leaves: int,
         bucket_bytes: int,
         make_exchange: ExchangeFactory,
-        report: "Reporter",
     ) -> None:
         self.module = module
         self._placement = placement
         self._leaves = leaves
-        self._report = report
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad][::-1]  # the order of readiness
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -68,10 +62,8 @@ class Gradients:
         facts = _FIRED + len(named) + 2 * leaves
         self.exchange = make_exchange(self.layout, facts, self._denominators, dtype)
         self._buckets_of = [self.layout.buckets_of(slot) for slot in range(len(self.layout.slots))]
-        self._hooks = [
+        for index, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))  # type: ignore[no-untyped-call]
-            for index, parameter in enumerate(self.parameters)
-        ]
         self._views: list[list[torch.Tensor]] = []
         self._state_views: list[list[torch.Tensor]] = []
         self._viewed: list[int] = []
@@ -87,10 +79,6 @@ class Gradients:
         self._done = self._leaf_ends = self._posted = 0
         self._leaf = -1
         self._begun_state: list[torch.Tensor] = []
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -209,19 +197,14 @@ class Gradients:
             self._post_ready()
 
     def _absent(self, index: int) -> None:
-        """A parameter that this pass did not use: its gradient is zero."""
-        now = self._now
-        assert now is not None
+        """A parameter that this pass did not use: its gradient is zero, which is added like any other.
+
+        Leaving the addition out would keep a -0.0 where another placement has -0.0 + 0.0 = 0.0."""
         views = self._views[index]
+        assert self._now is not None
         with torch.no_grad():
-            if now.first:
-                views[now.buffer].zero_()
-            else:
-                views[now.buffer].add_(0.0)  # not nothing: -0.0 + 0.0 is 0.0, wherever the leaves live
-            for add in now.then:
-                views[add.into].add_(views[add.other])
-            if self._means:
-                views[0].div_(self._means[0])
+            zero = views[0].new_zeros(()).expand_as(views[0])
+            self._put(views, zero, self._now, self._means and self._means[0])
         if self._last:
             self._close(index)
 

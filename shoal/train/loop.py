@@ -323,7 +323,8 @@ class _Loop:
         worker.compare_parameters()
         worker.close()
         self._collect_written()
-        if worker.stopping and worker.step < self.steps:
+        interrupted = worker.stopping and worker.step < self.steps
+        if interrupted:
             self.tell("interrupted", step=worker.step, why="asked to stop")
         elif self.recipe.report.sample and worker.rank == 0:
             text = sample_text(worker._trained(), self.splits.train.facts, self.recipe)
@@ -343,7 +344,7 @@ class _Loop:
             "run_dir": str(self.run.path),
             "figures": self.figures,
             "checkpoint": self.checkpoint,
-            "interrupted": worker.stopping and worker.step < self.steps,
+            "interrupted": interrupted,
         }
         if self.log:
             self._write_result(result)

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from shoal.errors import UserError
 
-Plain = bool | int | float | str | None
-
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer by name; tied ones under each of their names."""

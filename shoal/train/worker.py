@@ -86,7 +86,6 @@ class Worker:
             self._shard_count,
             self.plan.bucket_bytes,
             lambda *a: make_exchange(self.group, placement, most, self.device, *a),
-            self.group.report,
         )
         called: Any = torch.compile(module) if compile else module
         return cast(nn.Module, called)

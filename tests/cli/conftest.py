@@ -17,7 +17,7 @@ Function = Callable[..., Any]
 def _apart(monkeypatch, tmp_path):
     """Every command runs in an empty folder, and not under a launcher."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -214,7 +214,7 @@ def test_workers_that_were_asked_for_are_kept_when_a_run_is_resumed(calls, shoal
 
 
 def test_under_torchrun_each_process_joins_and_only_the_first_one_speaks(calls, shoal, monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert shoal("train", "--json") == (0, "", "")
     assert calls[0]["origins"]["mesh.data"] == "torchrun"

@@ -23,7 +23,7 @@ FIRST, LAST = "gradient/layers.0.weight", "gradient/layers.1.bias"
 @pytest.fixture(autouse=True)
 def _apart(monkeypatch, tmp_path):
     """An empty working directory and an empty temporary one, and no launcher around us."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
