@@ -27,6 +27,13 @@ RECIPE_FLAGS = {  # flag -> (dotted key, type, help)
     "--precision": ("precision", str, "auto, float32 or bfloat16"),
     "--lr": ("optimizer.lr", float, "learning rate"),
 }
+SYNC_FLAGS = {  # flag -> (dotted key of the plan, type, help)
+    "--sync": ("sync", str, "exact, fast, parameter-server or local: how workers agree on the weights"),
+    "--servers": ("servers", int, "parameter-server: processes that hold the parameters"),
+    "--staleness": ("staleness", int, "parameter-server: steps ahead of the slowest worker; 0 exact, -1 any"),
+    "--average-every": ("average_every", int, "local: steps between two averages of the weights"),
+    "--compression": ("compression", str, "of gradients, lossy: none, fp16, bf16, int8, topk, 1bit or powersgd"),
+}
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "NAME"}
 
 
@@ -53,7 +60,9 @@ def add_plan_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="PLAN.toml", help="where the work runs, from a file")
     parser.add_argument("--mesh", metavar="data=N", help="workers along each axis of the mesh")
     parser.add_argument("--placement", metavar="5,3", help="shards of each worker")
-    parser.add_argument("--fast", action="store_true", help="reduce in any order: within tolerance, not to the bit")
+    parser.add_argument("--fast", action="store_true", help="short for --sync fast: within tolerance, not to the bit")
+    for flag, (_, kind, help) in SYNC_FLAGS.items():
+        parser.add_argument(flag, type=kind, metavar=METAVARS[kind], help=help)
     parser.add_argument("--device", metavar="D", help="auto, cpu or cuda")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
 
@@ -126,7 +135,10 @@ def _named(args: Namespace) -> list[tuple[str, str, Any]]:
             ("--fast", "sync", "fast" if args.fast else None),
             ("--device", "device", args.device),
             ("--tensorboard", "report.tensorboard", True if args.tensorboard else None),
+            *((f, key, getattr(args, f[2:].replace("-", "_"))) for f, (key, _, _) in SYNC_FLAGS.items()),
         ]
+        if args.fast and args.sync is not None:
+            raise UserError("give --fast or --sync, not both: --fast means --sync fast.")
         if args.workers is not None and args.mesh is not None:
             raise UserError("give --workers or --mesh, not both: --workers N means --mesh data=N.")
     return [(flag, key, value) for flag, key, value in given if value is not None]

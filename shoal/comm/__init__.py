@@ -1,0 +1,18 @@
+"""Everything that moves between workers. Names are imported when they are first used: torch comes with most of them."""
+
+from importlib import import_module
+from typing import Any
+
+_HOME: dict[str, str] = {  # public name -> the module that holds it
+}
+__all__ = [*_HOME]  # noqa: PLE0604  (all names are text)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shoal.comm' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,7 +14,12 @@ class Plan:
     mesh: Mapping[str, int] = field(default_factory=lambda: {"data": 1})  # axis -> workers along it
     rules: Mapping[str, str] = field(default_factory=lambda: {"batch": "data"})  # named dimension -> mesh axis
     placement: tuple[int, ...] = ()  # shards of each worker, in order; () spreads them evenly
-    sync: Literal["exact", "fast"] = "exact"  # fast: sums in an order that depends on the number of workers
+    sync: Literal["exact", "fast", "parameter-server", "local"] = "exact"
+    # fast: sums in an order that depends on the number of workers; local: workers average their weights now and then
+    servers: int = 1  # parameter-server: processes that hold the parameters, split by bytes
+    staleness: int = 0  # parameter-server: steps a worker may be ahead of the slowest; 0 exact, -1 asynchronous
+    average_every: int = 8  # local: steps between two averages of the weights
+    compression: Literal["none", "fp16", "bf16", "int8", "topk", "1bit", "powersgd"] = "none"  # lossy: of gradients
     bucket_bytes: int = 4 << 20  # gradients are reduced in pieces of this size, while backward still runs
     prefetch: int = 2  # steps whose batches each worker's loaders make ahead; 0 loads in line
     loaders: int = 1  # background loading threads of each worker
@@ -30,6 +35,14 @@ class Plan:
             raise UserError(f"plan: mesh axis 'data' must have at least 1 worker, got {self.workers}.")
         if self.rules != {"batch": "data"}:
             raise UserError("plan: the only rule known here is batch = 'data'.")
+        if self.servers < 1:
+            raise UserError(f"plan: servers must be at least 1, got {self.servers}.")
+        if self.staleness < -1:
+            raise UserError(
+                f"plan: staleness {self.staleness} is none: 0 is exact, s lets workers run s steps ahead, -1 any."
+            )
+        if self.average_every < 1:
+            raise UserError(f"plan: average_every must be at least 1 step, got {self.average_every}.")
         if self.placement and (len(self.placement) != self.workers or min(self.placement) < 1):
             raise UserError(
                 f"plan: placement {list(self.placement)} must give each of the {self.workers} workers "
