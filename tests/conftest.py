@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "SHOAL_CACHE" not in os.environ:  # tests leave nothing in the home folder; processes that they start inherit it
     os.environ["SHOAL_CACHE"] = tempfile.mkdtemp(prefix="shoal-test-cache-")
     atexit.register(shutil.rmtree, os.environ["SHOAL_CACHE"], ignore_errors=True)
+# Compiled code is named by a hash of its sources, so that it may be shared by all test runs.
+os.environ.setdefault("SHOAL_NATIVE_CACHE", str(Path(__file__).parents[1] / "build" / "native"))
 
 
 @pytest.fixture(scope="session")

@@ -2,22 +2,29 @@
 
 Two libraries: `kernels` (plain C functions on memory, no torch, seconds to compile) and `backend` (a torch extension,
 about a minute). A library's file name holds a hash of its sources, flags, compiler and (for the extension) torch, so
-that a stale one is never loaded. An installation may carry libraries in native/prebuilt; else they are made on first
-use. SHOAL_NATIVE=0 goes without.
+that a stale one is never loaded. A wheel may carry libraries in native/prebuilt, which need no compiler where they are
+used; else they are made on first use. SHOAL_NATIVE=0 goes without. setup.py loads this file alone, before shoal is
+installed: it imports nothing of Shoal.
 """
 
+import atexit
 import ctypes
+import errno
 import fcntl
 import hashlib
 import importlib.util
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,8 +32,10 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 PREBUILT = HERE / "prebuilt"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall")
 # -ffp-contract=off: a fused multiply-add rounds once where torch rounds twice; the bits must not depend on the compiler
+KEPT = 6  # libraries of one name in the cache: other versions and environments share it
+REFUSAL_S = 300.0  # how long what the compiler refused is not tried again: the ranks of a job all come here
 
 
 @dataclass(frozen=True)
@@ -34,15 +43,18 @@ class Library:
     name: str
     sources: tuple[Path, ...]
     flags: tuple[str, ...]  # beside FLAGS
+    paths: tuple[str, ...]  # -I and the like: where things lie on this machine decides nothing
     libraries: tuple[str, ...]  # at the end of the command line
     key: str  # what beside sources and flags decides the result
 
-    def file_name(self, compiler: str) -> str:
+    def file_name(self, compiler: str = "") -> str:
+        """The file's name in the cache; without ``compiler``, among the prebuilt ones, whoever compiled them."""
         digest = hashlib.sha256()
-        for part in (*FLAGS, *self.flags, *self.libraries, self.key, _version(compiler)):
+        for part in (*FLAGS, *self.flags, *self.libraries, self.key, _version(compiler) if compiler else ""):
             digest.update(part.encode() + b"\0")
         folders = sorted({source.parent for source in self.sources} | {HERE / "kernels"})
-        for file in sorted(f for folder in folders for f in folder.iterdir() if f.suffix in (".cpp", ".hpp")):
+        headers = [file for folder in folders for file in folder.glob("*.hpp")]
+        for file in sorted({*self.sources, *headers}):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
         return f"shoal_{self.name}-{digest.hexdigest()[:16]}.so"
 
@@ -52,7 +64,7 @@ def _sources(folder: str) -> tuple[Path, ...]:
 
 
 def kernels_library() -> Library:
-    return Library("kernels", _sources("kernels"), (), (), platform.machine())
+    return Library("kernels", _sources("kernels"), (), (), (), platform.machine())
 
 
 def backend_library() -> Library:
@@ -60,21 +72,24 @@ def backend_library() -> Library:
     import torch
 
     root = Path(torch.__file__).parent
-    include, lib = root / "include", root / "lib"
-    python = sysconfig.get_path("include")
+    include = root / "include"
     return Library(
         "backend",
         _sources("backend"),
         (
-            f"-I{HERE / 'kernels'}",
-            "-isystem", str(include),
-            "-isystem", str(include / "torch" / "csrc" / "api" / "include"),
-            "-isystem", python,
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             "-DTORCH_EXTENSION_NAME=shoal_backend",
             "-DUSE_C10D_GLOO",
         ),
-        (f"-L{lib}", f"-Wl,-rpath,{lib}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"),
+        (
+            f"-I{HERE / 'kernels'}",
+            "-isystem", str(include),
+            "-isystem", str(include / "torch" / "csrc" / "api" / "include"),
+            "-isystem", sysconfig.get_path("include"),
+            f"-L{root / 'lib'}",
+        ),
+        # No run path: torch is imported before, so its libraries are in the process already.
+        ("-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"),
         f"{platform.machine()} torch {torch.__version__} python {sys.version}",
     )  # fmt: skip
 
@@ -91,56 +106,146 @@ def _version(compiler: str) -> str:
 
 
 def cache_folder() -> Path:
+    """$SHOAL_NATIVE_CACHE, or native/ in Shoal's cache."""
     base = os.environ.get("SHOAL_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "shoal"
     )
-    return Path(base) / "native"
+    return Path(os.environ.get("SHOAL_NATIVE_CACHE") or os.path.join(base, "native"))
+
+
+def _temporary_folder() -> Path:
+    """A folder of this user's own among the temporary files, the same one for all processes where that can be."""
+    shared = Path(tempfile.gettempdir()) / f"shoal-native-{os.getuid()}"
+    with suppress(OSError):
+        shared.mkdir(mode=0o700, exist_ok=True)
+        state = shared.lstat()  # somebody else may have made it first: code from there is not loaded
+        if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o077:
+            return shared
+    own = tempfile.mkdtemp(prefix="shoal-native-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return Path(own)
+
+
+def _places() -> Iterator[Path]:
+    yield cache_folder()
+    yield _temporary_folder()
 
 
 class Failed(Exception):
     """A library could not be compiled; ``log`` is what the compiler said."""
 
     def __init__(self, why: str, log: str = "") -> None:
-        super().__init__(why)
-        self.log = log
+        first = next((line.strip() for line in log.splitlines() if "error" in line), "")
+        super().__init__(f"{why}: {first}" if first else why)
+        self.why, self.log = why, log
 
 
 def compiled(library: Library, folder: Path | None = None) -> Path:
     """The library's file, compiled now if need be. Processes that ask at the same time compile once. Raises Failed."""
-    found = compiler()
-    if found is None:
-        raise Failed("there is no C++ compiler (c++, g++ or clang++)")
     if not library.sources:
         raise Failed(f"the sources of {library.name} are missing")
-    name = library.file_name(found)
-    prebuilt = PREBUILT / name
+    prebuilt = PREBUILT / library.file_name()
     if prebuilt.exists():
         return prebuilt
-    place = folder or cache_folder()
-    file = place / name
-    if file.exists():
-        return file
-    try:
+    found = compiler()
+    if found is None:
+        named = os.environ.get("CXX")
+        raise Failed(
+            f"CXX names {named!r}, which is not there" if named else "there is no C++ compiler (c++, g++ or clang++)"
+        )
+    name = library.file_name(found)
+    why = ""
+    for place in [folder] if folder else _places():
+        try:
+            return _in_cache(found, library, place, name)
+        except OSError as error:
+            why = f"{str(place)!r} cannot be written: {error.strerror}"
+    raise Failed(why)
+
+
+def _in_cache(compiler: str, library: Library, place: Path, name: str) -> Path:
+    file, refused = place / name, place / f"{name}.refused"
+    if not file.exists():
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (place / f"{library.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, however the holder ends
             if not file.exists():
-                _compile(found, library, file)
-    except OSError as error:
-        raise Failed(f"{str(place)!r} cannot be written: {error.strerror}") from None
+                _raise_again(library, refused)
+                try:
+                    _compile(compiler, library, file)
+                except Failed as failed:
+                    refused.write_text(f"{failed.why}\n{failed.log}", encoding="utf-8", errors="replace")
+                    raise
+                _prune(place, library)
+    with suppress(OSError):
+        os.utime(file)  # says that it is in use
     return file
 
 
+def _raise_again(library: Library, refused: Path) -> None:
+    with suppress(FileNotFoundError):
+        if time.time() - refused.stat().st_mtime < REFUSAL_S:
+            why, _, log = refused.read_text(encoding="utf-8").partition("\n")
+            raise Failed(why, log)
+        refused.unlink()
+
+
+def _prune(place: Path, library: Library) -> None:
+    """Remove the libraries of this name that were not used for longest. One that is loaded stays in its process."""
+    for pattern in (f"shoal_{library.name}-*.so", f"shoal_{library.name}-*.refused"):
+        for old in sorted(place.glob(pattern), key=lambda file: -file.stat().st_mtime)[KEPT:]:
+            old.unlink(missing_ok=True)
+
+
 def _compile(compiler: str, library: Library, file: Path) -> None:
+    """Raises Failed, and OSError where the disk is full."""
     if library.name == "backend":
         print("shoal: compiling the shared-memory backend, once: about a minute", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        objects = [Path(scratch) / f"{number}.o" for number in range(len(library.sources))]
+        base = [compiler, *FLAGS, *library.flags, *library.paths]
+        with ThreadPoolExecutor(_cores()) as pool:
+            works = [
+                pool.submit(_told, [*base, "-c", str(source), "-o", str(made)], library)
+                for source, made in zip(library.sources, objects, strict=True)
+            ]
+        for work in works:
+            work.result()
         made = Path(scratch) / file.name
-        command = [compiler, *FLAGS, *library.flags, *map(str, library.sources), "-o", str(made), *library.libraries]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            raise Failed(f"{compiler} could not compile {library.name} (exit code {done.returncode})", done.stderr)
+        _told([*base, "-shared", *map(str, objects), "-o", str(made), *library.libraries], library)
         made.rename(file)
+
+
+def _told(command: list[str], library: Library) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
+    )
+    if done.returncode and "No space left on device" in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if done.returncode:
+        raise Failed(f"{command[0]} could not compile {library.name} (exit code {done.returncode})", done.stderr)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prebuild(folder: Path) -> list[str]:
+    """Compile what can be into ``folder``, under the names of prebuilt libraries; what could not be, a line each."""
+    if not wanted():
+        return ["SHOAL_NATIVE=0 is set"]
+    without = []
+    for make in (kernels_library, backend_library):
+        try:
+            library, found = make(), compiler()
+            if found is None:
+                raise Failed("there is no C++ compiler (c++, g++ or clang++)")
+            if library.sources:
+                folder.mkdir(parents=True, exist_ok=True)
+                _compile(found, library, folder / library.file_name())
+        except (Failed, ImportError, OSError) as error:
+            without.append(f"{make.__name__.removesuffix('_library')}: {error}")
+    return without
 
 
 def wanted() -> bool:
@@ -186,4 +291,5 @@ def why_not(names: Sequence[str] = ("kernels", "backend")) -> str:
     if not wanted():
         return "SHOAL_NATIVE=0 is set"
     tried = {"kernels": _kernels, "backend": _backend}
-    return "; ".join(str(r) for r in (tried[name]() for name in names) if isinstance(r, Failed))
+    found = [str(result) for result in (tried[name]() for name in names) if isinstance(result, Failed)]
+    return "; ".join(dict.fromkeys(found))  # one reason for both is told once
