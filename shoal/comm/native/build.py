@@ -64,7 +64,8 @@ def _sources(folder: str) -> tuple[Path, ...]:
 
 
 def kernels_library() -> Library:
-    return Library("kernels", _sources("kernels"), (), (), (), platform.machine())
+    sources = tuple(file for file in _sources("kernels") if not file.name.startswith("shm_"))
+    return Library("kernels", sources, (), (), (), platform.machine())
 
 
 def backend_library() -> Library:
@@ -75,7 +76,7 @@ def backend_library() -> Library:
     include = root / "include"
     return Library(
         "backend",
-        _sources("backend"),
+        (*_sources("backend"), *(HERE / "kernels").glob("shm_*.cpp")),  # the shared-memory transport: free of torch
         (
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             "-DTORCH_EXTENSION_NAME=shoal_backend",

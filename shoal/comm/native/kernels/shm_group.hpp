@@ -1,7 +1,7 @@
 // Collectives among the processes of one host, over one shared memory file.
 //
-// Compiled by itself (no torch). A library outside of this folder compiles it by one source file that says
-// `#include "shm_sources.hpp"`, with -I to this folder; other files include this header.
+// No torch in here. build.py compiles this folder's shm_*.cpp into the torch extension, whose files include this header;
+// nothing else is to be done.
 //
 // The file is an anonymous memory file (memfd, so nothing has a name and nothing can be left behind). Its maker calls
 //   ftruncate(fd, ShmGroup::total_bytes(world, options)) and fallocate(fd, 0, 0, ShmGroup::reserved_bytes(world, options))
