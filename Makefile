@@ -40,6 +40,7 @@ clean:
 .venv/.run: .venv/.made pyproject.toml constraints.txt
 	@echo "installing Shoal into .venv: some minutes the first time" >&2
 	@$(PIP) --editable .
+	@.venv/bin/python -m shoal.comm.native || true
 	@touch $@
 
 .venv/.dev: .venv/.made pyproject.toml constraints.txt
