@@ -18,7 +18,7 @@ from the collective; a chunk's result is the sum of the operands of all ranks th
 
 Rounds are a rank's own: one begins when the communications of those before are done, whatever others do. The
 communications of a round are posted together and complete before its local actions, which follow in order. Messages of
-a pair on a lane keep their order.
+a pair on a lane keep their order; those of one round at both ends travel as one.
 """
 
 import json
@@ -79,13 +79,14 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Local: into = into + other."""
+    """Local: into = into + other, or other + into."""
 
     into: int
     other: int
+    other_first: bool = False
 
     def __str__(self) -> str:
-        return f"{self.into}+={self.other}"
+        return f"{self.into}={self.other}+" if self.other_first else f"{self.into}+={self.other}"
 
 
 @dataclass(frozen=True, slots=True)

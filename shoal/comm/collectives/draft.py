@@ -95,7 +95,9 @@ def changed(action: Action, rank: Callable[[int], int], chunk: Callable[[int], i
         return Receive(rank(action.origin), chunk(action.chunk), action.lane)
     if isinstance(action, Reduce):
         return Reduce(rank(action.origin), chunk(action.chunk), action.lane, action.incoming_first)
-    return type(action)(chunk(action.into), chunk(action.other))
+    if isinstance(action, Add):
+        return Add(chunk(action.into), chunk(action.other), action.other_first)
+    return Copy(chunk(action.into), chunk(action.other))
 
 
 def _same(number: int) -> int:
@@ -115,10 +117,11 @@ def _joined(parts: Sequence[Round]) -> Round:
     return (*messages, *(action for part in parts for action in part if isinstance(action, Add | Copy)))
 
 
-def merge(programs: Sequence[Program], algorithm: str, weights: Sequence[int] = ()) -> Program:
+def merge(programs: Sequence[Program], algorithm: str, weights: Sequence[int] = (), *, delay: int = 0) -> Program:
     """Programs of one collective side by side, round by round: program i carries ``weights[i]`` parts of every block.
 
-    The parts lie one after the other. Without weights all parts are equal. Scratch is not shared."""
+    The parts lie one after the other. Without weights all parts are equal. Program i begins i * ``delay`` rounds later:
+    parts that follow each other through phases on different links keep all of them busy. Scratch is not shared."""
     first = programs[0]
     alike = {(p.collective, p.ranks, p.root, p.target) for p in programs}
     if len(alike) != 1:
@@ -146,11 +149,13 @@ def merge(programs: Sequence[Program], algorithm: str, weights: Sequence[int] = 
         parts.append(_renumbered(program, number))
         scratch.extend(number(like) for like in program.scratch)
         shares.extend(weight * share * (scale // total) for share in program.shares or (1,) * mine)
-    length = max(p.length for p in programs)
-    rounds = tuple(
-        tuple(_joined([part[rank][i] for part in parts if i < len(part[rank])]) for i in range(length))
-        for rank in range(first.ranks)
-    )
+    length = max(p.length + i * delay for i, p in enumerate(programs))
+
+    def at_once(rank: int, step: int) -> Round:
+        begun = ((part[rank], step - i * delay) for i, part in enumerate(parts))
+        return _joined([rounds[own] for rounds, own in begun if 0 <= own < len(rounds)])
+
+    rounds = tuple(tuple(at_once(rank, step) for step in range(length)) for rank in range(first.ranks))
     return replace(
         first,
         algorithm=algorithm,
