@@ -3,11 +3,13 @@
 import mmap
 import struct
 import time
+from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
 
 _ROW = struct.Struct("<qqqqqq")  # step, phase, shard, peer, since (monotonic ns), pid
 _STRIDE = 64  # a cache line a worker
+_TRAIL = 512  # changes of phase that a worker remembers
 _STOP = 0  # byte 0: somebody asked the run to stop after the step in flight
 
 
@@ -79,11 +81,15 @@ class Reporter:
     def __init__(self, rank: int, pid: int, board: StatusBoard | None) -> None:
         self.board = board
         self.position = Position(rank, -1, Phase.starting, -1, -1, time.monotonic(), pid)
+        self.seconds = [0.0] * len(Phase)  # spent in each phase, up to the last change
+        self.trail: deque[tuple[Phase, float]] = deque(maxlen=_TRAIL)  # the newest changes: to what, when
         self._write()
 
     def __call__(self, phase: Phase, *, step: int | None = None, shard: int = -1, peer: int = -1) -> None:
         old = self.position
         now = time.monotonic()
+        self.seconds[old.phase] += now - old.since_s
+        self.trail.append((phase, now))
         self.position = Position(old.rank, old.step if step is None else step, phase, shard, peer, now, old.pid)
         self._write()
 
