@@ -6,7 +6,7 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 
-from shoal.comm.status import Phase, Reporter
+from shoal.comm.status import Phase, Reporter, peer_name
 from shoal.errors import ShoalError
 
 _HEAD = struct.Struct("<IBq")  # payload bytes, kind, sequence
@@ -22,10 +22,13 @@ class OutOfStep(ShoalError):
 
 
 class Mesh:
-    """``peers[r]`` is the socket to rank r; the entry of the own rank is None."""
+    """``peers[r]`` is the socket to rank r; the entry of the own rank is None.
 
-    def __init__(self, rank: int, peers: Sequence[socket.socket | None], report: Reporter) -> None:
-        self.rank = rank
+    Between workers and servers the peers are all of the other kind: ``rank`` is -1, and ``first`` is what peer 0 is
+    called where waiting is told."""
+
+    def __init__(self, rank: int, peers: Sequence[socket.socket | None], report: Reporter, *, first: int = 0) -> None:
+        self.rank, self._first = rank, first
         self.world = len(peers)
         self._peers = peers
         self._report = report
@@ -51,7 +54,7 @@ class Mesh:
                 self._drain()  # both sides may be sending: reading is what makes room
                 select.select([peer], [peer], [], 1.0)
             except (BrokenPipeError, ConnectionResetError):
-                raise PeerLost(f"rank {to} has gone") from None
+                raise PeerLost(f"{peer_name(self._first + to)} has gone") from None
 
     def broadcast(self, kind: int, sequence: int, payload: bytes = b"") -> None:
         for rank in self.others:
@@ -70,12 +73,16 @@ class Mesh:
             return found
         peer, before = self._peers[origin], self._report.position
         assert peer is not None
-        self._report(Phase.waiting, peer=origin)
+        self._report(Phase.waiting, peer=self._first + origin)
         while found is None:
             select.select([peer], [], [])
             found = self.take(origin, kind, sequence)
         self._report(before.phase, shard=before.shard)
         return found
+
+    def wait(self, origins: Sequence[int]) -> None:
+        """Wait until one of these peers has said something or has gone."""
+        select.select([self._peers[origin] for origin in origins], [], [])
 
     def _pop(self, origin: int, kind: int, sequence: int) -> bytes | None:
         if not self._inbox[origin]:
@@ -96,11 +103,11 @@ class Mesh:
                 while chunk := peer.recv(1 << 18):
                     data += chunk
                 if not self._split(origin):
-                    raise PeerLost(f"rank {origin} has gone")
+                    raise PeerLost(f"{peer_name(self._first + origin)} has gone")
             except BlockingIOError:
                 self._split(origin)
             except ConnectionResetError:
-                raise PeerLost(f"rank {origin} has gone") from None
+                raise PeerLost(f"{peer_name(self._first + origin)} has gone") from None
 
     def _split(self, origin: int) -> int:
         """Move whole messages to the inbox; how many there are now."""

@@ -13,6 +13,16 @@ _TRAIL = 512  # changes of phase that a worker remembers
 _STOP = 0  # byte 0: somebody asked the run to stop after the step in flight
 
 
+SERVERS = 1 << 20  # peers from here on are parameter servers, not workers
+ANYBODY = -1  # waiting for whoever speaks first
+
+
+def peer_name(peer: int) -> str:
+    if peer == ANYBODY:
+        return "its workers"
+    return f"server {peer - SERVERS}" if peer >= SERVERS else f"rank {peer}"
+
+
 class Phase(IntEnum):
     starting = 0
     building = 1
@@ -42,7 +52,7 @@ class Position:
     def __str__(self) -> str:
         where = f"step {self.step}, " if self.step >= 0 else ""
         if self.phase is Phase.waiting:
-            return f"{where}waiting for rank {self.peer}"
+            return f"{where}waiting for {peer_name(self.peer)}"
         return f"{where}{self.phase.name}{f' shard {self.shard}' if self.shard >= 0 else ''}"
 
 
