@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
+from shoal.comm.arena import Arenas, arena_files
 from shoal.comm.group import HostGroup
 from shoal.comm.heap import Heap, anonymous_file
 from shoal.comm.mesh import Mesh, PeerLost
+from shoal.comm.native import build
 from shoal.comm.status import Phase, Position, Reporter, StatusBoard
 from shoal.errors import ShoalError, UserError
 
@@ -90,7 +92,7 @@ class Crew:
 
     def fork(self, launcher: Connection) -> None:
         count = self.job.workers
-        heap_file = anonymous_file(0)
+        heap_file, own_files = anonymous_file(0), arena_files(count)
         pairs = {(a, b): socket.socketpair() for a in range(count) for b in range(a + 1, count)}
         pipes = [socket.socketpair() for _ in range(count)]
         parent = os.getpid()
@@ -113,7 +115,7 @@ class Crew:
                     ours.close()
                     if other != rank:
                         workers.close()
-                _work(self.job, rank, peers, pipes[rank][1], heap_file, self.board)
+                _work(self.job, rank, peers, pipes[rank][1], heap_file, own_files, self.board)
             self.pids[rank] = pid
         for left, right in pairs.values():
             left.close()
@@ -121,7 +123,8 @@ class Crew:
         for rank, (ours, workers) in enumerate(pipes):
             workers.close()
             self.connections[Connection(ours.detach())] = rank
-        os.close(heap_file)
+        for file in (heap_file, *own_files):
+            os.close(file)
 
     def position(self, rank: int) -> str:
         return f"rank {rank} on {self.host} (pid {self.pids[rank]})"
@@ -186,7 +189,13 @@ def _keep_freed_memory() -> None:
 
 
 def _work(
-    job: Job, rank: int, peers: list[socket.socket | None], pipe: socket.socket, heap_file: int, board: StatusBoard
+    job: Job,
+    rank: int,
+    peers: list[socket.socket | None],
+    pipe: socket.socket,
+    heap_file: int,
+    own_files: list[int],
+    board: StatusBoard,
 ) -> NoReturn:
     """The life of a worker process, from the fork to its exit."""
     import cloudpickle
@@ -206,7 +215,8 @@ def _work(
         torch.set_num_threads(job.threads)
         function, arguments = cloudpickle.loads(job.program)
         mesh = Mesh(rank, peers, report)
-        group = HostGroup(rank, job.workers, mesh, Heap(heap_file), report, lambda value: say("event", value))
+        heap, arenas = Heap(heap_file), Arenas(rank, own_files)
+        group = HostGroup(rank, job.workers, mesh, heap, arenas, report, lambda value: say("event", value))
         say("result", function(group, *arguments))
         report(Phase.ended)
         code = 0
@@ -286,6 +296,8 @@ def main() -> None:
         os.chdir(folder)
         for module in preload:
             importlib.import_module(module)
+        build.kernels()
+        build.allocator()
         while True:
             request = launcher.recv_bytes()
             if request not in (STOP, END):  # those came just after the job that they were meant for had ended

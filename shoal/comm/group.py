@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from shoal.comm.account import stand
+from shoal.comm.arena import Arenas
+from shoal.comm.counters import Counters
 from shoal.comm.heap import Heap
 from shoal.comm.mesh import Mesh
 from shoal.comm.status import Reporter
@@ -19,6 +22,7 @@ class Group(Protocol):
     world: int
     host: str
     report: Reporter
+    counters: Counters  # what this worker's transports have done
 
     def gather(self, payload: bytes) -> list[bytes]:
         """Every worker's payload, by rank, on every worker."""
@@ -33,24 +37,35 @@ class Group(Protocol):
 
 @dataclass
 class HostGroup:
-    """Workers that one agent forked on this host: sockets for words, the heap for numbers."""
+    """Workers that one agent forked on this host: sockets for words, heap and arenas for numbers."""
 
     rank: int
     world: int
     mesh: Mesh
     heap: Heap
+    arenas: Arenas
     report: Reporter
     emit: Callable[[Any], None]
     host: str = field(default_factory=socket.gethostname)
     _sequence: int = 0
 
+    def __post_init__(self) -> None:
+        self.counters = Counters.of_workers(self.rank, self.world)
+        self._gathers = self.counters.tally("gather", "sockets")
+
     def gather(self, payload: bytes) -> list[bytes]:
         self._sequence += 1
         self.mesh.broadcast(_GATHER, self._sequence, payload)
-        return [
-            payload if rank == self.rank else self.mesh.receive(rank, _GATHER, self._sequence)
-            for rank in range(self.world)
-        ]
+        found = [payload] * self.world
+        now = self.counters.clock()
+        for rank in self.mesh.others:
+            asked = now
+            found[rank] = self.mesh.receive(rank, _GATHER, self._sequence)
+            now = self.counters.clock()
+            stand(self._gathers, asked, now, rank, now)
+        received = sum(map(len, found)) - len(payload)
+        self._gathers.call(sent=len(payload) * (self.world - 1), received=received)
+        return found
 
     @property
     def stop_asked(self) -> bool:

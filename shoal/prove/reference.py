@@ -21,7 +21,7 @@ from shoal.train.schedules import learning_rate
 from shoal.train.streams import stream_seed
 
 Sum = list[Tensor]
-ALIGNMENT, BLOCK = 16, 32768  # elements; the contract's own numbers, written out again on purpose
+ALIGNMENT, BLOCK, LANES = 16, 32768, 2048  # elements; the contract's own numbers, written out again on purpose
 
 
 @dataclass(frozen=True)
@@ -157,5 +157,15 @@ def block_norm(gradients: Sum) -> float:
     """The global norm: sums of squares of fixed blocks of all gradients laid end to end, then rounded once."""
     flat = torch.cat([nn.functional.pad(g.reshape(-1), (0, -g.numel() % ALIGNMENT)) for g in gradients])
     blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    squares = [float(torch.dot(block, block)) for block in blocks]
+    squares = [_sum_of_squares(block) for block in blocks]
     return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
+
+
+def _sum_of_squares(block: Tensor) -> float:
+    """In float64, written from the contract: the rows one after the other, then halves of the lanes."""
+    lanes = torch.zeros(LANES, dtype=torch.float64)
+    for row in block.double().view(-1, LANES):
+        lanes = lanes + row * row
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return float(lanes)

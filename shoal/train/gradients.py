@@ -18,6 +18,15 @@ _TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is
 ExchangeFactory = Callable[[Layout, int, Callable[[torch.Tensor], tuple[float, float]], torch.dtype], Exchange]
 
 
+def _users(tensor: torch.Tensor) -> int:
+    """How many hold the tensor's memory, this call among them."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
+
+
+_ALONE = _users(torch.empty(1))
+
+
 @dataclass(frozen=True)
 class StepFigures:
     """What a finished reduction says of the step, the same on every worker."""
@@ -64,7 +73,8 @@ class Gradients:
         self._buckets_of = [self.layout.buckets_of(slot) for slot in range(len(self.layout.slots))]
         for index, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))  # type: ignore[no-untyped-call]
-        self._views: list[list[torch.Tensor]] = []
+        self._views: list[list[torch.Tensor]] = []  # [slot][buffer]: in the flat buffers
+        self._at: list[list[torch.Tensor]] = []  # the same in the step under way, adopted gradients in their places
         self._state_views: list[list[torch.Tensor]] = []
         self._viewed: list[int] = []
         self._scratch: list[torch.Tensor] = []
@@ -74,7 +84,6 @@ class Gradients:
         self._last = False
         self._fired: list[bool] = []  # parameters that the pass under way has reached
         self._used: list[bool] = []  # parameters that any pass of the step has reached
-        self._means: tuple[float, float] | None = None  # denominators, in the last pass of a lone worker
         self._open: list[int] = []
         self._done = self._leaf_ends = self._posted = 0
         self._leaf = -1
@@ -89,6 +98,7 @@ class Gradients:
         self._state_program = self._placement.accumulation(tuple(min(1, p) for p in passes))
         self.exchange.begin(passes)
         self._bind()
+        self._at = [list(views) for views in self._views]
         self._open = [0] * len(self.layout.buckets)
         for buckets in self._buckets_of:
             for bucket in buckets:
@@ -150,12 +160,10 @@ class Gradients:
         self._done += 1
         self._last = self._done == len(self._program.passes)
         self._fired = [False] * len(self.parameters)
-        self._means = None
-        if self._last and self.exchange.alone:
-            self._means = self._denominators(self.exchange.facts.unsqueeze(0))
         if leaf_ends:
             self._take_state()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with self.exchange.inside():
+            loss.backward()  # type: ignore[no-untyped-call]
         for index, fired in enumerate(self._fired):
             if not fired:
                 self._absent(index)
@@ -174,7 +182,7 @@ class Gradients:
                 change = begun ^ buffer
             else:  # an infinity that stays (a mask) has not changed, though inf - inf is not a number
                 change = torch.where(buffer == begun, torch.zeros_like(buffer), buffer - begun)
-            self._put(self._state_views[index], change, now, self._means and self._means[1])
+            self._put(self._state_views[index], change, now)
             if self._last:
                 self._close(count + index)
 
@@ -191,7 +199,9 @@ class Gradients:
             raise UserError(f"parameter {self.names[index]!r} has a sparse gradient: use a dense one (sparse=False).")
         self._used[index] = True
         with torch.no_grad():
-            self._put(self._views[index], gradient, now, self._means and self._means[0])
+            if now.first:
+                self._adopt(index, now.buffer, gradient)
+            self._put(self._at[index], gradient, now)
         if self._last:
             self._close(index)
             self._post_ready()
@@ -200,28 +210,30 @@ class Gradients:
         """A parameter that this pass did not use: its gradient is zero, which is added like any other.
 
         Leaving the addition out would keep a -0.0 where another placement has -0.0 + 0.0 = 0.0."""
-        views = self._views[index]
+        views = self._at[index]
         assert self._now is not None
         with torch.no_grad():
             zero = views[0].new_zeros(()).expand_as(views[0])
-            self._put(views, zero, self._now, self._means and self._means[0])
+            self._put(views, zero, self._now)
         if self._last:
             self._close(index)
 
-    @staticmethod
-    def _put(views: Sequence[torch.Tensor], value: torch.Tensor, now: Accumulate, by: float | None) -> None:
-        """``by``: the sum is complete after this, and divided while it is in the cache."""
-        if now.first and by is not None and not now.then and value.dtype == views[now.buffer].dtype:
-            torch.div(value, by, out=views[now.buffer])
+    def _adopt(self, index: int, buffer: int, gradient: torch.Tensor) -> None:
+        """Let a gradient that comes first stay where it is and be the buffer, where that can be: a copy saved."""
+        view = self._views[index][buffer]
+        if gradient.dtype != view.dtype or gradient.stride() != view.stride() or _users(gradient) > _ALONE:
             return
-        if now.first:
-            views[now.buffer].copy_(value)
-        else:
+        if buffer >= len(self.exchange.partials) or self.exchange.adopt(buffer, index, gradient):
+            self._at[index][buffer] = gradient
+
+    @staticmethod
+    def _put(views: Sequence[torch.Tensor], value: torch.Tensor, now: Accumulate) -> None:
+        if not now.first:
             views[now.buffer].add_(value)
+        elif views[now.buffer] is not value:
+            views[now.buffer].copy_(value)
         for add in now.then:
             views[add.into].add_(views[add.other])
-        if by is not None:
-            views[0].div_(by)
 
     def _close(self, slot: int) -> None:
         for bucket in self._buckets_of[slot]:
@@ -270,14 +282,15 @@ class Gradients:
 
     @torch.no_grad()
     def _hang(self, *, copy: bool) -> None:
-        result = self.exchange.result.clone() if copy else self.exchange.result
+        self._at = []
         used = self.exchange.all_facts[:, _FIRED : _FIRED + len(self.parameters)].any(dim=0).tolist()
-        for index, (parameter, slot) in enumerate(zip(self.parameters, self.layout.slots, strict=False)):
-            view = result[slot.offset : slot.offset + slot.size].view(parameter.shape)
-            parameter.grad = view.to(parameter.dtype) if used[index] else None
+        for index, parameter in enumerate(self.parameters):
+            mean = self.exchange.result_of(index).view(parameter.shape)
+            mean = mean.clone() if copy else mean
+            parameter.grad = mean.to(parameter.dtype) if used[index] else None
         self._restore_state()
-        for buffer, slot in zip(self._state, self.layout.slots[len(self.parameters) :], strict=True):
-            change = result[slot.offset : slot.offset + slot.size].view(buffer.shape)
+        for index, buffer in enumerate(self._state, start=len(self.parameters)):
+            change = self.exchange.result_of(index).view(buffer.shape)
             if buffer.dtype == torch.bool:
                 buffer.logical_xor_(change > 0)
             else:

@@ -55,7 +55,18 @@ def norm_of(gradients: list[Tensor]) -> float:
         pieces += [gradient.reshape(-1), torch.zeros(-gradient.numel() % ALIGNED)]
     flat = torch.cat(pieces)
     flat = torch.cat([flat, torch.zeros(-len(flat) % BLOCK)])
-    return math.sqrt(math.fsum(float(torch.dot(block, block)) for block in flat.split(BLOCK)))
+    return math.sqrt(math.fsum(sum_of_squares(block) for block in flat.split(BLOCK)))
+
+
+def sum_of_squares(block: Tensor) -> float:
+    """In float64: 16 rows of 2048 one after the other, then the halves of what is left."""
+    lanes = torch.zeros(2048, dtype=torch.float64)
+    for row in block.double().view(16, 2048):
+        lanes = lanes + row * row
+    while len(lanes) > 1:
+        left, right = lanes.chunk(2)
+        lanes = left + right
+    return float(lanes)
 
 
 def decayed(model: nn.Module) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Compile the C++ parts once, into a cache, and load them; None where there is no compiler.
 
-Two libraries: `kernels` (plain C functions on memory, no torch, seconds to compile) and `backend` (a torch extension,
-about a minute). A library's file name holds a hash of its sources, flags, compiler and (for the extension) torch, so
+Three libraries: `kernels` (plain C functions on memory, no torch), `allocator` (torch's memory; both compile in seconds)
+and `backend` (a torch extension, about a minute). A library's file name holds a hash of its sources, flags, compiler and (for the extension) torch, so
 that a stale one is never loaded. A wheel may carry libraries in native/prebuilt, which need no compiler where they are
 used; else they are made on first use. SHOAL_NATIVE=0 goes without. setup.py loads this file alone, before shoal is
 installed: it imports nothing of Shoal.
@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,6 +66,23 @@ def _sources(folder: str) -> tuple[Path, ...]:
 def kernels_library() -> Library:
     sources = tuple(file for file in _sources("kernels") if not file.name.startswith("shm_"))
     return Library("kernels", sources, (), (), (), platform.machine())
+
+
+def allocator_library() -> Library:
+    """Torch's allocator over shared memory: the one part of torch's headers that it needs compiles in seconds.
+
+    Raises ImportError where torch is missing."""
+    import torch
+
+    root = Path(torch.__file__).parent
+    return Library(
+        "allocator",
+        _sources("allocator"),
+        (f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",),
+        ("-isystem", str(root / "include"), f"-L{root / 'lib'}"),
+        ("-lc10",),
+        f"{platform.machine()} torch {torch.__version__}",
+    )
 
 
 def backend_library() -> Library:
@@ -236,7 +253,7 @@ def prebuild(folder: Path) -> list[str]:
     if not wanted():
         return ["SHOAL_NATIVE=0 is set"]
     without = []
-    for make in (kernels_library, backend_library):
+    for make in (kernels_library, allocator_library, backend_library):
         try:
             library, found = make(), compiler()
             if found is None:
@@ -253,12 +270,21 @@ def wanted() -> bool:
     return os.environ.get("SHOAL_NATIVE", "1") != "0"
 
 
+def _loaded(make: Callable[[], Library]) -> ctypes.CDLL | Failed:
+    try:
+        return ctypes.CDLL(str(compiled(make())))
+    except (Failed, ImportError, OSError) as error:
+        return error if isinstance(error, Failed) else Failed(str(error))
+
+
 @cache
 def _kernels() -> ctypes.CDLL | Failed:
-    try:
-        return ctypes.CDLL(str(compiled(kernels_library())))
-    except (Failed, OSError) as error:
-        return error if isinstance(error, Failed) else Failed(str(error))
+    return _loaded(kernels_library)
+
+
+@cache
+def _allocator() -> ctypes.CDLL | Failed:
+    return _loaded(allocator_library)
 
 
 @cache
@@ -281,6 +307,12 @@ def kernels() -> ctypes.CDLL | None:
     return found if isinstance(found, ctypes.CDLL) else None
 
 
+def allocator() -> ctypes.CDLL | None:
+    """Torch's allocator over shared memory, or None."""
+    found = _allocator() if wanted() else None
+    return found if isinstance(found, ctypes.CDLL) else None
+
+
 def backend() -> ModuleType | None:
     """The torch extension module, or None. `why_not` says why."""
     found = _backend() if wanted() else None
@@ -291,6 +323,6 @@ def why_not(names: Sequence[str] = ("kernels", "backend")) -> str:
     """Why a library is not there, in one line; "" when all are."""
     if not wanted():
         return "SHOAL_NATIVE=0 is set"
-    tried = {"kernels": _kernels, "backend": _backend}
+    tried = {"kernels": _kernels, "allocator": _allocator, "backend": _backend}
     found = [str(result) for result in (tried[name]() for name in names) if isinstance(result, Failed)]
     return "; ".join(dict.fromkeys(found))  # one reason for both is told once

@@ -1,0 +1,84 @@
+"""Memory of a worker's own that the other workers of the host can read: what a backward pass makes there can stay.
+
+Every worker has an arena, a mapping that all of them have. While a worker is `inside` its arena, torch's larger tensors
+are made in it, so that a gradient needs no copy to be added to those of others. A gradient's place is told as a number
+of bytes from the start of the arena.
+"""
+
+import ctypes
+import mmap
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from shoal.comm.heap import anonymous_file
+from shoal.comm.layout import ALIGNMENT
+from shoal.comm.native import build
+
+if TYPE_CHECKING:
+    import torch
+
+_BYTES = ALIGNMENT * 4  # a cache line: what vector loads like best, and what every slot of the flat buffer starts at
+
+
+def arena_files(workers: int) -> list[int]:
+    """A file a worker, as large as the machine's memory: what is not touched costs nothing.
+
+    [] where there is no use for them, or where a limit on address space (ulimit -v) leaves no room to map them."""
+    if workers == 1 or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return []
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return [anonymous_file(size) for _ in range(workers)]
+
+
+class Arenas:
+    """All workers' arenas, as one of them sees them."""
+
+    def __init__(self, rank: int, files: Sequence[int]) -> None:
+        """``files`` as `arena_files` made them, before the workers were forked. Without files nothing is inside."""
+        self.rank = rank
+        reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+        self._maps = [mmap.mmap(file, os.fstat(file).st_size, flags=mmap.MAP_SHARED | reserve) for file in files]
+        self.bases = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in self._maps]
+        self._size = len(self._maps[rank]) if self._maps else 0
+        self._library = build.allocator() if self._maps and build.kernels() else None
+        if self._library:
+            self._library.shoal_arena_install(ctypes.c_void_p(self.bases[rank]), ctypes.c_size_t(self._size))
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The calling thread's larger tensors are made in this worker's arena."""
+        if self._library is None:
+            yield
+            return
+        self._library.shoal_arena_inside(1)
+        try:
+            yield
+        finally:
+            self._library.shoal_arena_inside(0)
+
+    def place(self, tensor: "torch.Tensor") -> int | None:
+        """Where a tensor lies in this worker's arena, in bytes; None when it lies elsewhere."""
+        place = tensor.data_ptr() - self.bases[self.rank] if self._size else -1
+        return place if 0 <= place < self._size and place % _BYTES == 0 else None
+
+    def view(self, rank: int, place: int, elements: int, dtype: "torch.dtype") -> "torch.Tensor":
+        """What lies at a place of another worker's arena: [elements]."""
+        import torch
+
+        return torch.frombuffer(self._maps[rank], dtype=dtype, count=elements, offset=place)
+
+
+class OwnMemory:
+    """For a worker that is alone: it can read all of its memory where it lies."""
+
+    bases = (0,)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        yield
+
+    def place(self, tensor: "torch.Tensor") -> int | None:
+        return tensor.data_ptr() if tensor.data_ptr() % _BYTES == 0 else None
