@@ -1,0 +1,85 @@
+"""The process groups of the transports that are measured, and the calls on them."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from shoal.comm.group import Group
+from shoal.comm.measuring.cases import NATIVE, Arm, Settings
+from shoal.comm.measuring.operations import Empty, Tensors, native_call
+
+TIMEOUT = timedelta(seconds=300)  # a cell of the largest size over the slowest transport
+
+
+@dataclass(frozen=True)
+class Groups:
+    device: torch.device
+    by_transport: Mapping[str, dist.ProcessGroup]
+
+    def call(self, op: str, arm: Arm, tensors: Tensors) -> Callable[[], object]:
+        group = self.by_transport[arm.transport]
+        if arm.algorithm == NATIVE:
+            return self.finished(native_call(op, tensors, group))
+        return self.finished(algorithm_call(op, arm.algorithm, tensors, group))
+
+    def finished(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call, and on an accelerator the wait for its end: there, calls only hand work over."""
+        if self.device.type == "cpu":
+            return call
+        module = torch.get_device_module(self.device)
+
+        def wait() -> None:
+            call()
+            module.synchronize(self.device)
+
+        return wait
+
+    def on_heap(self, transport: str, dtype: torch.dtype) -> Empty:
+        """Makes tensors that the transport reads and writes where they lie."""
+        from shoal import comm
+
+        return lambda elements: comm.symm_empty(elements, dtype, self.by_transport[transport]).zero_()
+
+
+def algorithm_call(op: str, algorithm: str, t: Tensors, group: dist.ProcessGroup) -> Callable[[], object]:
+    """The operation by one of Shoal's own algorithms over the transport's messages."""
+    raise NotImplementedError
+
+
+@contextmanager
+def opened(group: Group, settings: Settings) -> Iterator[Groups]:
+    """A group of all ranks for each transport. Ranks that nobody has joined yet are joined for as long."""
+    from shoal import comm
+
+    if set(settings.transports) & {"shm", "hier"}:
+        comm.install()
+    ours = not dist.is_initialized()
+    if ours:
+        _join(group)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if "nccl" in settings.transports else torch.device("cpu")
+    try:
+        yield Groups(device, {name: _made(name) for name in settings.transports})
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _made(transport: str) -> dist.ProcessGroup:
+    made = dist.new_group(backend=transport, timeout=TIMEOUT)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def _join(group: Group) -> None:
+    """One process group of the ranks that an agent forked; its store listens on a free port of this host."""
+    make = torch._C._distributed_c10d.TCPStore
+    store = make("127.0.0.1", 0, group.world, True, wait_for_workers=False) if group.rank == 0 else None
+    port = int(group.gather(str(store.port if store else 0).encode())[0])
+    store = store or make("127.0.0.1", port, group.world, False)
+    dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.world, timeout=TIMEOUT)
