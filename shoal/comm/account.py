@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from shoal.comm.clocks import Offset
 from shoal.comm.counters import Counters, Kind, Place, Span, Tally, Total
 from shoal.comm.status import Phase, Reporter
 
@@ -149,10 +150,21 @@ class Told:
 
 
 class Account:
-    """``operations``: what the exchange does, the reduction of buckets first; equal on all workers."""
+    """``operations``: what the exchange does, the reduction of buckets first; equal on all workers.
 
-    def __init__(self, counters: Counters, report: Reporter, operations: Sequence[Place], buckets: int) -> None:
-        self.counters = counters
+    ``hosts`` numbers the host of each worker; ``bucket_bytes`` is the size of each bucket of the flat buffer."""
+
+    def __init__(
+        self,
+        counters: Counters,
+        report: Reporter,
+        operations: Sequence[Place],
+        bucket_bytes: Sequence[int],
+        hosts: Sequence[int] = (),
+    ) -> None:
+        buckets = len(bucket_bytes)
+        self.counters, self.bucket_bytes, self.hosts = counters, tuple(bucket_bytes), tuple(hosts)
+        self.offsets: dict[int, Offset] = {}  # of workers whose clock is another
         self.form = Form(tuple(operations), counters.peers, buckets)
         self.now = counters.clock
         self.times = Times(buckets, counters.rank)
@@ -184,9 +196,11 @@ class Account:
         if at > times.ready[bucket]:
             times.ready[bucket], times.late[bucket] = at, rank
 
-    def reduces(self, bucket: int) -> None:
-        """This worker turns to a bucket whose operands are all here, now."""
-        self.times.begun[bucket] = self.times.arrived[bucket] = self.now()
+    def reduces(self, bucket: int, *, in_place: bool = False) -> None:
+        """This worker turns to a bucket whose operands are all here, now; ``in_place``: since they were posted."""
+        times = self.times
+        times.begun[bucket] = now = self.now()
+        times.arrived[bucket] = times.ready[bucket] if in_place else now
 
     def reduced(self, bucket: int) -> None:
         self.times.reduced[bucket] = self.now()

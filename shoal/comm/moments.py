@@ -18,7 +18,7 @@ class Moments:
     def __init__(self, account: Account, clocks: Sequence[str]) -> None:
         self._account, self._me, self._buckets = account, account.counters.rank, account.form.buckets
         self.width = self._buckets + 1 + account.form.width
-        self.offsets = {rank: Offset() for rank, clock in enumerate(clocks) if clock != clocks[self._me]}
+        account.offsets = {rank: Offset() for rank, clock in enumerate(clocks) if clock != clocks[self._me]}
         self._told: list[float] = []
         self._sent = self._seen = 0.0
 
@@ -37,7 +37,7 @@ class Moments:
         """Take the times of all workers, [workers, width], which were here by ``seen``; they are of this step."""
         times = self._account.times
         posts = rows[:, : self._buckets].copy()
-        for rank, offset in self.offsets.items():
+        for rank, offset in self._account.offsets.items():
             offset.received(posts[rank, -1], seen)
             if self._seen and rows[rank, self._buckets]:
                 offset.delivered(self._sent, rows[rank, self._buckets])

@@ -1,0 +1,112 @@
+"""From the accounts of all workers to what the event log says of communication: compact, by rank, now and then."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from shoal.comm.account import Account, Form, Sample, Told, sampled
+from shoal.comm.clocks import Offset
+from shoal.comm.counters import Kind
+from shoal.comm.status import Phase
+
+EVERY_STEP_UP_TO = 10  # after that, one event tells of TOGETHER steps
+TOGETHER = 10
+MOST_MOMENTS = 2_000  # buckets of all workers in a sample; beyond, only some workers' are told
+
+
+class Teller:
+    """Makes the ``comm`` of `committed` events: what came to every worker's counts since it last told."""
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self._last: list[Told] | None = None
+
+    def __call__(self, rows: np.ndarray, offsets: Mapping[int, Offset] | None = None) -> dict[str, Any] | None:
+        """The field, or None when it is not yet time. ``rows``: of all workers, [workers, form.width].
+
+        ``offsets``: of the workers whose clock is not rank 0's."""
+        now = [self._form.read(row) for row in rows]
+        step = now[0].step
+        if len(now) < 2 or not all(told.steps for told in now):
+            return None
+        due = step <= EVERY_STEP_UP_TO or step % TOGETHER == 0 or now[0].steps <= 3
+        if not (due or sampled(step)):
+            return None
+        field = _since(self._last, now, self._form)
+        samples = [told.sample for told in now]
+        if all(samples):
+            field["sample"] = _sample(step, [sample for sample in samples if sample], offsets or {})
+        self._last = now
+        return field
+
+
+def _since(last: Sequence[Told] | None, now: Sequence[Told], form: Form) -> dict[str, Any]:
+    before = last or [Told(0, 0, (0.0,) * len(Phase), {}, (0.0,) * len(told.waits), None) for told in now]
+    phases = {
+        phase.name: [seconds(b.phases[phase] - a.phases[phase]) for a, b in zip(before, now, strict=True)]
+        for phase in Phase
+    }
+    operations = []
+    for place in form.operations:
+        gains = [
+            b.totals[place] - a.totals[place] if a.totals else b.totals[place] for a, b in zip(before, now, strict=True)
+        ]
+        if not any(gain.calls or gain.exposed_s for gain in gains):
+            continue
+        row: dict[str, Any] = {"operation": place[0], "link": place[1]}
+        row["calls"] = [int(gain.calls) for gain in gains]
+        row["sent"] = [int(gain.sent_bytes) for gain in gains]
+        row["received"] = [int(gain.received_bytes) for gain in gains]
+        for kept in ("hidden", "exposed"):
+            spent = {kind.name: [seconds(getattr(gain, kept)[kind]) for gain in gains] for kind in Kind}
+            row[kept] = {name: values for name, values in spent.items() if any(values)}
+        operations.append(row)
+    return {
+        "step": now[0].step,
+        "steps": now[0].steps - before[0].steps,
+        "phases": {name: values for name, values in phases.items() if any(values)},
+        "operations": operations,
+        "waits": [
+            [seconds(y - x) for x, y in zip(a.waits, b.waits, strict=True)] for a, b in zip(before, now, strict=True)
+        ],
+    }
+
+
+def _sample(step: int, samples: Sequence[Sample], offsets: Mapping[int, Offset]) -> dict[str, Any]:
+    """The moments of a step, in seconds since the first worker began it. Workers of unknown clocks are left out."""
+    every = -(-len(samples) * len(samples[0].buckets) // MOST_MOMENTS)
+    shifts = {rank: offsets[rank].seconds if rank in offsets else 0.0 for rank in range(len(samples))}
+    known = {rank: shift for rank, shift in shifts.items() if shift is not None and rank % every == 0}
+    start = min(samples[rank].begun + shift for rank, shift in known.items())
+
+    def worker(rank: int, sample: Sample, shift: float) -> dict[str, Any]:
+        def at(moment: float) -> float:
+            return seconds(moment + shift - start)
+
+        told: dict[str, Any] = {
+            "rank": rank,
+            "begun": at(sample.begun),
+            "finish": at(sample.finish),
+            "done": at(sample.done),
+            "end": at(sample.end),
+            "buckets": [[at(moment) for moment in bucket] for bucket in sample.buckets],
+            "phases": [[phase.name, at(since)] for phase, since in sample.phases],
+        }
+        if rank in offsets:
+            told["clock_error_s"] = seconds(offsets[rank].error_s)
+        return told
+
+    return {"step": step, "workers": [worker(rank, samples[rank], shift) for rank, shift in known.items()]}
+
+
+def transport(account: Account) -> dict[str, Any]:
+    """What `started` says of the transport: the first operation, its link, and the buckets that it carries."""
+    operation, link = account.form.operations[0]
+    facts = {"operation": operation, "link": link, "bucket_bytes": list(account.bucket_bytes)}
+    return {**facts, "hosts": list(account.hosts)} if len(set(account.hosts)) > 1 else facts
+
+
+def seconds(value: float) -> float:
+    """In microseconds: finer is noise."""
+    return round(value, 6)
