@@ -19,6 +19,19 @@ const forms = {
   seconds: (value) => (value < 1 ? significant(value * 1000, 3) + " ms" : significant(value, 4) + " s"),
 };
 
+// 2 ** 16 -> "64 KiB"
+function binarySize(bytes) {
+  const power = Math.min(3, Math.max(0, Math.floor(Math.log2(bytes) / 10)));
+  return significant(bytes / 1024 ** power, 3) + " " + ["B", "KiB", "MiB", "GiB"][power];
+}
+
+// What stands at the head of a reading; x of a size is its binary logarithm.
+const heads = {
+  step: (x) => "step " + x.toLocaleString("en"),
+  time: (x) => forms.seconds(x),
+  size: (x) => binarySize(2 ** x),
+};
+
 // The index of the last point at or before x; the nearest one with `near`.
 function find(points, x, near) {
   let low = 0;
@@ -85,7 +98,7 @@ function enliven(figure) {
     cross.style.left = across * 100 + "%";
     const reading = element("div", "reading");
     const time = data.xName !== "step";
-    reading.append(element("b", "", time ? forms.seconds(at) : data.xName + " " + at.toLocaleString("en")));
+    reading.append(element("b", "", heads[data.xName](at)));
     for (const series of shown) {
       const index = find(series.at, at, true);
       const value = series.y[index];

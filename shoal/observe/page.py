@@ -15,12 +15,8 @@ SHOWN_SAMPLES = 6
 
 
 def render(subjects: Sequence[Subject], style: str, script: str, now: float) -> str:
-    """The whole document, with ``style`` and ``script`` inside. ``now``: Unix seconds, for the foot of the page.
-
-    The policy in the head forbids the page to load anything and to run any script but this one."""
+    """The whole document, with ``style`` and ``script`` inside. ``now``: Unix seconds, for the foot of the page."""
     runs = [Named(subject.name, subject.curves) for subject in subjects]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     body = headline(subjects[0]) if len(subjects) == 1 else comparison(subjects)
     sections = [
         ("learning", "Learning", *_learning(runs)),
@@ -33,15 +29,23 @@ def render(subjects: Sequence[Subject], style: str, script: str, now: float) -> 
     shown = [(anchor, title, text) for anchor, title, text, present in sections if present]
     contents = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in shown)
     title = subjects[0].name if len(subjects) == 1 else f"{len(subjects)} runs compared"
+    text = f"{body}<nav>{contents}</nav>" + "".join(
+        f'<section id="{anchor}"><h2>{head}</h2>{text}</section>' for anchor, head, text in shown
+    )
+    return document(f"{title} · Shoal report", text, style, script, now)
+
+
+def document(title: str, body: str, style: str, script: str, now: float) -> str:
+    """``body`` as a page of its own. The policy in the head forbids it to load anything, and any script but this."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)} · Shoal report</title><style>{style}</style></head>"
-        f"<body><main>{body}<nav>{contents}</nav>"
-        + "".join(f'<section id="{anchor}"><h2>{head}</h2>{text}</section>' for anchor, head, text in shown)
-        + f"<footer>Written by Shoal on {date(now)}. This page is one file and needs no network.</footer>"
+        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{body}"
+        f"<footer>Written by Shoal on {date(now)}. This page is one file and needs no network.</footer>"
         f"</main><script>{script}</script></body></html>\n"
     )
 

@@ -15,7 +15,7 @@ from shoal.observe import scale
 from shoal.observe.curves import Series
 from shoal.observe.scale import Scale
 from shoal.observe.thinning import averaged, running_mean, thin
-from shoal.observe.units import amount, duration, figure
+from shoal.observe.units import amount, binary_size, duration, figure
 
 FORMATS: dict[str, Callable[[float], str]] = {
     "figure": figure,
@@ -45,7 +45,7 @@ class Chart:
     unit: str  # what the numbers are, beside the title
     lines: Sequence[Line]
     form: str = "figure"  # how numbers are written: a key of FORMATS
-    x_name: str = "step"
+    x_name: str = "step"  # or "time" (x in seconds) or "size" (x is the binary logarithm of bytes)
     zero: bool = False  # the axis starts at 0
     log_first: bool = False
     marks: Sequence[tuple[float, str]] = ()  # (x, text) of vertical lines: resumes, stops
@@ -184,6 +184,9 @@ def _numbers(series: Series) -> dict[str, list[float | str]]:
 
 def _across(chart: Chart, values: Sequence[float]) -> tuple[Scale, list[str]]:
     """The scale of x and the texts of its ticks."""
+    if chart.x_name == "size":
+        across = scale.steps(values)
+        return across, [binary_size(2**tick) for tick in across.ticks]
     if chart.x_name != "step":
         return scale.times(values)
     across = scale.steps(values)

@@ -42,6 +42,14 @@ def size(value: float) -> str:
     return f"{value:.0f} B"
 
 
+def binary_size(value: float) -> str:
+    """Bytes with binary prefixes, as tensors are measured: 64 KiB, 1.5 MiB."""
+    for unit, suffix in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if value >= unit:
+            return f"{figure(value / unit, 3)} {suffix}"
+    return f"{value:.0f} B"
+
+
 def duration(seconds: float) -> str:
     """0.8 ms, 31.2 ms, 4.2 s, 3 min 12 s, 2 h 05 min."""
     if seconds < 0.9995:
