@@ -139,8 +139,13 @@ class Topology:
         return lanes[kind]
 
     def only(self, keep: Callable[[Link], bool]) -> "Topology":
-        """The same ranks with the links for which ``keep`` is true."""
-        return replace(self, links=tuple(link for link in self.links if keep(link)))
+        """The same ranks with the links for which ``keep`` is true, and what those share."""
+        links = tuple(link for link in self.links if keep(link))
+        return replace(self, links=links, capacities=self._crossed(links))
+
+    def _crossed(self, links: Iterable[Link]) -> tuple[Capacity, ...]:
+        names = {name for link in links for name in link.through}
+        return tuple(capacity for capacity in self.capacities if capacity.name in names)
 
     def subset(self, ranks: Sequence[int]) -> "Topology":
         """Some of the ranks, numbered anew in the order given. Raises UserError for one that is not there, or twice."""
@@ -153,13 +158,12 @@ class Topology:
             for link in self.links
             if link.source in new and link.target in new
         )
-        crossed = {name for link in links for name in link.through}
         hosts = tuple(self.hosts[rank] for rank in ranks)
         return replace(
             self,
             hosts=hosts,
             links=links,
-            capacities=tuple(capacity for capacity in self.capacities if capacity.name in crossed),
+            capacities=self._crossed(links),
             cores={host: count for host, count in self.cores.items() if host in hosts},
             name=f"{self.name}[{','.join(map(str, ranks))}]" if self.name else "",
         )
