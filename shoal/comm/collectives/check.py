@@ -82,6 +82,22 @@ def order(program: Program) -> Order:
     return _Run(program).order()
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the values of a program before it runs."""
+
+    partial: frozenset[tuple[int, int, int]]  # (rank, round, place in it) of Sends of sums that still lack operands
+    finished: tuple[dict[int, list[int]], ...]  # by rank, by round: chunks that become results by an addition there
+
+
+def facts(program: Program) -> Facts:
+    """Raises ProgramError as ``check``."""
+    run = _Run(program)
+    run.order()
+    finished = tuple({number: list(chunks) for number, chunks in rank.items()} for rank in run.finished)
+    return Facts(frozenset(run.partial), finished)
+
+
 def check(program: Program) -> Order:
     """Raises ProgramError, naming rank, round and action, unless the program does exactly what its collective says, and
     all ranks that end with a chunk have added it in one order."""
@@ -114,6 +130,12 @@ class _Run:
         for rank, chunks in enumerate(program.starts):
             own = self._expression((-1, rank), 1 << rank)
             self.memory.append({chunk: (own, chunk) for chunk in chunks})
+        self.want: defaultdict[int, int] = defaultdict(int)  # by data chunk: the ranks with an operand of it
+        for rank, chunks in enumerate(program.starts):
+            for chunk in chunks:
+                self.want[chunk] |= 1 << rank
+        self.partial: set[tuple[int, int, int]] = set()
+        self.finished: list[defaultdict[int, dict[int, None]]] = [defaultdict(dict) for _ in range(program.ranks)]
         self._well_formed()
         # by (origin, to, lane): where each message is sent and received: (rank's round, place in it)
         self.partners: list[list[set[tuple[int, int]]]] = [[set() for _ in rounds] for rounds in program.rounds]
@@ -249,9 +271,12 @@ class _Run:
         return value
 
     def _post(self, rank: int, number: int) -> None:
-        for action in self.program.rounds[rank][number]:
+        for place, action in enumerate(self.program.rounds[rank][number]):
             if isinstance(action, Send):
                 value = self._read(rank, number, action, action.chunk)
+                operands = self.operands[value[0]]
+                if operands & (operands - 1) and operands != self.want[value[1]]:
+                    self.partial.add((rank, number, place))
                 self.inbox[rank, action.to, action.lane].append(value)
 
     def _complete(self, rank: int, number: int) -> None:
@@ -266,18 +291,22 @@ class _Run:
         for reduce, value in reductions:
             own = self._read(rank, number, reduce, reduce.chunk)
             left, right = (value, own) if reduce.incoming_first else (own, value)
-            memory[reduce.chunk] = self._sum(rank, number, reduce, left, right)
+            memory[reduce.chunk] = self._sum(rank, number, reduce, left, right, reduce.chunk)
         for action in self.program.rounds[rank][number]:
             if isinstance(action, Add):
                 left, right = (self._read(rank, number, action, c) for c in (action.into, action.other))
                 if action.other_first:
                     left, right = right, left
-                memory[action.into] = self._sum(rank, number, action, left, right)
+                memory[action.into] = self._sum(rank, number, action, left, right, action.into)
             elif isinstance(action, Copy):
                 memory[action.into] = self._read(rank, number, action, action.other)
+                finished = self.finished[rank][number]
+                finished.pop(action.into, None)
+                if action.other in finished:
+                    finished[action.into] = None
 
     def _sum(
-        self, rank: int, number: int, action: Action, left: tuple[int, int], right: tuple[int, int]
+        self, rank: int, number: int, action: Action, left: tuple[int, int], right: tuple[int, int], into: int
     ) -> tuple[int, int]:
         (a, chunk), (b, other) = left, right
         if chunk != other:
@@ -285,14 +314,13 @@ class _Run:
         twice = self.operands[a] & self.operands[b]
         if twice and self.program.collective != "barrier":  # to have heard of a rank twice does no harm
             raise self._fail(_at(rank, number, action), f"adds the operand of {_ranks(twice)} a second time")
-        return self._expression((a, b), self.operands[a] | self.operands[b]), chunk
+        operands = self.operands[a] | self.operands[b]
+        if operands == self.want[chunk]:
+            self.finished[rank][number][into] = None
+        return self._expression((a, b), operands), chunk
 
     def _results(self) -> list[dict[int, int]]:
-        program = self.program
-        want: defaultdict[int, int] = defaultdict(int)
-        for rank, chunks in enumerate(program.starts):
-            for chunk in chunks:
-                want[chunk] |= 1 << rank
+        program, want = self.program, self.want
         results: list[dict[int, int]] = []
         for rank, chunks in enumerate(program.ends):
             held: dict[int, int] = {}
