@@ -8,15 +8,21 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from shoal.comm.exchange import Denominators, Placement, divide, global_norm
-from shoal.comm.layout import BLOCK, Bucket, Layout
+from shoal.comm.account import Account
+from shoal.comm.clocks import clock_name
+from shoal.comm.counters import Counters, Kind, Place
+from shoal.comm.exchange import Denominators, Placement, cuts, denominator
+from shoal.comm.finishing import block_squares, finish_flat, global_norm
+from shoal.comm.layout import Bucket, Layout
+from shoal.comm.moments import Moments
 from shoal.comm.status import Phase, Reporter
 from shoal.errors import RunFailed
 
@@ -34,6 +40,8 @@ class DistributedGroup:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.host = socket.gethostname()
         self.report = Reporter(self.rank, os.getpid(), None)
+        self.counters = Counters.of_workers(self.rank, self.world)
+        self._gathers = self.counters.tally("gather", "tcp")
         self._listener: Callable[[Any], None] = lambda message: None
         self._stop = threading.Event()
         self._leave = threading.Event()
@@ -51,6 +59,7 @@ class DistributedGroup:
         return self._stop.is_set()
 
     def gather(self, payload: bytes) -> list[bytes]:
+        begun = self.counters.clock()
         with self.explained("a gather"):
             sizes = torch.zeros(self.world, dtype=torch.int64)
             _all_gather(sizes, torch.tensor([len(payload)]))
@@ -60,6 +69,9 @@ class DistributedGroup:
                 padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
             rows = torch.zeros(self.world * len(padded), dtype=torch.uint8)
             _all_gather(rows, padded)
+            moved = (self.world - 1) * (len(padded) + 8)
+            self._gathers.call(sent=moved, received=moved)
+            self._gathers.spend(Kind.transferring, self.counters.clock() - begun, exposed=True)
             table = rows.view(self.world, -1)
             return [bytes(table[rank, : int(sizes[rank])].numpy()) for rank in range(self.world)]
 
@@ -126,10 +138,13 @@ class _Explained:
 
 
 class DistributedExchange:
-    """See shoal.comm.exchange for the protocol."""
+    """See shoal.comm.exchange for the protocol.
+
+    Bytes are counted as the operations move them: all-to-all and all-gather to each peer its part; NCCL and gloo may
+    take other ways. With NCCL, times are those of the host's thread."""
 
     shared_result = False
-    alone = False
+    operations: tuple[str, ...] = ("reduce-scatter", "all-gather", "facts")
 
     def __init__(
         self,
@@ -148,15 +163,26 @@ class DistributedExchange:
         # that workers start these in another order among the scatters: they need a group of their own.
         self._results = dist.new_group(timeout=group.patience)
         self._eager = group.world > 1 and device.type == "cpu"  # NCCL's own order must be equal on all workers too
-        self.facts = torch.zeros(facts, dtype=torch.float64)
-        self.all_facts = torch.zeros(group.world, facts, dtype=torch.float64)
-        self._early_facts = torch.zeros_like(self.all_facts)
+        named = [row.decode().split("|", 1) for row in group.gather(f"{group.host}|{clock_name()}".encode())]
+        hosts = [host for host, _ in named]
+        self._near = hosts.count(group.host) - 1  # peers on this host
+        link = "nccl" if device.type == "cuda" else "tcp"
+        self._links = [link] if len(set(hosts)) == 1 else [f"{link} between hosts", f"{link} in a host"]
+        operations: list[Place] = [(operation, link) for link in self._links for operation in self.operations]
+        bucket_bytes = [bucket.slice * group.world * dtype.itemsize for bucket in layout.buckets]
+        numbers = [sorted(set(hosts)).index(host) for host in hosts]
+        self.account = Account(group.counters, group.report, operations, bucket_bytes, numbers)
+        self._moments = Moments(self.account, [clock for _, clock in named])
+        self._row = torch.zeros(facts + self._moments.width, dtype=torch.float64)
+        self._all_rows = torch.zeros(group.world, len(self._row), dtype=torch.float64)
+        self.facts = self._row[:facts]
+        self.all_facts = self._all_rows[:, :facts]
+        self._early_facts = torch.zeros(group.world, facts, dtype=torch.float64)
         counts = placement.partials(most_passes)
         self._buffers = [torch.zeros(layout.elements, dtype=dtype, device=device) for _ in range(counts[group.rank])]
         largest = max(bucket.slice for bucket in layout.buckets)
         self._arrived = torch.zeros(len(layout.buckets) * sum(counts) * largest, dtype=dtype, device=device)
         self._result = torch.zeros(layout.elements, dtype=dtype, device=device)
-        self.result = self._result
         self.partials: Sequence[torch.Tensor] = ()
         self._passes: tuple[int, ...] = ()
         self._posted = self._reduced = 0
@@ -172,21 +198,45 @@ class DistributedExchange:
         self.partials = self._buffers[: self._counts[self._group.rank]]
         self._posted = self._reduced = 0
         self._scatters, self._operands, self._gathers = [], [], []
+        self._moments.begin()
+
+    @property
+    def rows(self) -> np.ndarray:
+        """See Exchange."""
+        return self._moments.accounts(self._all_rows[:, len(self.facts) :].numpy())
+
+    def _count(self, operation: str, to_each: float, from_each: float | None = None) -> None:
+        """An operation that moves so many bytes to and from each peer."""
+        received = to_each if from_each is None else from_each
+        far = self._group.world - 1 - self._near
+        for link, peers in zip(self._links, (far, self._near) if len(self._links) > 1 else (self._near,), strict=True):
+            tally = self.account.tallies[self.account.form.operations.index((operation, link))]
+            tally.call(sent=round(to_each * peers), received=round(received * peers))
 
     def claim(self) -> None:
         """Every buffer here is this worker's own."""
 
+    def inside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def adopt(self, buffer: int, slot: int, gradient: torch.Tensor) -> bool:
+        """What is sent is a bucket of the flat buffer: a gradient must lie there."""
+        return False
+
     def post(self) -> None:
         with self._group.explained("the gradient exchange"):
+            self.account.posted(self._posted)
             if self._posted == 0:
-                self._facts_work = self._gather_facts(self._early_facts)
+                self._facts_work = self._gather_facts(self._early_facts, self.facts)
             if self._posted == len(self.layout.buckets) - 1:
-                self._late_work = self._gather_facts(self.all_facts)
+                self._moments.write(self._row[len(self.facts) :].numpy())
+                self._late_work = self._gather_facts(self._all_rows, self._row)
             self._scatter(self.layout.buckets[self._posted])
             self._posted += 1
 
-    def _gather_facts(self, into: torch.Tensor) -> "dist.Work | None":
-        work: dist.Work | None = _all_gather(into.view(-1), self.facts.clone(), async_op=True)
+    def _gather_facts(self, into: torch.Tensor, row: torch.Tensor) -> "dist.Work | None":
+        work: dist.Work | None = _all_gather(into.view(-1), row.clone(), async_op=True)
+        self._count("facts", row.nbytes)
         return work
 
     def _scatter(self, bucket: Bucket) -> None:
@@ -210,6 +260,8 @@ class DistributedExchange:
             works.append(work)
             for origin, piece in zip(origins, torch.split(out, size), strict=True):
                 operands[origin].append(piece)
+        own, nbytes = self._counts[self._group.rank], size * self._result.itemsize
+        self._count("reduce-scatter", own * nbytes, (sum(self._counts) - own) / max(1, world - 1) * nbytes)
         self._scatters.append(works)
         self._operands.append([piece for row in operands for piece in row])
 
@@ -226,35 +278,52 @@ class DistributedExchange:
                 if work is not None:
                     work.wait()
             self._facts_work = None
+            self.account.reduces(self._reduced)
             self._reduce(self._reduced)
+            self.account.reduced(self._reduced)
             self._reduced += 1
 
     @torch.no_grad()
     def _reduce(self, index: int) -> None:
         bucket, operands = self.layout.buckets[index], self._operands[index]
         denominators = self._denominators(self._early_facts)
-        for add in self._placement.adds(self._passes):
-            operands[add.into].add_(operands[add.other])
-        first = bucket.owned(self._group.rank).start
-        for start in range(0, bucket.slice, BLOCK):
-            divide(operands[0][start : start + BLOCK], first + start, self.layout, denominators)
+        owned = bucket.owned(self._group.rank)
+        for start, stop in cuts(self.layout, owned.start, owned.stop):
+            parts = [operand[start - owned.start : stop - owned.start] for operand in operands]
+            finish_flat(parts, self._placement.adds(self._passes), denominator(start, self.layout, denominators))
         whole = self._result[bucket.start : bucket.stop]
         work = _all_gather(whole, operands[0], async_op=True, group=self._results)
         assert work is not None
         self._gathers.append(work)
+        self._count("all-gather", operands[0].nbytes)
 
     @torch.no_grad()
     def finish(self) -> float:
         before = self._group.report.position
         self._group.report(Phase.exchanging)
+        self.account.finishes()
         with self._group.explained("the gradient exchange"):
             self._advance(wait=True)
-            for work in [self._late_work, *self._gathers]:
-                if work is not None:
-                    work.wait()
+            self._wait("facts", [self._late_work])
+            self._moments.read(self._all_rows[:, len(self.facts) :].numpy(), self.account.now())
+            self._wait("all-gather", self._gathers)
+        self.account.settle()
         self._group.report(before.phase, shard=before.shard)
-        blocks = self._result[: self.layout.state_start].view(-1, BLOCK)
-        return global_norm(torch.stack([torch.dot(block, block) for block in blocks]).double().tolist())
+        return global_norm(block_squares(self._result[: self.layout.state_start]).tolist())
+
+    def _wait(self, operation: str, works: "Sequence[dist.Work | None]") -> None:
+        """Stand still until these are done. How much of it is a peer's lateness, their own accounts tell."""
+        begun = self.account.now()
+        for work in works:
+            if work is not None:
+                work.wait()
+        if works:
+            tally = self.account.tallies[self.account.form.operations.index((operation, self._links[0]))]
+            tally.spend(Kind.transferring, self.account.now() - begun, exposed=True)
+
+    def result_of(self, slot: int) -> torch.Tensor:
+        place = self.layout.slots[slot]
+        return self._result[place.offset : place.offset + place.size]
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -262,7 +331,9 @@ class DistributedExchange:
 
 
 class ReducingExchange(DistributedExchange):
-    """Fast mode: the backend's own all-reduce, in the order that it likes."""
+    """Fast mode: the backend's own all-reduce, in the order that it likes; counted as a ring."""
+
+    operations = ("all-reduce", "facts")
 
     def _scatter(self, bucket: Bucket) -> None:
         piece = self._result[bucket.start : bucket.stop]
@@ -272,14 +343,12 @@ class ReducingExchange(DistributedExchange):
             piece.zero_()
         work = dist.all_reduce(piece, async_op=True)
         assert work is not None
+        self._count("all-reduce", 2 * piece.nbytes / self._group.world)
         self._scatters.append([work])
 
     @torch.no_grad()
     def _reduce(self, index: int) -> None:
         bucket = self.layout.buckets[index]
         denominators = self._denominators(self._early_facts)
-        cut = min(max(self.layout.state_start, bucket.start), bucket.stop)
-        if bucket.start < cut:
-            divide(self._result[bucket.start : cut], bucket.start, self.layout, denominators)
-        if cut < bucket.stop:
-            divide(self._result[cut : bucket.stop], cut, self.layout, denominators)
+        for start, stop in cuts(self.layout, bucket.start, bucket.stop):
+            finish_flat([self._result[start:stop]], (), denominator(start, self.layout, denominators))

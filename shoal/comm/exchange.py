@@ -6,26 +6,36 @@ The protocol of a step, the same for every exchange:
     claim()            before the first write to `partials`
     facts[...] = ...   this worker's row of small numbers: what the denominators need, before the first post; the rest
                        before the last one
+    inside()           around a backward pass: what it makes may be adopted
+    adopt(...)         a gradient stays where it is and stands for its slot of a partial, instead of being copied there
     post()             the next bucket of all own partials is final; called once a bucket, in order
     advance()          reduce what every worker has posted, without waiting; called whenever there is a moment
-    finish()           wait for the rest; `result` is the mean gradient, `norm` its global norm
+    finish()           wait for the rest; returns the global norm, and `result_of` gives the mean gradient of a slot
 """
 
-import math
+import struct
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
-from shoal.comm.layout import BLOCK, Bucket, Layout
+from shoal.comm.account import Account, stand
+from shoal.comm.arena import OwnMemory
+from shoal.comm.counters import Tally
+from shoal.comm.finishing import Slice, fast_path, finish_flat, finish_pieces, global_norm, slice_of
+from shoal.comm.layout import BLOCK, Layout
 from shoal.comm.tree import Accumulation, Add, accumulation, completion, covering, row
 
 if TYPE_CHECKING:
     from shoal.comm.group import HostGroup
 
 Denominators = Callable[[torch.Tensor], tuple[float, float]]  # all facts -> (for gradients, for buffers)
+NOWHERE = -1  # a gradient was not adopted: it lies in its slot of the flat buffer
 _READY, _DONE, _CLIPPED, _RELEASED = 2, 3, 4, 5  # message kinds; the group uses 1
+_WHEN = struct.Struct("<d")  # what each of them says: when it was sent, by the clock that all workers of a host share
 
 
 class Placement:
@@ -62,33 +72,41 @@ class Exchange(Protocol):
     facts: torch.Tensor  # float64 [facts]: this worker's row, to be filled before the first post
     all_facts: torch.Tensor  # float64 [workers, facts]: complete after finish
     partials: Sequence[torch.Tensor]  # this worker's flat buffers [elements] for the step, those of `placement`
-    result: torch.Tensor  # [elements]: valid after finish, until the next begin
     shared_result: bool  # True: the result is other workers' memory too, and must not be written
-    alone: bool  # True: the one worker divides by the denominators itself, while each gradient is in the cache
+    account: Account  # what this worker's steps cost
+
+    @property
+    def rows(self) -> np.ndarray:
+        """On rank 0, after finish: the accounts of all workers up to the step before, [workers, account.form.width]."""
 
     def begin(self, passes: tuple[int, ...]) -> None: ...
     def claim(self) -> None: ...
+    def inside(self) -> AbstractContextManager[None]: ...
+    def adopt(self, buffer: int, slot: int, gradient: torch.Tensor) -> bool:
+        """Let a contiguous gradient, whose memory nobody else uses, be its slot of partial ``buffer`` until the step's
+        end. False: its memory is not of the right kind, and it must be copied."""
+
     def post(self) -> None: ...
     def advance(self) -> None: ...
     def finish(self) -> float:
         """Wait until the result is whole on this worker; the global norm of the gradients."""
 
+    def result_of(self, slot: int) -> torch.Tensor:
+        """The mean of a slot, flat [size]: valid after finish, until the next begin."""
+
     def scale(self, factor: float) -> None:
         """Multiply the gradients of the result, on all workers; called by all of them."""
 
 
-def divide(chunk: torch.Tensor, start: int, layout: Layout, denominators: tuple[float, float]) -> None:
-    """Turn a finished sum into a mean; ``start`` is where the chunk of whole blocks lies in the flat buffer."""
-    by = denominators[0] if start < layout.state_start else denominators[1]
-    if by != 1.0:
-        chunk.div_(by)
+def denominator(start: int, layout: Layout, denominators: tuple[float, float]) -> float:
+    """What turns the sum in a slice into a mean; ``start`` is where it lies in the flat buffer."""
+    return denominators[0] if start < layout.state_start else denominators[1]
 
 
-def global_norm(squares: Sequence[float]) -> float:
-    """From the sums of squares of all blocks; fsum rounds once, so that neither order nor padding matters."""
-    if not all(map(math.isfinite, squares)):
-        return math.nan
-    return math.sqrt(math.fsum(squares))
+def cuts(layout: Layout, start: int, stop: int) -> list[tuple[int, int]]:
+    """A slice in parts that hold either gradients or buffers."""
+    middle = min(max(layout.state_start, start), stop)
+    return [(a, b) for a, b in ((start, middle), (middle, stop)) if a < b]
 
 
 class HeapExchange:
@@ -110,8 +128,7 @@ class HeapExchange:
         device: torch.device,
     ) -> None:
         self.layout, self._placement, self._denominators = layout, placement, denominators
-        self._group, self._mesh = group, group.mesh
-        self.alone = group.world == 1
+        self._group, self._mesh, self._dtype = group, group.mesh, dtype
 
         def allocate(elements: int, dtype: torch.dtype) -> torch.Tensor:
             if device.type == "cpu":
@@ -121,38 +138,98 @@ class HeapExchange:
         self._facts = group.heap.tensor(group.world * facts, torch.float64).view(group.world, facts)
         self.facts = self._facts[group.rank]
         self.all_facts = torch.empty_like(self._facts)
+        link = "shared memory"
+        operations = (("reduce-scatter", link), ("release", link), ("barrier", link))
+        bucket_bytes = [bucket.slice * group.world * dtype.itemsize for bucket in layout.buckets]
+        self.account = Account(group.counters, group.report, operations, bucket_bytes)
+        self._reduces, self._releases, self._barriers = self.account.tallies
+        shape = (group.world, self.account.form.width)
+        self._rows = group.heap.tensor(shape[0] * shape[1], torch.float64).view(shape).numpy()
+        self.rows = np.zeros(shape)
         self._squares = allocate(layout.elements // BLOCK, torch.float64)
-        self._buffers = [
-            [allocate(layout.elements, dtype) for _ in range(count)] for count in placement.partials(most_passes)
-        ]
+        counts = placement.partials(most_passes)
+        self._buffers = [[allocate(layout.elements, dtype) for _ in range(count)] for count in counts]
         self.partials: Sequence[torch.Tensor] = ()
         self._sequence = 0
-        self.result = self._buffers[0][0]
-        self._operands: list[torch.Tensor] = []
+        self._operands: list[tuple[int, int]] = []  # (rank, buffer), in the order of the tree
         self._adds: list[Add] = []
         self._posted = self._reduced = 0
         self._heard = [0] * group.world
-        self._views: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._by = (1.0, 1.0)  # the step's denominators, for gradients and for buffers
+        # Where gradients were adopted: every worker's row is read by the owners of slices.
+        self._fast = fast_path(dtype, device)
+        self._memory = OwnMemory() if group.world == 1 else group.arenas
+        places = group.heap.tensor(group.world * max(counts) * len(layout.slots), torch.int64)
+        self._places = places.numpy().reshape(group.world, max(counts), len(layout.slots))
+        self._places[group.rank] = NOWHERE
+        self._result_places = np.full(len(layout.slots), NOWHERE)
+        self._adopted: dict[tuple[int, int], torch.Tensor] = {}
+        offsets = np.array([slot.offset for slot in layout.slots], dtype=np.uint64) * np.uint64(dtype.itemsize)
+        self._slot_addresses = {
+            (rank, index): np.uint64(buffer.data_ptr()) + offsets
+            for rank, buffers in enumerate(self._buffers)
+            for index, buffer in enumerate(buffers)
+        }
+        self._slices: dict[int, list[Slice]] = {}  # bucket -> the own slice's parts
 
     def begin(self, passes: tuple[int, ...]) -> None:
-        counts = self._placement.partials(passes)
-        self.partials = self._buffers[self._group.rank][: counts[self._group.rank]]
-        self._operands = [b for buffers, n in zip(self._buffers, counts, strict=True) for b in buffers[:n]]
+        counts, me = self._placement.partials(passes), self._group.rank
+        self.partials = self._buffers[me][: counts[me]]
+        self._operands = [(rank, index) for rank, count in enumerate(counts) for index in range(count)]
         self._adds = self._placement.adds(passes)
-        self.result = self._operands[0]
         self._posted = self._reduced = 0
         self._heard = [0] * self._group.world
-        if self._group.rank:
-            self._mesh.send(0, _RELEASED, self._sequence)
+        row = self.account.begin()
+        self._rows[me, : len(row)], self._rows[me, len(row) :] = row, 0.0
+        self._count(counts)
+        if me:
+            self._let_go()
+            self._mesh.send(0, _RELEASED, self._sequence, _WHEN.pack(self.account.now()))
+
+    def _count(self, partials: Sequence[int]) -> None:
+        """What will cross between workers in this step: each reads the others' partial sums of its own slices."""
+        if self._mesh.others:
+            own = partials[self._group.rank]
+            buckets = self.layout.buckets
+            slices = sum(bucket.slice for bucket in buckets) * self._dtype.itemsize
+            sent, received = own * slices * len(self._mesh.others), (sum(partials) - own) * slices
+            self._reduces.call(sent=sent, received=received, calls=len(buckets))
+
+    def _let_go(self) -> None:
+        self._adopted.clear()
+        self._places[self._group.rank] = NOWHERE
 
     def claim(self) -> None:
-        """Rank 0's first buffer was the last result: wait until nobody reads it any more."""
+        """The last result was this worker's first buffer: wait until nobody reads it any more."""
         if self._group.rank == 0:
-            for rank in self._mesh.others:
-                self._mesh.receive(rank, _RELEASED, self._sequence)
+            self._stand(self._releases, _RELEASED, self.account.now())
+            self._let_go()
+
+    def _stand(self, tally: Tally, kind: int, asked: float) -> None:
+        """Stand still until a message of this kind has come from everybody."""
+        last, late = asked, self._group.rank
+        for rank in self._mesh.others:
+            (sent,) = _WHEN.unpack(self._mesh.receive(rank, kind, self._sequence))
+            if sent > last:
+                last, late = sent, rank
+        if self._mesh.others:
+            tally.call()
+            stand(tally, asked, last, late, self.account.now())
+
+    def inside(self) -> AbstractContextManager[None]:
+        return self._memory.inside()
+
+    def adopt(self, buffer: int, slot: int, gradient: torch.Tensor) -> bool:
+        place = self._memory.place(gradient) if self._fast and gradient.dtype == self._dtype else None
+        if place is None:
+            return False
+        self._adopted[buffer, slot] = gradient
+        self._places[self._group.rank, buffer, slot] = place
+        return True
 
     def post(self) -> None:
-        self._mesh.broadcast(_READY, self._sequence + self._posted)
+        when = self.account.posted(self._posted)
+        self._mesh.broadcast(_READY, self._sequence + self._posted, _WHEN.pack(when))
         self._posted += 1
 
     def advance(self) -> None:
@@ -164,56 +241,81 @@ class HeapExchange:
                 if self._heard[rank] > self._reduced:
                     continue
                 ask = self._mesh.receive if wait else self._mesh.take
-                if ask(rank, _READY, self._sequence + self._reduced) is None:
+                when = ask(rank, _READY, self._sequence + self._reduced)
+                if when is None:
                     return
+                self.account.peer_posted(self._reduced, rank, *_WHEN.unpack(when))
                 self._heard[rank] += 1
             if self._reduced == 0:
                 self.all_facts.copy_(self._facts)
-            self._reduce(self.layout.buckets[self._reduced])
+                self._by = self._denominators(self.all_facts)
+            self.account.reduces(self._reduced, in_place=True)
+            self._reduce(self._reduced)
+            self.account.reduced(self._reduced)
             self._reduced += 1
 
-    @torch.no_grad()
-    def _reduce(self, bucket: Bucket) -> None:
-        """Finish the own slice, block by block while it is in the cache."""
-        denominators = self._denominators(self.all_facts)
-        owned = bucket.owned(self._group.rank)
-        squares: list[torch.Tensor] = []
-        columns = [self._blocks(operand, owned) for operand in self._operands]
-        for start, blocks in zip(range(owned.start, owned.stop, BLOCK), zip(*columns, strict=True), strict=True):
-            for add in self._adds:
-                blocks[add.into].add_(blocks[add.other])
-            if not self.alone:
-                divide(blocks[0], start, self.layout, denominators)
-            if start < self.layout.state_start:
-                squares.append(torch.dot(blocks[0], blocks[0]))
-        if squares:
-            first = owned.start // BLOCK
-            self._squares[first : first + len(squares)] = torch.stack(squares)
+    def _own(self, bucket: int) -> list[Slice]:
+        """The parts of the own slice of a bucket: gradients, buffers, or both."""
+        if bucket not in self._slices:
+            owned = self.layout.buckets[bucket].owned(self._group.rank)
+            self._slices[bucket] = [slice_of(self.layout, *cut) for cut in cuts(self.layout, owned.start, owned.stop)]
+        return self._slices[bucket]
 
-    def _blocks(self, buffer: torch.Tensor, owned: range) -> tuple[torch.Tensor, ...]:
-        """The blocks of a slice of a buffer; the views are made once."""
-        key = (buffer.data_ptr(), owned.start)
-        if key not in self._views:
-            self._views[key] = torch.split(buffer[owned.start : owned.stop], BLOCK)
-        return self._views[key]
+    @torch.no_grad()
+    def _reduce(self, bucket: int) -> None:
+        """Finish the own slice: one pass over memory where that can be."""
+        addresses = self._addresses() if self._fast else None
+        for part in self._own(bucket):
+            by = denominator(part.start, self.layout, self._by)
+            squares = None
+            if part.start < self.layout.state_start:
+                squares = self._squares[part.start // BLOCK : part.stop // BLOCK]
+            if addresses is not None:
+                finish_pieces(part, addresses, self._dtype, self._adds, by, squares)
+                continue
+            operands = [self._buffers[rank][index][part.start : part.stop] for rank, index in self._operands]
+            finish_flat(operands, self._adds, by, squares)
+
+    def _addresses(self) -> np.ndarray:
+        """Where each slot of each operand lies in this process: uint64 [operands, slots]."""
+        rows = []
+        for rank, index in self._operands:
+            flat, places = self._slot_addresses[rank, index], self._places[rank, index]
+            rows.append(np.where(places == NOWHERE, flat, np.uint64(self._memory.bases[rank]) + places.view(np.uint64)))
+        return np.stack(rows)
 
     def finish(self) -> float:
+        self.account.finishes()
         self._advance(wait=True)
         self.all_facts.copy_(self._facts)  # all have posted their last bucket: the rows are complete
+        if self._group.rank == 0:
+            self.rows[:] = self._rows
+        self._result_places[:] = self._places[self._operands[0]]
         self._barrier(_DONE)
+        self.account.settle()
         self._sequence += len(self.layout.buckets)
         return global_norm(self._squares.tolist())
 
+    def result_of(self, slot: int) -> torch.Tensor:
+        rank, index = self._operands[0]
+        place, size = int(self._result_places[slot]), self.layout.slots[slot].size
+        if place == NOWHERE:
+            start = self.layout.slots[slot].offset
+            return self._buffers[rank][index][start : start + size]
+        if rank == self._group.rank:
+            return self._adopted[index, slot].view(-1)
+        return self._group.arenas.view(rank, place, size, self._dtype)
+
     def _barrier(self, kind: int) -> None:
-        self._mesh.broadcast(kind, self._sequence)
-        for rank in self._mesh.others:
-            self._mesh.receive(rank, kind, self._sequence)
+        asked = self.account.now()
+        self._mesh.broadcast(kind, self._sequence, _WHEN.pack(asked))
+        self._stand(self._barriers, kind, asked)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
-        for bucket in self.layout.buckets:
-            owned = bucket.owned(self._group.rank)
-            stop = min(owned.stop, self.layout.state_start)
-            if owned.start < stop:
-                self.result[owned.start : stop].mul_(factor)
+        for bucket in range(len(self.layout.buckets)):
+            for part in self._own(bucket):
+                if part.start < self.layout.state_start:
+                    for slot, offset, (_, length) in zip(part.slots, part.offsets, part.places, strict=True):
+                        self.result_of(int(slot))[offset : offset + length].mul_(factor)
         self._barrier(_CLIPPED)

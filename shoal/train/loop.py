@@ -207,6 +207,7 @@ class _Loop:
             recipe_hash=recipe.arithmetic_hash,
             torch=torch.__version__,
             steps=self.steps,
+            transport=worker.transport,
         )
 
     def _resume(self) -> None:
@@ -236,6 +237,8 @@ class _Loop:
         assert figures is not None
         self.loss = figures.loss
         self.samples += step.samples
+        found = self.worker.communication() if self.log else None
+        comm = {"comm": found} if found else {}
         self.tell(
             "committed",
             step=step.number,
@@ -249,6 +252,7 @@ class _Loop:
             seconds=seconds,
             parts=step.parts,
             waited=dict(enumerate(figures.waited)),
+            **comm,
         )
 
     def _after(self, step: Step) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shoal.comm.exchange import Placement
 from shoal.comm.group import Group
 from shoal.comm.status import Phase
+from shoal.comm.telling import Teller, transport
 from shoal.comm.transport import make_exchange
 from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
@@ -58,6 +59,7 @@ class Worker:
         self._optimizer: torch.optim.Optimizer | None = None
         self._kept: dict[str, Any] = {}
         self._gradients: Gradients | None = None
+        self._teller: Teller | None = None
         self._writers: dict[Path, BackgroundWriter] = {}
         self._resumed: checkpoint.Checkpoint | None = None
         torch.manual_seed(seed)
@@ -195,6 +197,19 @@ class Worker:
         """Called by every worker. Raises RunFailed naming the ranks whose parameters are not those of the most."""
         mine = json.dumps(parameter_checksum(self._trained())).encode()
         compare([json.loads(row) for row in self.group.gather(mine)], f"after step {self.step}")
+
+    @property
+    def transport(self) -> dict[str, Any]:
+        """What carries the gradients: see the event `started`."""
+        return transport(self._gradients.exchange.account) if self._gradients else {}
+
+    def communication(self) -> dict[str, Any] | None:
+        """On rank 0, after a step: now and then, what all workers' transports have counted since the last answer."""
+        if self._gradients is None:
+            return None
+        exchange = self._gradients.exchange
+        self._teller = self._teller or Teller(exchange.account.form)
+        return self._teller(exchange.rows, exchange.account.offsets)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
