@@ -80,8 +80,9 @@ class ShmGroup {
   OpCounters counters(Op) const;
   std::vector<Position> positions() const;  // by rank; may be a step behind
 
+  struct Inside;  // shm_inside.hpp
+
  private:
-  struct Inside;
   std::unique_ptr<Inside> inside_;
 };
 

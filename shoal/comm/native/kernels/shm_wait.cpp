@@ -1,0 +1,151 @@
+#include "shm_wait.hpp"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+#include <ctime>
+
+namespace shoal {
+namespace {
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");  // `yield` does nothing on most
+#endif
+}
+
+static_assert(sizeof(std::atomic<std::uint32_t>) == 4 && std::atomic<std::uint32_t>::is_always_lock_free);
+static_assert(sizeof(std::atomic<std::uint64_t>) == 8 && std::atomic<std::uint64_t>::is_always_lock_free);
+
+// Not FUTEX_PRIVATE: the sleepers are other processes.
+void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t seen, const timespec& limit) {
+  syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAIT, seen, &limit, nullptr, 0);
+}
+void futex_wake(std::atomic<std::uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void ring(Bell& bell) {
+  bell.rings.fetch_add(1, std::memory_order_seq_cst);
+  futex_wake(bell.rings);
+}
+
+}  // namespace
+
+Patience patience_for(int world, int usable_cores) {
+  return world <= usable_cores ? Patience{1000, 4} : Patience{0, 4};
+}
+
+void Waiter::publish(std::uint64_t at) const {
+  segment_.progress(segment_.rank(), sequence_of(at)).at.store(at, std::memory_order_seq_cst);
+  wake();
+}
+
+void Waiter::wake() const {
+  Header& header = segment_.header();
+  for (int word = 0; word * 64 < segment_.world(); ++word) {
+    std::uint64_t sleepers = header.sleepers[word].load(std::memory_order_seq_cst);
+    while (sleepers) {
+      const std::uint64_t bit = sleepers & (~sleepers + 1);
+      sleepers ^= bit;
+      const int rank = word * 64 + __builtin_ctzll(bit);
+      if (rank == segment_.rank()) continue;
+      Bell& bell = segment_.control(rank).bell;
+      // A mixture of an old wait and a new one at worst rings for nothing: the new one looks after it has announced.
+      const std::uint64_t target = bell.target.load(std::memory_order_relaxed);
+      if (!reached(rank, target, bell.whom.load(std::memory_order_relaxed))) continue;
+      if (header.sleepers[word].fetch_and(~bit, std::memory_order_seq_cst) & bit) ring(bell);
+    }
+  }
+}
+
+void Waiter::ring_all() const {
+  for (int rank = 0; rank < segment_.world(); ++rank) ring(segment_.control(rank).bell);
+}
+
+int Waiter::missing(std::uint64_t target, int whom) const {
+  const std::uint64_t sequence = sequence_of(target);
+  const int first = whom < 0 ? 0 : whom, end = whom < 0 ? segment_.world() : whom + 1;
+  for (int rank = first; rank < end; ++rank) {
+    if (rank == segment_.rank()) continue;
+    if (segment_.progress(rank, sequence).at.load(std::memory_order_acquire) < target) return rank;
+  }
+  return -1;
+}
+
+bool Waiter::reached(int waiting, std::uint64_t target, int whom) const {
+  const std::uint64_t sequence = sequence_of(target);
+  const int first = whom < 0 ? 0 : whom, end = whom < 0 ? segment_.world() : whom + 1;
+  for (int rank = first; rank < end; ++rank) {
+    if (rank == waiting) continue;
+    if (segment_.progress(rank, sequence).at.load(std::memory_order_seq_cst) < target) return false;
+  }
+  return true;
+}
+
+// Whether one that is still missing has closed the group, and who: in `last`.
+bool Waiter::someone_left(std::uint64_t target, int whom, int& last) const {
+  const int first = whom < 0 ? 0 : whom, end = whom < 0 ? segment_.world() : whom + 1;
+  for (int rank = first; rank < end; ++rank) {
+    if (rank == segment_.rank() || segment_.control(rank).member.joined.load(std::memory_order_seq_cst) != 2) continue;
+    if (missing(target, rank) < 0) continue;  // looked at after: it may have come, then left
+    last = rank;
+    return true;
+  }
+  return false;
+}
+
+Waiter::Outcome Waiter::wait_long(std::uint64_t target, int whom, int late, Clock::time_point deadline,
+                                  std::atomic<double>* waited_s) const {
+  const Clock::time_point start = Clock::now();
+  const std::atomic<std::uint32_t>& aborted = segment_.header().aborted;
+  int last = late, now = late;
+  Outcome outcome = Outcome::reached;
+  for (int spin = 0; now >= 0 && spin < patience_.spins + patience_.yields; ++spin) {
+    if (aborted.load(std::memory_order_acquire)) break;
+    spin < patience_.spins ? relax() : static_cast<void>(sched_yield());
+    last = now;
+    now = missing(target, whom);
+  }
+  if (now >= 0) outcome = sleep(target, whom, deadline, last);
+  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  waited_s[last].store(waited_s[last].load(std::memory_order_relaxed) + seconds, std::memory_order_relaxed);
+  return outcome;
+}
+
+Waiter::Outcome Waiter::sleep(std::uint64_t target, int whom, Clock::time_point deadline, int& last) const {
+  Header& header = segment_.header();
+  const int self = segment_.rank();
+  Bell& bell = segment_.control(self).bell;
+  std::atomic<std::uint64_t>& sleepers = header.sleepers[self / 64];
+  const std::uint64_t bit = std::uint64_t{1} << (self % 64);
+  bell.target.store(target, std::memory_order_relaxed);
+  bell.whom.store(whom, std::memory_order_relaxed);
+  Outcome outcome;
+  for (;;) {
+    const std::uint32_t seen = bell.rings.load(std::memory_order_acquire);
+    sleepers.fetch_or(bit, std::memory_order_seq_cst);
+    outcome = Outcome::reached;
+    if (reached(self, target, whom)) break;
+    outcome = Outcome::aborted;
+    if (header.aborted.load(std::memory_order_seq_cst)) break;
+    last = missing(target, whom);
+    if (last < 0) last = whom < 0 ? (self + 1) % segment_.world() : whom;  // came just now
+    outcome = Outcome::left;
+    if (someone_left(target, whom, last)) break;
+    outcome = Outcome::timed_out;
+    const auto rest = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline - Clock::now()).count();
+    if (rest <= 0) break;
+    const timespec limit{static_cast<time_t>(rest / 1000000000), static_cast<long>(rest % 1000000000)};
+    futex_wait(bell.rings, seen, limit);
+  }
+  sleepers.fetch_and(~bit, std::memory_order_seq_cst);
+  return outcome;
+}
+
+}  // namespace shoal

@@ -1,0 +1,53 @@
+// Waiting for other ranks' progress without wasting a core, and waking those who do.
+//
+// A short spin (only where every rank has a core), a few yields, then sleep on this rank's own bell (futex). A sleeper
+// says what it waits for; whoever publishes progress looks whether anybody sleeps at all (one shared word, hardly ever
+// written), and rings only those whose whole condition holds now: one wake-up a wait, however many ranks are awaited.
+// Publish-then-look against announce-then-look must not both miss: these four accesses are sequentially consistent.
+#pragma once
+
+#include <chrono>
+
+#include "shm_segment.hpp"
+
+namespace shoal {
+
+using Clock = std::chrono::steady_clock;
+
+struct Patience {
+  int spins;
+  int yields;
+};
+// How to wait with that many ranks on that many cores.
+Patience patience_for(int world, int usable_cores);
+
+class Waiter {
+ public:
+  enum class Outcome { reached, timed_out, aborted, left };
+
+  Waiter(Segment& segment, Patience patience) : segment_(segment), patience_(patience) {}
+
+  // This rank has come to `at`.
+  void publish(std::uint64_t at) const;
+  // Until `whom` (-1: every other rank) has come to `target`. Fast where they have already; else adds the time to
+  // waited_s[the rank that came last], or that is missing.
+  Outcome wait(std::uint64_t target, int whom, Clock::time_point deadline, std::atomic<double>* waited_s) const {
+    const int late = missing(target, whom);
+    return late < 0 ? Outcome::reached : wait_long(target, whom, late, deadline, waited_s);
+  }
+  // The first rank that has not come there; -1: all have.
+  int missing(std::uint64_t target, int whom) const;
+  void ring_all() const;  // something happened that is no progress
+
+ private:
+  Outcome wait_long(std::uint64_t target, int whom, int late, Clock::time_point deadline,
+                    std::atomic<double>* waited_s) const;
+  Outcome sleep(std::uint64_t target, int whom, Clock::time_point deadline, int& last) const;
+  bool someone_left(std::uint64_t target, int whom, int& last) const;
+  bool reached(int waiting, std::uint64_t target, int whom) const;
+  void wake() const;
+  Segment& segment_;
+  Patience patience_;
+};
+
+}  // namespace shoal
