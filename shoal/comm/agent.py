@@ -24,7 +24,7 @@ from shoal.comm.group import HostGroup
 from shoal.comm.heap import Heap, anonymous_file
 from shoal.comm.mesh import Mesh, PeerLost
 from shoal.comm.native import build
-from shoal.comm.status import Phase, Position, Reporter, StatusBoard
+from shoal.comm.status import SERVERS, Phase, Position, Reporter, StatusBoard
 from shoal.errors import ShoalError, UserError
 
 WATCH_S = 0.5  # how often the agent looks for workers without progress
@@ -38,6 +38,15 @@ class Job:
     workers: int
     threads: int
     hang_after_s: float
+    servers: int = 0  # parameter servers: processes beside the workers
+
+    @property
+    def processes(self) -> int:
+        return self.workers + self.servers
+
+    def name(self, rank: int) -> str:
+        """Servers are numbered after the workers."""
+        return f"rank {rank}" if rank < self.workers else f"server {rank - self.workers}"
 
 
 @dataclass(frozen=True)
@@ -84,16 +93,16 @@ class Crew:
         self.job = job
         self.host = socket.gethostname()
         self.board_file = anonymous_file(StatusBoard.SIZE)
-        self.board = StatusBoard(self.board_file, job.workers)
+        self.board = StatusBoard(self.board_file, job.processes)
         self.connections: dict[Connection, int] = {}
         self.pids: dict[int, int] = {}
         self.first_failure: Ended | None = None
         self.finished: set[int] = set()
 
     def fork(self, launcher: Connection) -> None:
-        count = self.job.workers
-        heap_file, own_files = anonymous_file(0), arena_files(count)
-        pairs = {(a, b): socket.socketpair() for a in range(count) for b in range(a + 1, count)}
+        workers, count = self.job.workers, self.job.processes
+        heap_file, server_file, own_files = anonymous_file(0), anonymous_file(0), arena_files(workers)
+        pairs = {(a, b): socket.socketpair() for a in range(workers) for b in range(a + 1, count)}
         pipes = [socket.socketpair() for _ in range(count)]
         parent = os.getpid()
         gc.freeze()  # keep the collector from copying the parent's pages into every worker
@@ -111,23 +120,24 @@ class Crew:
                     else:
                         left.close()
                         right.close()
-                for other, (ours, workers) in enumerate(pipes):
+                for other, (ours, theirs) in enumerate(pipes):
                     ours.close()
                     if other != rank:
-                        workers.close()
-                _work(self.job, rank, peers, pipes[rank][1], heap_file, own_files, self.board)
+                        theirs.close()
+                shared = Shared(heap_file, server_file, own_files, self.board)
+                _work(self.job, rank, peers, pipes[rank][1], shared)
             self.pids[rank] = pid
         for left, right in pairs.values():
             left.close()
             right.close()
-        for rank, (ours, workers) in enumerate(pipes):
-            workers.close()
+        for rank, (ours, theirs) in enumerate(pipes):
+            theirs.close()
             self.connections[Connection(ours.detach())] = rank
-        for file in (heap_file, *own_files):
+        for file in (heap_file, server_file, *own_files):
             os.close(file)
 
     def position(self, rank: int) -> str:
-        return f"rank {rank} on {self.host} (pid {self.pids[rank]})"
+        return f"{self.job.name(rank)} on {self.host} (pid {self.pids[rank]})"
 
     def fail(self, line: str, *, user_error: bool = False, trace: str = "") -> None:
         if self.first_failure is None:
@@ -165,7 +175,7 @@ class Crew:
         waiting = [p for p in running if p.phase is Phase.waiting and p not in named]
         said = "; ".join(f"{self.position(p.rank)} hangs at {p} since {now - p.since_s:.0f} s ({_process_state(p.pid)})"
                          for p in named)  # fmt: skip
-        others = ", ".join(f"rank {p.rank} is {p}" for p in waiting)
+        others = ", ".join(f"{self.job.name(p.rank)} is {p}" for p in waiting)
         return said + (f"; {others}" if others else "")
 
     def _patience(self, position: Position) -> float:
@@ -188,16 +198,18 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-def _work(
-    job: Job,
-    rank: int,
-    peers: list[socket.socket | None],
-    pipe: socket.socket,
-    heap_file: int,
-    own_files: list[int],
-    board: StatusBoard,
-) -> NoReturn:
-    """The life of a worker process, from the fork to its exit."""
+@dataclass(frozen=True)
+class Shared:
+    """Memory that the processes of a job share: files without a name, and the page of their positions."""
+
+    heap: int  # of the workers
+    server_heap: int  # of workers and servers
+    own: list[int]  # each worker's arena
+    board: StatusBoard
+
+
+def _work(job: Job, rank: int, peers: list[socket.socket | None], pipe: socket.socket, shared: Shared) -> NoReturn:
+    """The life of a worker or server process, from the fork to its exit."""
     import cloudpickle
     import torch
 
@@ -209,15 +221,19 @@ def _work(
         connection.send_bytes(cloudpickle.dumps(Said(rank, kind, value, trace)))
 
     code = 1
-    report = Reporter(rank, os.getpid(), board)
+    report = Reporter(rank, os.getpid(), shared.board)
     try:
         _keep_freed_memory()
         torch.set_num_threads(job.threads)
-        function, arguments = cloudpickle.loads(job.program)
-        mesh = Mesh(rank, peers, report)
-        heap, arenas = Heap(heap_file), Arenas(rank, own_files)
-        group = HostGroup(rank, job.workers, mesh, heap, arenas, report, lambda value: say("event", value))
-        say("result", function(group, *arguments))
+        if rank < job.workers:
+            function, arguments = cloudpickle.loads(job.program)
+            say("result", function(_group(job, rank, peers, shared, report, say), *arguments))
+        else:
+            from shoal.comm.server.shared import serve
+
+            to_workers = Mesh(-1, peers[: job.workers], report)
+            serve(rank - job.workers, to_workers, Heap(shared.server_heap), report)
+            say("result", None)
         report(Phase.ended)
         code = 0
     except PeerLost as lost:
@@ -235,6 +251,22 @@ def _work(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _group(
+    job: Job,
+    rank: int,
+    peers: list[socket.socket | None],
+    shared: Shared,
+    report: Reporter,
+    say: Callable[[str, Any], None],
+) -> HostGroup:
+    mesh, arenas = Mesh(rank, peers[: job.workers], report), Arenas(rank, shared.own)
+    group = HostGroup(rank, job.workers, mesh, Heap(shared.heap), arenas, report, lambda value: say("event", value))
+    if job.servers:
+        group.servers = Mesh(-1, peers[job.workers :], report, first=SERVERS)
+        group.server_heap = Heap(shared.server_heap)
+    return group
 
 
 def _run(job: Job, launcher: Connection, forward: Callable[[Any], None]) -> Ended:
@@ -263,7 +295,7 @@ def _run(job: Job, launcher: Connection, forward: Callable[[Any], None]) -> Ende
 
                 said: Said = cloudpickle.loads(raw)
                 crew.on_message(said)
-                if said.kind in ("event", "result"):
+                if said.kind in ("event", "result") and rank < job.workers:
                     forward(said)
             if time.monotonic() > next_watch:
                 next_watch = time.monotonic() + WATCH_S
@@ -272,7 +304,7 @@ def _run(job: Job, launcher: Connection, forward: Callable[[Any], None]) -> Ende
                     crew.fail(line)
             if crew.first_failure:
                 break
-        if len(crew.finished) < job.workers:
+        if len(crew.finished) < job.processes:
             crew.fail("workers ended without a result: " + "; ".join(str(p) for p in crew.board.all()))
     finally:
         crew.kill()

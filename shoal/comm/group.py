@@ -47,6 +47,8 @@ class HostGroup:
     report: Reporter
     emit: Callable[[Any], None]
     host: str = field(default_factory=socket.gethostname)
+    servers: Mesh | None = None  # sockets to parameter servers, in runs that have some
+    server_heap: Heap | None = None  # memory shared with them
     _sequence: int = 0
 
     def __post_init__(self) -> None:

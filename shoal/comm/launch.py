@@ -48,10 +48,12 @@ class Agent:
         workers: int,
         threads: int = 1,
         hang_after_s: float = 120.0,
+        servers: int = 0,
         listen: Callable[[int, Any], None] | None = None,
         on_start: Callable[[Callable[[], None]], None] | None = None,
     ) -> list[Any]:
-        """Run ``function(group, *arguments)`` in ``workers`` processes; their results, by rank.
+        """Run ``function(group, *arguments)`` in ``workers`` processes, beside ``servers`` parameter servers; the
+        workers' results, by rank.
 
         ``listen(rank, message)`` gets what workers emit. ``on_start`` is handed a function that asks the workers to
         stop after the step in flight; it may be called from a signal handler.
@@ -62,7 +64,7 @@ class Agent:
         if workers < 1:
             raise UserError(f"a run needs at least 1 worker, got {workers}.")
         program = cloudpickle.dumps((function, arguments))
-        self._connection.send_bytes(cloudpickle.dumps(Job(program, workers, threads, hang_after_s)))
+        self._connection.send_bytes(cloudpickle.dumps(Job(program, workers, threads, hang_after_s, servers)))
         if on_start:
             on_start(self._ask_stop)
         results: list[Any] = [None] * workers

@@ -68,6 +68,8 @@ class Client:
         self._sparse = {
             bucket for slot in sparse for bucket in setup.layout.buckets_of(slot)
         }  # buckets that hold an embedding
+        state = setup.layout.state_start
+        self._cut = sorted({a // BLOCK for held in setup.pieces for a, _ in fragment_runs(setup, held) if a < state})
         self._copied: list[int] = []  # slots whose parameter cannot be a view of the memory
         self._staged = {
             slot: torch.empty(parameter.numel(), dtype=parameter.dtype)
@@ -75,6 +77,7 @@ class Client:
             if self.memory is None and not parameter.is_contiguous()
         }
         self._waiting = False
+        self._received = 0
 
     # --- before the first step --------------------------------------------------------------------------------
 
@@ -163,8 +166,9 @@ class Client:
 
     def push(
         self, clock: int, bucket: int, operands: Sequence[Tensor], counts: Sequence[float], passes: Sequence[int]
-    ) -> None:
-        """A bucket of this step's gradient is final. ``counts`` and ``passes`` of each leaf: for all buckets the same."""
+    ) -> int:
+        """A bucket of this step's gradient is final; the bytes that left. ``counts`` and ``passes``: of each leaf."""
+        before = sum(link.sent_bytes for link in self.links)
         for link, held in zip(self.links, self._by_bucket, strict=True):
             pieces = held.get(bucket)
             if pieces is None:
@@ -175,6 +179,12 @@ class Client:
                 runs = [operand[piece.start : piece.stop] for operand in operands for piece in pieces]
                 message = self._packed(message, runs)
             link.send(message)
+        return sum(link.sent_bytes for link in self.links) - before
+
+    def take_received(self) -> int:
+        """Bytes that have come since the last call."""
+        before, self._received = self._received, sum(link.received_bytes for link in self.links)
+        return self._received - before
 
     def _packed(self, plain: Message, runs: Sequence[Tensor]) -> Message:
         flat = runs[0] if len(runs) == 1 else torch.cat(list(runs))
@@ -190,43 +200,34 @@ class Client:
             form = Form.compressed
         return Message(plain.kind, plain.worker, plain.clock, plain.bucket, form, dtype, words, data)
 
-    def sums(self, clock: int, into: Tensor) -> list[float]:
-        """Wait for the sum of a synchronous round: the squares of the norm's blocks.
+    @torch.no_grad()
+    def sums(self, clock: int, into: Tensor) -> Tensor:
+        """Wait for the sum of a synchronous round: the squares of the norm's blocks, float64 [blocks].
 
         ``into`` [elements]: gets the mean change of the buffers, where the servers' memory is not our own."""
         if self.memory is not None:
             for link in self.links:
                 self._expect(link, Kind.summed, clock)
-            return self._shared_squares(into)
-        squares: list[float] = []
-        cut: dict[int, Tensor] = {}
+            squares = self.memory.squares.clone()
+            for block in self._cut:
+                squares[block] = block_squares(into[block * BLOCK : (block + 1) * BLOCK])[0]
+            return squares
+        squares = torch.zeros(self.setup.layout.elements // BLOCK, dtype=torch.float64)
+        cut = {block: torch.zeros(BLOCK, dtype=into.dtype) for block in self._cut}
         width = into.dtype.itemsize
         for link, held in zip(self.links, self.setup.pieces, strict=True):
             message = self._expect(link, Kind.summed, clock)
-            squares.extend(message.words["squares"])
+            squares[message.words["blocks"]] = torch.tensor(message.words["squares"], dtype=torch.float64)
             data, start = torch.frombuffer(bytearray(message.data), dtype=torch.uint8), 0
             for a, b in fragment_runs(self.setup, held):
                 run = data[start : start + (b - a) * width].view(into.dtype)
                 start += (b - a) * width
                 if a >= self.setup.layout.state_start:
                     into[a:b] = run
-                    continue
-                block = cut.setdefault(a // BLOCK, torch.zeros(BLOCK, dtype=into.dtype))
-                block[a % BLOCK : a % BLOCK + b - a] = run
-        return squares + [value for block in cut.values() for value in block_squares(block).tolist()]
-
-    def _shared_squares(self, total: Tensor) -> list[float]:
-        assert self.memory is not None
-        cut = {
-            a // BLOCK
-            for held in self.setup.pieces
-            for a, _ in fragment_runs(self.setup, held)
-            if a < self.setup.layout.state_start
-        }
-        squares: list[float] = self.memory.squares[: self.setup.layout.state_start // BLOCK].tolist()
-        for block in cut:
-            run = total[block * BLOCK : (block + 1) * BLOCK]
-            squares[block] = float(block_squares(run))
+                else:
+                    cut[a // BLOCK][a % BLOCK : a % BLOCK + b - a] = run
+        for block, values in cut.items():
+            squares[block] = block_squares(values)[0]
         return squares
 
     def commit(

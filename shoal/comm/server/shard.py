@@ -178,7 +178,7 @@ class Shard:
         self.version += 1
         self._waiting[worker] = 0
         if event.stop and self.last < 0:
-            self.last = max(self.clocks.values()) + 1  # whoever is on the way to that step gets there
+            self.last = max(self.clocks.values()) + 2  # whoever is on the way hears of it before it gets there
         return [Apply(worker, event.clock), *self._released(held=worker)]
 
     def _round(self) -> list[Instruction]:
