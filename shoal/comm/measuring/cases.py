@@ -173,6 +173,7 @@ def size(text: str) -> int:
 def size_text(nbytes: int) -> str:
     """65536 -> "64 KiB"; 1500 -> "1500 B"."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if nbytes >= unit and nbytes * 8 % unit == 0:
-            return f"{nbytes / unit:g} {name}"
+        number = f"{nbytes / unit:.4g}"
+        if nbytes >= unit and float(number) * unit == nbytes and "e" not in number:
+            return f"{number} {name}"
     return f"{nbytes} B"

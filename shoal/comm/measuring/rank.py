@@ -71,9 +71,10 @@ class _Bench:
                     wall, cpu = self._timed(runners[index])
                     taken[index].wall_s.append(wall)
                     taken[index].cpu_s.append(cpu)
-            for runner in runners:
-                if runner.tensors and not runner.tensors.rested():
-                    wrong.append(f"{self._where(runner)}: a sum of zeros is not zero")
+            for used in {id(runner.tensors): runner.tensors for runner in runners if runner.tensors}.values():
+                if not used.rested():
+                    who = " or ".join(str(runner.arm) for runner in runners if runner.tensors is used)
+                    wrong.append(f"{self._where(who)}: a sum of zeros is not zero")
             wrong += [line for runner in runners for line in self._checked(runner, "after")]
         return Measured(self._number, taken, list(dict.fromkeys(wrong)))
 
@@ -97,10 +98,10 @@ class _Bench:
         runner.tensors.fill()
         self._ready()
         runner.call()
-        return [] if runner.tensors.right() else [f"{self._where(runner)}: wrong result {when} the repetitions"]
+        return [] if runner.tensors.right() else [f"{self._where(runner.arm)}: wrong result {when} the repetitions"]
 
-    def _where(self, runner: _Runner) -> str:
-        return f"{runner.arm}, {self._cell}, rank {self._group.rank}"
+    def _where(self, who: object) -> str:
+        return f"{who}, {self._cell}, rank {self._group.rank}"
 
     @contextmanager
     def _runners(self) -> Iterator[list[_Runner]]:

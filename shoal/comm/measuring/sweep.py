@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from shoal.cluster.cluster import gibibytes
 from shoal.cluster.detect import launched_workers, memory_bytes, usable_cores
 from shoal.comm.measuring import figures
-from shoal.comm.measuring.cases import Settings, cells, memory_needed, size_text
+from shoal.comm.measuring.cases import Settings, cells, memory_needed
 from shoal.comm.measuring.figures import Measured
 from shoal.errors import UserError
 
@@ -27,8 +28,8 @@ def sweep(settings: Settings, progress: Progress = lambda event: None) -> dict[s
     needed, there = memory_needed(every, settings.workers), memory_bytes()
     if needed > 0.8 * there:
         raise UserError(
-            f"bench collectives: {settings.workers} ranks need {size_text(needed)} for the largest size, and there are "
-            f"{size_text(there)}: take smaller --sizes or fewer --workers."
+            f"bench collectives: {settings.workers} ranks need {gibibytes(needed)} for the largest size, and there are "
+            f"{gibibytes(there)}: take smaller --sizes or fewer --workers."
         )
     ranks = _joined(settings, progress) if launched_workers() else _started(settings, progress)
     return {
