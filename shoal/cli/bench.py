@@ -132,10 +132,8 @@ HEADER = ("operation", "size", "by", "median", "best", "alg GB/s", "bus GB/s", "
 
 
 def _print(result: Mapping[str, Any]) -> None:
-    from shoal.comm.measuring.cases import size_text
-
     first = result["settings"]["transports"][0]
-    rows = [_cells(row, size_text) for row in result["rows"]]
+    rows = [_cells(row) for row in result["rows"]]
     about = (
         f"{result['settings']['workers']} ranks on {result['machine']['cores']} cores, load "
         f"{result['machine']['load_average']:.1f}; memcpy: share of the speed of a copy of as many bytes on all ranks; "
@@ -160,12 +158,12 @@ def _print(result: Mapping[str, Any]) -> None:
         print(about)
 
 
-def _cells(row: Mapping[str, Any], size_text: Callable[[int], str]) -> tuple[str, ...]:
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     by = [row["transport"], *([row["algorithm"]] if row["algorithm"] != "native" else [])]
     speeds = [row["algorithm_bytes_per_s"], row["bus_bytes_per_s"]]
     return (
         row["op"] if row["dtype"] == "float32" or not row["bytes"] else f"{row['op']} {row['dtype']}",
-        size_text(row["bytes"]) if row["bytes"] else "-",
+        about_size(row["bytes"]) if row["bytes"] else "-",
         " ".join([*by, *(["zero-copy"] if row["zero_copy"] else [])]),
         interval(row["latency_s"]),
         interval(row["min_s"]),
@@ -174,6 +172,14 @@ def _cells(row: Mapping[str, Any], size_text: Callable[[int], str]) -> tuple[str
         interval(row["cpu_s"]),
         *("" if row[key] is None else f"{row[key]:.1f}x" for key in ("against", "against_best", "against_cpu")),
     )
+
+
+def about_size(nbytes: int) -> str:
+    """1048572 -> "1 MiB": where blocks of equal size do not make a round number, it is near enough."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if nbytes >= unit * 0.999:
+            return f"{nbytes / unit:.3g} {name}"
+    return f"{nbytes} B"
 
 
 def interval(seconds: float) -> str:

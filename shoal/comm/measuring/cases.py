@@ -16,7 +16,8 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int32": 4, "
 TRANSPORTS = ("gloo", "shm", "hier", "nccl")
 ZERO_COPY_TRANSPORTS = ("shm", "hier")
 NATIVE = "native"  # the algorithm that the transport itself chooses
-ALGORITHMS = (NATIVE, *registry.ALGORITHMS)
+AUTO = "auto"  # the one that the cost model chooses
+ALGORITHMS = (NATIVE, AUTO, *registry.ALGORITHMS)
 BLOCK_OPS = ("all_gather", "reduce_scatter", "all_to_all", "gather", "scatter")  # whose buffer is a block a rank
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 FACTOR = 4  # between the sizes of a range, where none is given
@@ -107,7 +108,7 @@ def cells(settings: Settings) -> list[Cell]:
                     Arm(transport, algorithm, zero_copy)
                     for transport in settings.transports
                     for algorithm in settings.algorithms
-                    if algorithm == NATIVE or algorithm in registry.algorithms(op)
+                    if algorithm == NATIVE or algorithm in (AUTO, *registry.algorithms(op))
                     for zero_copy in (False, True)
                     if not zero_copy or (settings.zero_copy and can_be_zero_copy(op, transport) and algorithm == NATIVE)
                 ]

@@ -58,7 +58,7 @@ class Row:
     bus_bytes_per_s: float | None
     memcpy_share: float | None  # of the speed of a copy of the same bytes on all ranks at once, in the same run
     cpu_s: float  # of all ranks, an operation
-    against: float | None  # times as fast as the first transport of the same algorithm or its native one
+    against: float | None  # times as fast as its control: the first transport by the same algorithm, else its first arm
     against_best: float | None  # the same of the best iterations
     against_cpu: float | None  # its CPU seconds over this one's
 
@@ -97,9 +97,10 @@ class _Arm:
 
 
 def _control(arms: Sequence[Arm], arm: Arm) -> Arm:
-    """The arm that this one is held against: the first transport's, by the same algorithm where it has it."""
+    """The arm that this one is held against: the first transport's by the same algorithm, else its first one."""
     first = [other for other in arms if other.transport == arms[0].transport and not other.zero_copy]
-    return next((other for other in first if other.algorithm == arm.algorithm), first[0])
+    same = (other for other in first if other.algorithm == arm.algorithm and other.transport != arm.transport)
+    return next(same, first[0])
 
 
 def _row(cell: Cell, arm: Arm, found: _Arm, control: _Arm, copying: _Arm, ranks: int) -> Row:

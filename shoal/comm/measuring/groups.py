@@ -48,7 +48,38 @@ class Groups:
 
 def algorithm_call(op: str, algorithm: str, t: Tensors, group: dist.ProcessGroup) -> Callable[[], object]:
     """The operation by one of Shoal's own algorithms over the transport's messages."""
-    raise NotImplementedError
+    from shoal.comm.collectives import operations as ours
+    from shoal.comm.transports.torch_group import TorchGroup
+
+    over, root, last = TorchGroup((group,)), t.rank == 0, t.rank == t.world - 1
+    if op == "all_reduce":
+        return lambda: ours.all_reduce(t.input, group=over, algorithm=algorithm)
+    if op == "reduce":
+        return lambda: ours.reduce(t.input, group=over, algorithm=algorithm)
+    if op == "broadcast":
+        return lambda: ours.broadcast(t.input, group=over, algorithm=algorithm)
+    if op == "all_gather":
+        return lambda: ours.all_gather(t.input, over, out=t.output.view(t.world, -1), algorithm=algorithm)
+    if op == "reduce_scatter":
+        return lambda: ours.reduce_scatter(t.input, group=over, out=t.output, algorithm=algorithm)
+    if op == "all_to_all":
+        return lambda: ours.all_to_all(t.input, over, out=t.output, algorithm=algorithm)
+    if op == "scatter":
+        given = t.input.view(t.world, -1) if root else None
+        return lambda: ours.scatter(t.output, given, group=over, algorithm=algorithm)
+    if op == "gather":
+
+        def gather() -> None:
+            found = ours.gather(t.input, group=over, algorithm=algorithm)
+            if found is not None:
+                t.output.copy_(found.view(-1))
+
+        return gather
+    if op == "send_recv":
+        if root:
+            return lambda: ours.send(t.input, t.world - 1, over)
+        return (lambda: ours.receive(t.input, 0, over)) if last else (lambda: None)
+    return lambda: ours.barrier(over, algorithm=algorithm)
 
 
 @contextmanager
