@@ -87,7 +87,9 @@ def topology(name: str, gpus: Iterable[int] | None = None, nodes: int = 1) -> To
                     links.append(link)
                     shared |= rates
     return Topology(
-        name=name + (f"[{','.join(map(str, chosen))}]" if len(chosen) < made.gpus else ""),
+        name=name
+        + (f"[{','.join(map(str, chosen))}]" if len(chosen) < made.gpus else "")
+        + (f" x{nodes}" if nodes > 1 else ""),
         hosts=tuple(f"node{host}" for host, _ in owners),
         links=tuple(links),
         capacities=tuple(Capacity(name=name, bytes_per_s=rate) for name, rate in shared.items()),
