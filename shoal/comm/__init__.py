@@ -4,6 +4,12 @@ from importlib import import_module
 from typing import Any
 
 _HOME: dict[str, str] = {  # public name -> the module that holds it
+    **dict.fromkeys(
+        ("BF16", "FP16", "Compressor", "Int8", "OneBit", "PowerSGD", "TopK", "compressed_all_reduce"),
+        "shoal.comm.compression.compressor",
+    ),
+    **dict.fromkeys(("compress", "hook"), "shoal.comm.compression.hooks"),
+    "worth_it": "shoal.comm.compression.worth",
 }
 __all__ = [*_HOME]  # noqa: PLE0604  (all names are text)
 

@@ -98,14 +98,15 @@ def test_a_kernel_and_its_twin_give_the_same_bits(codec: Codec, feedback: bool) 
 def test_what_is_sent_and_what_is_kept_are_what_was_to_be_sent(codec: Codec, native: str, monkeypatch) -> None:
     """Whole numbers so small that their sum is exact: what is sent and what is kept add up to it."""
     monkeypatch.setenv("SHOAL_NATIVE", native)
-    gradient = torch.randint(-64, 65, (5000,)).float()
-    error = torch.randint(-8, 9, (5000,)).float()
+    generator = torch.Generator().manual_seed(5)
+    gradient = torch.randint(-64, 65, (5000,), generator=generator).float()
+    error = torch.randint(-8, 9, (5000,), generator=generator).float()
     wanted = gradient + error
     payload = compressed(codec, gradient, error)
     sent = torch.zeros(5000)
     codec.restore(payload, sent)
     torch.testing.assert_close(sent + error, wanted, rtol=0, atol=2e-5)  # one rounding of each, of numbers up to 128
-    assert codec.name in ("1bit", "fp16") or float(error.abs().max()) < float(wanted.abs().max())
+    assert float(error.norm()) < 0.99 * float(wanted.norm())  # a share of 1% of even numbers takes away 2%
 
 
 @pytest.mark.parametrize("native", ["0", "1"])

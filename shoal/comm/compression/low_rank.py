@@ -1,0 +1,177 @@
+"""PowerSGD (Vogels et al., 2019): a matrix M [a, b] is sent as P [a, r] and Q [b, r], one step of power iteration.
+
+P = sum of M Q over the ranks, made orthonormal; then Q = mean of M^T P; the mean of M is taken to be P Q^T. Both are
+linear, so nothing is unpacked on the way. Q is the next step's start. What P Q_own^T leaves of the own M is fed back.
+What is no matrix, or too small a one, is sent as it is.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shoal.comm.compression.links import Links
+from shoal.comm.compression.reduction import Divisor, RawReduction, Steps, raw_bytes
+from shoal.errors import UserError
+
+GAIN = 2  # a matrix is factored where its factors are at least so many times smaller
+NOTHING_LEFT = 1e-6  # a column that lies in the span of those before it, but for rounding
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a flat vector: a matrix [rows, columns], or as it is (columns = 0)."""
+
+    start: int
+    rows: int
+    columns: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows * max(1, self.columns)
+
+
+def cuts_of(shapes: Sequence[Sequence[int]], rank: int) -> list[Cut]:
+    """Of tensors one after the other: [a, b, ...] is a matrix of a rows. What stays as it is, is joined."""
+    cuts: list[Cut] = []
+    start = 0
+    for shape in shapes:
+        size = math.prod(shape)
+        rows, columns = (shape[0], size // max(1, shape[0])) if len(shape) > 1 else (size, 0)
+        if columns and GAIN * rank * (rows + columns) <= rows * columns:
+            cuts.append(Cut(start, rows, columns))
+        elif cuts and not cuts[-1].columns:
+            cuts[-1] = Cut(cuts[-1].start, cuts[-1].rows + size)
+        elif size:
+            cuts.append(Cut(start, size))
+        start += size
+    return cuts
+
+
+def squarest(elements: int) -> list[tuple[int, ...]]:
+    """Shapes for a vector of which nothing is known: a matrix as square as it gets, and the rest."""
+    rows = math.isqrt(elements)
+    columns = elements // rows if rows else 0
+    return [(rows, columns), (elements - rows * columns,)]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``rank``: columns of the factors. ``seed``: of the first step's start, equal on all ranks."""
+
+    rank: int = 4
+    seed: int = 0
+    name: ClassVar[str] = "powersgd"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"PowerSGD: rank must be at least 1, got {self.rank}.")
+
+    def sizes(self, cuts: Sequence[Cut]) -> tuple[int, int]:
+        """Elements of the first and of the second transfer."""
+        first = sum((self.rank if cut.columns else 1) * cut.rows for cut in cuts)
+        return first, sum(self.rank * cut.columns for cut in cuts)
+
+    def bytes_sent(self, shapes: Sequence[Sequence[int]], world: int) -> int:
+        return sum(raw_bytes(size, world) for size in self.sizes(cuts_of(shapes, self.rank)))
+
+
+class LowRankReduction:
+    def __init__(
+        self, method: LowRank, shapes: Sequence[Sequence[int]], links: Links, device: torch.device, *, feedback: bool
+    ) -> None:
+        self._method, self._links, self._device = method, links, device
+        self._cuts = cuts_of(shapes, method.rank)
+        self._matrices = [cut for cut in self._cuts if cut.columns]
+        first, second = method.sizes(self._cuts)
+        self._p = torch.zeros(first, device=device)
+        self._q = torch.zeros(second, device=device)
+        self._first = RawReduction(first, links, device)
+        self._second = RawReduction(second, links, device, first_stage=2)
+        elements = sum(math.prod(shape) for shape in shapes)
+        self.worker = torch.zeros(elements, device=device) if feedback else None
+        for index, factor in enumerate(self._factors()):
+            factor.copy_(start_of(len(factor), method.rank, method.seed + index))
+
+    def _factors(self) -> list[Tensor]:
+        """Q [columns, rank] of each matrix: views."""
+        sizes = [cut.columns * self._method.rank for cut in self._matrices]
+        return [q.view(-1, self._method.rank) for q in torch.split(self._q, sizes)]
+
+    def _places(self) -> list[Tensor]:
+        """Of each cut, in the first transfer: P [rows, rank], or the numbers themselves."""
+        rank = self._method.rank
+        pieces = torch.split(self._p, [cut.rows * (rank if cut.columns else 1) for cut in self._cuts])
+        return [p.view(-1, rank) if cut.columns else p for cut, p in zip(self._cuts, pieces, strict=True)]
+
+    @torch.no_grad()
+    def steps(self, flat: Tensor, divisor: Divisor) -> Steps:
+        if self._links.world == 1:
+            flat.div_(divisor())
+            return
+        if self.worker is not None:
+            flat += self.worker
+        factors = self._factors()
+        places = self._places()
+        remaining = iter(factors)
+        for cut, place in zip(self._cuts, places, strict=True):
+            part = flat[cut.start : cut.stop]
+            if cut.columns:
+                torch.mm(part.view(cut.rows, cut.columns), next(remaining), out=place)
+            else:
+                place.copy_(part)
+        yield from self._first.steps(self._p, lambda: 1.0)
+        by = divisor()
+        bases = [orthonormal(place) for cut, place in zip(self._cuts, places, strict=True) if cut.columns]
+        for cut, basis, factor in zip(self._matrices, bases, factors, strict=True):
+            matrix = flat[cut.start : cut.stop].view(cut.rows, cut.columns)
+            torch.mm(matrix.t(), basis, out=factor)
+            if self.worker is not None:
+                rest = matrix - basis @ factor.t()
+                self.worker[cut.start : cut.stop] = torch.where(rest.isfinite(), rest, 0.0).view(-1)
+        yield from self._second.steps(self._q, lambda: by)
+        for cut, basis, factor in zip(self._matrices, bases, factors, strict=True):
+            torch.mm(basis, factor.t(), out=flat[cut.start : cut.stop].view(cut.rows, cut.columns))
+        for cut, place in zip(self._cuts, places, strict=True):
+            if not cut.columns:
+                torch.div(place, by, out=flat[cut.start : cut.stop])
+                if self.worker is not None:
+                    self.worker[cut.start : cut.stop] = 0.0
+        self._revive(factors)
+
+    def _revive(self, factors: list[Tensor]) -> None:
+        """A column that has become zero would stay so, and one that is not finite too: they start anew."""
+        for index, factor in enumerate(factors):
+            dead = ~factor.isfinite().all(dim=0) | (factor == 0).all(dim=0)
+            fresh = start_of(len(factor), self._method.rank, self._method.seed + index).to(factor.device)
+            factor.copy_(torch.where(dead, fresh, factor))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"start": self._q} | ({"worker": self.worker} if self.worker is not None else {})
+
+
+@lru_cache(maxsize=256)
+def start_of(columns: int, rank: int, seed: int) -> Tensor:
+    """[columns, rank] drawn as whole numbers, whose bits are the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(1 << 20), 1 << 20, (columns, rank), generator=generator).float() / (1 << 20)
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """[a, r] -> an orthonormal basis of the columns' span, in order (Gram-Schmidt, twice over, in float64).
+
+    A column that adds nothing to those before it becomes zero; numbers that are not finite spread."""
+    basis = columns.double()
+    for i in range(basis.shape[1]):
+        column = basis[:, i]
+        before = column.norm()
+        for _ in range(2):
+            column = column - basis[:, :i] @ (basis[:, :i].t() @ column)
+        after = column.norm()
+        scale = torch.where(after <= NOTHING_LEFT * before, torch.zeros_like(after), 1.0 / after)
+        basis[:, i] = torch.where(scale == 0, torch.zeros_like(column), column * scale)
+    return basis.float()

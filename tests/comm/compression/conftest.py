@@ -1,0 +1,40 @@
+"""Groups of torch.distributed over gloo, in workers that cost a fork each."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from shoal.comm.launch import Agent
+
+
+@pytest.fixture(scope="session")
+def agent() -> Iterator[Agent]:
+    """What DDP and FSDP2 import on first use, workers have already: seconds, each time."""
+    with Agent(("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")) as agent:
+        yield agent
+
+
+def _joined(group: Any, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.FileStore(store, group.world), rank=group.rank, world_size=group.world)
+    try:
+        return function(group.rank, group.world, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def over_gloo(on_workers: Callable[..., list[Any]], tmp_path: Path) -> Callable[..., list[Any]]:
+    """Run ``function(rank, world, *arguments)`` of the test's module in a gloo group; the results, by rank."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    calls = iter(range(1000))
+
+    def run(workers: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        return on_workers(workers, _joined, str(tmp_path / f"store-{next(calls)}"), function, arguments)
+
+    return run
