@@ -9,6 +9,7 @@ _HOME: dict[str, str] = {  # public name -> the module that holds it
         "shoal.comm.compression.compressor",
     ),
     **dict.fromkeys(("compress", "hook"), "shoal.comm.compression.hooks"),
+    **dict.fromkeys(("group_counters", "record"), "shoal.comm.recording"),
     "worth_it": "shoal.comm.compression.worth",
 }
 __all__ = [*_HOME]  # noqa: PLE0604  (all names are text)

@@ -12,8 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
+from shoal.comm.chrome import bucket_spans, phase_spans
 from shoal.comm.clocks import Offset
-from shoal.comm.counters import Counters, Kind, Place, Span, Tally, Total
+from shoal.comm.counters import Counters, Kind, Place, Tally, Total
 from shoal.comm.status import Phase, Reporter
 
 SHOWN_PHASES = 64  # spans of a sampled step that travel; of more, the longest
@@ -165,6 +166,7 @@ class Account:
         buckets = len(bucket_bytes)
         self.counters, self.bucket_bytes, self.hosts = counters, tuple(bucket_bytes), tuple(hosts)
         self.offsets: dict[int, Offset] = {}  # of workers whose clock is another
+        self.latency_s = 0.0  # of the smallest operation, where a transport has measured it
         self.form = Form(tuple(operations), counters.peers, buckets)
         self.now = counters.clock
         self.times = Times(buckets, counters.rank)
@@ -238,17 +240,13 @@ class Account:
     def _show(self) -> None:
         """The step as spans, for a recording in this process."""
         spans, times = self.counters.spans, self.times
-        changes = [change for change in self._report.trail if change[1] >= self._shown]
+        changes = [(phase.name, since) for phase, since in self._report.trail if since >= self._shown]
         self._shown = self._done
-        for (phase, since), until in zip(changes, [*(since for _, since in changes[1:]), self._done], strict=True):
-            spans.append(Span("compute", phase.name, since, until))
+        spans.extend(phase_spans(changes, self._done))
         operation, link = self.form.operations[0]
         for b in range(self.form.buckets):
-            facts: dict[str, float | str] = {"link": link, "last to come": self.counters.peers[times.late[b]]}
-            posted, ready, begun, reduced = times.posted[b], times.ready[b], times.begun[b], times.reduced[b]
-            spans.append(Span(f"bucket {b}", f"{operation}: waiting", posted, ready, facts))
-            spans.append(Span(f"bucket {b}", f"{operation}: in flight", ready, begun, facts))
-            spans.append(Span(f"bucket {b}", f"{operation}: reducing", begun, reduced, facts))
+            facts = {"operation": operation, "link": link, "last to come": self.counters.peers[times.late[b]]}
+            spans.extend(bucket_spans(b, (times.posted[b], times.ready[b], times.begun[b], times.reduced[b]), facts))
 
 
 def _longest(changes: list[tuple[Phase, float]], end: float) -> list[float]:

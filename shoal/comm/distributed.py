@@ -27,6 +27,7 @@ from shoal.comm.status import Phase, Reporter
 from shoal.errors import RunFailed
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+PROBES = 5  # gathers that are timed before the first step
 PRESENCE_S = 1.0  # how often a worker writes down where it is
 
 
@@ -172,6 +173,7 @@ class DistributedExchange:
         bucket_bytes = [bucket.slice * group.world * dtype.itemsize for bucket in layout.buckets]
         numbers = [sorted(set(hosts)).index(host) for host in hosts]
         self.account = Account(group.counters, group.report, operations, bucket_bytes, numbers)
+        self.account.latency_s = self._start_cost(device)
         self._moments = Moments(self.account, [clock for _, clock in named])
         self._row = torch.zeros(facts + self._moments.width, dtype=torch.float64)
         self._all_rows = torch.zeros(group.world, len(self._row), dtype=torch.float64)
@@ -191,6 +193,18 @@ class DistributedExchange:
         self._scatters: list[list[dist.Work]] = []
         self._operands: list[list[torch.Tensor]] = []
         self._gathers: list[dist.Work] = []
+
+    def _start_cost(self, device: torch.device) -> float:
+        """Seconds that the smallest gather takes, the best of a few, before the first step."""
+        one = torch.zeros(1, device=device)
+        all_ones = torch.zeros(self._group.world, device=device)
+        best = float("inf")
+        for _ in range(PROBES):
+            begun = self.account.now()
+            _all_gather(all_ones, one)
+            float(all_ones[0])  # on a GPU: wait for it
+            best = min(best, self.account.now() - begun)
+        return best
 
     def begin(self, passes: tuple[int, ...]) -> None:
         self._passes = passes

@@ -103,8 +103,12 @@ def _sample(step: int, samples: Sequence[Sample], offsets: Mapping[int, Offset])
 def transport(account: Account) -> dict[str, Any]:
     """What `started` says of the transport: the first operation, its link, and the buckets that it carries."""
     operation, link = account.form.operations[0]
-    facts = {"operation": operation, "link": link, "bucket_bytes": list(account.bucket_bytes)}
-    return {**facts, "hosts": list(account.hosts)} if len(set(account.hosts)) > 1 else facts
+    facts: dict[str, Any] = {"operation": operation, "link": link, "bucket_bytes": list(account.bucket_bytes)}
+    if account.latency_s:
+        facts["latency_s"] = seconds(account.latency_s)
+    if len(set(account.hosts)) > 1:
+        facts["hosts"] = list(account.hosts)
+    return facts
 
 
 def seconds(value: float) -> float:

@@ -5,13 +5,14 @@ import hashlib
 from collections.abc import Sequence
 from html import escape
 
-from shoal.observe import figures, tables, timeline
+from shoal.observe import communication_section, figures, tables, timeline
 from shoal.observe.comparison import comparison
 from shoal.observe.figures import Named
 from shoal.observe.headline import date, headline
 from shoal.observe.subject import Subject
 
 SHOWN_SAMPLES = 6
+_ELSEWHERE = ("event", "time", "recipe_hash", "transport")  # facts of a session that other sections tell
 
 
 def render(subjects: Sequence[Subject], style: str, script: str, now: float) -> str:
@@ -21,6 +22,7 @@ def render(subjects: Sequence[Subject], style: str, script: str, now: float) -> 
     sections = [
         ("learning", "Learning", *_learning(runs)),
         ("speed", "Speed", *_speed(runs)),
+        ("communication", "Communication", *_communication(subjects)),
         ("life", "Checkpoints and restarts", *_life(subjects)),
         ("samples", "Samples from the model", *_samples(subjects)),
         ("recipe", "Recipe and plan", *_settings(subjects)),
@@ -65,6 +67,11 @@ def _speed(runs: Sequence[Named]) -> tuple[str, bool]:
     panels = f'<div class="{look}"><h3>Shares of a step</h3>{shares}</div>' if shares else ""
     panels += f'<div class="{look}"><h3>Time spent waiting for data</h3>{waits}</div>' if waits else ""
     return f'<div class="charts">{charts}</div><div class="panels">{panels}</div>', bool(charts or panels)
+
+
+def _communication(subjects: Sequence[Subject]) -> tuple[str, bool]:
+    text = communication_section.section([(subject.name, subject.communication) for subject in subjects])
+    return text, bool(text)
 
 
 def _titled(name: str, text: str) -> str:
@@ -117,7 +124,7 @@ def _environment(subjects: Sequence[Subject]) -> tuple[str, bool]:
     text = ""
     for subject in subjects:
         for number, session in enumerate(subject.curves.sessions):
-            known = {key: value for key, value in session.facts.items() if key not in ("event", "time", "recipe_hash")}
+            known = {key: value for key, value in session.facts.items() if key not in _ELSEWHERE}
             if not known:
                 continue
             several = len(subject.curves.sessions) > 1

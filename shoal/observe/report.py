@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from shoal.errors import UserError
+from shoal.observe.communication import read_communication
 from shoal.observe.curves import read_curves
 from shoal.observe.page import render
 from shoal.observe.subject import Subject
@@ -44,7 +45,8 @@ def write(runs: Sequence[Run], output: Path | None = None) -> Path:
 
 
 def _subject(run: Run, name: str) -> Subject:
-    recipe, plan, curves = run.recipe, run.plan, read_curves(run.events())
+    recipe, plan, events = run.recipe, run.plan, list(run.events())
+    curves = read_curves(events)
     return Subject(
         name=name,
         path=str(run.path),
@@ -54,6 +56,7 @@ def _subject(run: Run, name: str) -> Subject:
         curves=curves,
         result=run.result or curves.result,
         recipe_hash=recipe.arithmetic_hash,
+        communication=read_communication(events),
     )
 
 

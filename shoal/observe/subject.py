@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from shoal.observe.communication import Communication
 from shoal.observe.curves import Curves
 from shoal.observe.figures import targets_matter
 
@@ -21,6 +22,7 @@ class Subject:
     curves: Curves
     result: Mapping[str, Any]  # what `train` returned; empty while it has not
     recipe_hash: str
+    communication: Communication | None = None  # where the log tells of it
 
     @property
     def weights(self) -> str:
