@@ -8,11 +8,12 @@ from argparse import ArgumentParser, Namespace
 from importlib.util import find_spec
 from typing import Any
 
+from shoal.cli.bench import about_size, interval
 from shoal.cli.exit_codes import DONE
 from shoal.cli.output import json_line, table
 from shoal.cluster.cluster import Cluster, counted, gibibytes
 
-HELP = "what this machine has: cores, memory, accelerators, speed of bfloat16, extras"
+HELP = "what this machine has: cores, memory, accelerators, speed of bfloat16 and of collectives, extras"
 EXTRAS = {  # extra -> (its module, what it is for)
     "images": ("PIL", "image folders"),
     "parquet": ("pyarrow", "Parquet files"),
@@ -36,6 +37,8 @@ def examine() -> dict[str, Any]:
     """Facts as plain values; the speeds are floating-point operations a second of one core."""
     import torch
 
+    from shoal.comm.measuring import checkup
+
     host = Cluster.detect().hosts[0]
     speeds = {name: matmul_flops(getattr(torch, name)) for name in ("float32", "bfloat16")}
     return {
@@ -50,6 +53,7 @@ def examine() -> dict[str, Any]:
         "matmul_flops": speeds,
         "bfloat16_speedup": speeds["bfloat16"] / speeds["float32"],
         "compiler": next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None),
+        "communication": checkup.checkup(),
         "extras": {extra: find_spec(module) is not None for extra, (module, _) in EXTRAS.items()},
     }
 
@@ -86,9 +90,43 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             f"float32 {speeds['float32'] / 1e9:.0f} GFLOP/s a core, bfloat16 {speeds['bfloat16'] / 1e9:.0f}: "
             f"{found['bfloat16_speedup']:.1f}x",
         ),
-        ("C++ compiler", found["compiler"] or "none; needed for model.compile only"),
+        ("C++ compiler", found["compiler"] or "none; needed for model.compile and for Shoal's compiled parts"),
+        *communication(found["communication"]),
     ]
     for extra, present in found["extras"].items():
         missing = f"missing, for {EXTRAS[extra][1]}: pip install 'shoal[{extra}]'"
         rows.append((f"extra {extra}", "present" if present else missing))
     return rows
+
+
+def communication(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What ranks of this host have to talk by, what is missing, and what that costs."""
+    parts = {name: state for name, state in found["parts"].items() if state != "ready"}
+    waiting = [name for name, state in parts.items() if state == "on first use"]
+    missing: dict[str, list[str]] = {}
+    for name, state in parts.items():
+        if name not in waiting:
+            missing.setdefault(state, []).append(name)
+    told = [f"{', '.join(names)} missing: {reason}" for reason, names in missing.items()]
+    if waiting:
+        told.append(f"{', '.join(waiting)} compiled on first use; `python -m shoal.comm.native` does it now")
+    timed = found["all_reduce_s"]
+    speeds = [
+        f"{about_size(nbytes)} "
+        + ", ".join(f"{name} {interval(timed[name][nbytes])}" for name in timed)
+        + (f": {seconds / timed['shm'][nbytes]:.1f}x" if "shm" in timed else "")
+        for nbytes, seconds in timed["gloo"].items()
+    ]
+    cost = "" if "shm" in timed else "; shm would take less than half of that (docs/figures.md)"
+    free, shm = gibibytes(found["free_memory_bytes"]), found["dev_shm_bytes"]
+    folder = "no /dev/shm" if shm is None else f"/dev/shm {gibibytes(shm[0])} of {gibibytes(shm[1])} free"
+    cores = found["ranks_with_a_core"]
+    return [
+        ("compiled parts", "; ".join(told) or "ready"),
+        ("all-reduce, 2 ranks", found["trouble"] or "; ".join(speeds) + cost),
+        ("shared memory", f"{free} free; {folder}"),
+        (
+            "ranks",
+            f"{cores} have a core each; where there are more, those that wait sleep, and short messages take longer",
+        ),
+    ]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from made_up_run import committed
 
+from shoal.cli.doctor import communication
 from shoal.recipe.layers import assemble
 from shoal.recipe.plan import Plan
 from shoal.run.run import Run
@@ -125,7 +126,15 @@ def test_prove_refuses_counts_that_cannot_run(arguments, message, proofs, shoal)
     assert message in err
 
 
-def test_doctor_tells_what_this_machine_has(shoal, monkeypatch):
+CHECKUP = {
+    "parts": {"kernels": "ready", "allocator": "ready", "backend": "ready"},
+    "all_reduce_s": {"gloo": {65536: 1.5e-4}, "shm": {65536: 3e-5}},
+    "trouble": "", "free_memory_bytes": 2 << 30, "dev_shm_bytes": (1 << 26, 1 << 27), "ranks_with_a_core": 3,
+}  # fmt: skip
+
+
+def test_doctor_tells_what_this_machine_has(shoal, library, monkeypatch):
+    library("shoal.comm.measuring.checkup", checkup=lambda: CHECKUP)
     monkeypatch.setattr("shoal.cli.doctor.TRIALS", 1)
     monkeypatch.setattr("shoal.cli.doctor.SIZE", 32)
     monkeypatch.setattr("shoal.cli.doctor.EXTRAS", {"nothing": ("no_such_module", "no files")})
@@ -137,3 +146,24 @@ def test_doctor_tells_what_this_machine_has(shoal, monkeypatch):
     assert found["cores"] >= 1
     assert found["bfloat16_speedup"] > 0
     assert found["extras"] == {"nothing": False}
+    assert found["communication"]["all_reduce_s"]["shm"] == {"65536": 3e-5}
+
+
+@pytest.mark.parametrize(
+    ("changed", "lines"),
+    [
+        ({}, ["compiled parts: ready", "all-reduce, 2 ranks: 64 KiB gloo 150 us, shm 30 us: 5.0x",
+              "shared memory: 2.0 GiB free; /dev/shm 0.1 GiB of 0.1 GiB free", "ranks: 3 have a core each"]),
+        ({"parts": {"kernels": "ready", "allocator": "no c++", "backend": "no c++"}, "dev_shm_bytes": None,
+          "all_reduce_s": {"gloo": {65536: 1.5e-4}}},
+         ["compiled parts: allocator, backend missing: no c++", "all-reduce, 2 ranks: 64 KiB gloo 150 us; shm would",
+          "2.0 GiB free; no /dev/shm"]),
+        ({"parts": {"kernels": "ready", "allocator": "ready", "backend": "on first use"}},
+         ["compiled parts: backend compiled on first use; `python -m shoal.comm.native` does it now"]),
+        ({"trouble": "rank 1 died", "all_reduce_s": {"gloo": {}}}, ["all-reduce, 2 ranks: rank 1 died"]),
+    ],
+)  # fmt: skip
+def test_doctor_tells_what_ranks_talk_by_and_what_is_missing(changed, lines):
+    said = "\n".join(f"{what}: {found}" for what, found in communication({**CHECKUP, **changed}))
+    for line in lines:
+        assert line in said

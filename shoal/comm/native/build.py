@@ -1,10 +1,10 @@
 """Compile the C++ parts once, into a cache, and load them; None where there is no compiler.
 
-Three libraries: `kernels` (plain C functions on memory, no torch), `allocator` (torch's memory; both compile in seconds)
-and `backend` (a torch extension, about a minute). A library's file name holds a hash of its sources, flags, compiler and (for the extension) torch, so
-that a stale one is never loaded. A wheel may carry libraries in native/prebuilt, which need no compiler where they are
-used; else they are made on first use. SHOAL_NATIVE=0 goes without. setup.py loads this file alone, before shoal is
-installed: it imports nothing of Shoal.
+Three libraries: `kernels` (plain C functions on memory, no torch), `allocator` (torch's memory; both compile in
+seconds) and `backend` (a torch extension, about a minute). A library's file name holds a hash of its sources, flags,
+compiler and, where it needs it, torch, so that a stale one is never loaded. A wheel may carry libraries in
+native/prebuilt, which need no compiler where they are used; else they are made on first use. SHOAL_NATIVE=0 goes
+without. setup.py loads this file alone, before shoal is installed: it imports nothing of Shoal.
 """
 
 import atexit
@@ -131,9 +131,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SHOAL_NATIVE_CACHE") or os.path.join(base, "native"))
 
 
+def _shared_temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"shoal-native-{os.getuid()}"
+
+
 def _temporary_folder() -> Path:
     """A folder of this user's own among the temporary files, the same one for all processes where that can be."""
-    shared = Path(tempfile.gettempdir()) / f"shoal-native-{os.getuid()}"
+    shared = _shared_temporary()
     with suppress(OSError):
         shared.mkdir(mode=0o700, exist_ok=True)
         state = shared.lstat()  # somebody else may have made it first: code from there is not loaded
@@ -167,10 +171,7 @@ def compiled(library: Library, folder: Path | None = None) -> Path:
         return prebuilt
     found = compiler()
     if found is None:
-        named = os.environ.get("CXX")
-        raise Failed(
-            f"CXX names {named!r}, which is not there" if named else "there is no C++ compiler (c++, g++ or clang++)"
-        )
+        raise Failed(_no_compiler())
     name = library.file_name(found)
     why = ""
     for place in [folder] if folder else _places():
@@ -179,6 +180,42 @@ def compiled(library: Library, folder: Path | None = None) -> Path:
         except OSError as error:
             why = f"{str(place)!r} cannot be written: {error.strerror}"
     raise Failed(why)
+
+
+def outlook() -> dict[str, str]:
+    """What would become of each library, without compiling it: "ready", "on first use", or what stands in the way."""
+    out = {}
+    for make in (kernels_library, allocator_library, backend_library):
+        name = make.__name__.removesuffix("_library")
+        try:
+            out[name] = _outlook(make())
+        except ImportError as error:
+            out[name] = str(error)
+    return out
+
+
+def _outlook(library: Library) -> str:
+    if not wanted():
+        return "SHOAL_NATIVE=0 is set"
+    if (PREBUILT / library.file_name()).exists():
+        return "ready"
+    found = compiler()
+    if found is None:
+        return _no_compiler()
+    name = library.file_name(found)
+    if any((place / name).exists() for place in (cache_folder(), _shared_temporary())):
+        return "ready"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if library.name == "backend" and not header.exists():
+        return f"{header} is missing: install the headers of Python (python3-dev or python3-devel)"
+    with suppress(OSError):
+        return " ".join((cache_folder() / f"{name}.refused").read_text(encoding="utf-8").split("\n")[0].split())
+    return "on first use"
+
+
+def _no_compiler() -> str:
+    named = os.environ.get("CXX")
+    return f"CXX names {named!r}, which is not there" if named else "there is no C++ compiler (c++, g++ or clang++)"
 
 
 def _in_cache(compiler: str, library: Library, place: Path, name: str) -> Path:
@@ -257,7 +294,7 @@ def prebuild(folder: Path) -> list[str]:
         try:
             library, found = make(), compiler()
             if found is None:
-                raise Failed("there is no C++ compiler (c++, g++ or clang++)")
+                raise Failed(_no_compiler())
             if library.sources:
                 folder.mkdir(parents=True, exist_ok=True)
                 _compile(found, library, folder / library.file_name())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.comm.measuring import figures, groups, sweep
+from shoal.comm.measuring import checkup, figures, groups, sweep
 from shoal.comm.measuring.cases import OPS, Settings
 from shoal.comm.measuring.gate import gate
 from shoal.comm.measuring.operations import DIGITS, PERIOD, tensors
@@ -194,3 +194,13 @@ def test_under_torchrun_the_ranks_that_are_there_are_measured_and_one_speaks(tmp
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"rows"') == 1
     assert (tmp_path / "plot.svg").read_text().startswith("<svg")
+
+
+def test_the_checkup_times_short_and_long_sums_over_what_is_there(monkeypatch):
+    monkeypatch.setenv("SHOAL_NATIVE", "0")
+    found = checkup.checkup()
+    assert found["trouble"] == ""
+    assert set(found["all_reduce_s"]) == {"gloo"}, "nothing is compiled for it"
+    assert all(0 < found["all_reduce_s"]["gloo"][size] < 10 for size in checkup.SIZES)
+    assert found["parts"]["backend"] == "SHOAL_NATIVE=0 is set"
+    assert found["free_memory_bytes"] > 0

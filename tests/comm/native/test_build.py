@@ -289,3 +289,25 @@ def test_a_wheel_that_carries_the_torch_extension_is_for_one_python(tmp_path, fa
     name, files, _ = _wheel(tmp_path)
     assert f"-cp{sys.version_info.major}{sys.version_info.minor}-" in name
     assert [file for file in files if file.startswith("prebuilt/shoal_backend-")]
+
+
+@needs_compiler
+def test_the_outlook_is_told_without_compiling(tiny, tmp_path, monkeypatch):
+    for name in ("kernels_library", "allocator_library", "backend_library"):
+        made = replace(tiny, name=name.removesuffix("_library"))
+        monkeypatch.setattr(build, name, lambda made=made: made)
+        getattr(build, name).__name__ = name
+    assert set(build.outlook().values()) == {"on first use"}
+    assert not Path(os.environ["SHOAL_NATIVE_CACHE"]).exists()
+    build.compiled(build.kernels_library())
+    assert build.outlook() == {"kernels": "ready", "allocator": "on first use", "backend": "on first use"}
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert "Python.h is missing: install" in build.outlook()["backend"]
+    (tmp_path / "tiny.cpp").write_text("nonsense")
+    with pytest.raises(Failed):
+        build.compiled(build.allocator_library())
+    assert "could not compile allocator" in build.outlook()["allocator"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.outlook()["kernels"] == "CXX names 'no-such-compiler', which is not there"
+    monkeypatch.setenv("SHOAL_NATIVE", "0")
+    assert set(build.outlook().values()) == {"SHOAL_NATIVE=0 is set"}
