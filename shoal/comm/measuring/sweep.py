@@ -77,7 +77,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": usable_cores(),
         "memory_bytes": memory_bytes(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "torch": torch.__version__,
         "load_average": os.getloadavg()[0],
     }
