@@ -19,12 +19,12 @@ from torch import Tensor
 from shoal.comm.collectives.actions import Add, Program, block_sizes
 from shoal.comm.collectives.memory import Memory, Piece, joined, lay
 from shoal.comm.collectives.schedule import LEFT, OVERWRITE, Step, Transfer, schedule, spans
+from shoal.comm.layout import ALIGNMENT
 from shoal.comm.transports.contract import Message, Steps, Transport
 from shoal.errors import UserError, unknown_name
 
 Op = Literal["sum", "avg", "max", "min", "prod"]
 Rounding = Literal["once", "hop"]
-ALIGNMENT = 16  # elements: as in shoal.comm.layout
 HALVES = (torch.float16, torch.bfloat16)
 _Combine = Callable[..., Tensor]
 _COMBINE: dict[str, _Combine] = {

@@ -7,6 +7,7 @@ operands, and hands back what belongs to the upper.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 from shoal.comm.collectives.actions import Program
 from shoal.comm.collectives.draft import Draft
@@ -30,12 +31,9 @@ def _halve(draft: Draft, active: Sequence[int], owned: Sequence[Sequence[int]], 
     count, distance = len(active), 1
     while distance < count:
         for i, rank in enumerate(active):
-            partner = i ^ distance
-            for j, chunks in enumerate(owned):
-                # what still travels belongs to those with my partner's last bits
-                if j % (2 * distance) == partner % (2 * distance):
-                    for chunk in chunks:
-                        draft.message(step, rank, active[partner], chunk, reduce=True, incoming_first=i < partner)
+            partner = i ^ distance  # gets what belongs to those who have its last bits
+            for chunk in sorted(chain.from_iterable(owned[partner % (2 * distance) :: 2 * distance])):
+                draft.message(step, rank, active[partner], chunk, reduce=True, incoming_first=i < partner)
         distance, step = 2 * distance, step + 1
     return step
 
@@ -45,10 +43,8 @@ def _double(draft: Draft, active: Sequence[int], owned: Sequence[Sequence[int]],
     distance = len(active) // 2
     while distance:
         for i, rank in enumerate(active):
-            for j, chunks in enumerate(owned):
-                if j % (2 * distance) == i % (2 * distance):
-                    for chunk in chunks:
-                        draft.message(step, rank, active[i ^ distance], chunk)
+            for chunk in sorted(chain.from_iterable(owned[i % (2 * distance) :: 2 * distance])):
+                draft.message(step, rank, active[i ^ distance], chunk)
         distance, step = distance // 2, step + 1
     return step
 

@@ -1,7 +1,7 @@
 """Which algorithm carries out which collective."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from shoal.comm.collectives import canonical, direct, halving_doubling, ring, trees, two_level
@@ -33,8 +33,14 @@ class Algorithm:
     uses_hosts: bool = False
 
 
-def _two_level(make: Callable[[Call], Callable[[], Program]]) -> Builder:
+def _two_level(make: Callable[[Call], Program]) -> Builder:
     return lambda call: pipelined(make(call), call.segments)
+
+
+def _ring_inside(make: Callable[..., Program]) -> Builder:
+    return lambda call: pipelined(
+        replace(make(call.hosts, ring_inside=True), algorithm="two_level_ring"), call.segments
+    )
 
 
 _ALL = [
@@ -134,11 +140,11 @@ _ALL = [
         "two_level",
         "inside of hosts, then between them by slices",
         {
-            "all_reduce": _two_level(lambda c: lambda: two_level.all_reduce(c.hosts)),
-            "reduce": _two_level(lambda c: lambda: two_level.reduce(c.hosts, c.root)),
-            "broadcast": _two_level(lambda c: lambda: two_level.broadcast(c.hosts, c.root)),
-            "reduce_scatter": _two_level(lambda c: lambda: two_level.reduce_scatter(c.hosts)),
-            "all_gather": _two_level(lambda c: lambda: two_level.all_gather(c.hosts)),
+            "all_reduce": _two_level(lambda c: two_level.all_reduce(c.hosts)),
+            "reduce": _two_level(lambda c: two_level.reduce(c.hosts, c.root)),
+            "broadcast": _two_level(lambda c: two_level.broadcast(c.hosts, c.root)),
+            "reduce_scatter": _two_level(lambda c: two_level.reduce_scatter(c.hosts)),
+            "all_gather": _two_level(lambda c: two_level.all_gather(c.hosts)),
             "all_to_all": lambda c: two_level.all_to_all(c.hosts),
             "gather": lambda c: two_level.gather(c.hosts, c.root),
             "scatter": lambda c: two_level.scatter(c.hosts, c.root),
@@ -151,9 +157,9 @@ _ALL = [
         "two_level_ring",
         "as two_level, with rings inside of the hosts",
         {
-            "all_reduce": _two_level(lambda c: lambda: two_level.all_reduce(c.hosts, ring_inside=True)),
-            "reduce_scatter": _two_level(lambda c: lambda: two_level.reduce_scatter(c.hosts, ring_inside=True)),
-            "all_gather": _two_level(lambda c: lambda: two_level.all_gather(c.hosts, ring_inside=True)),
+            "all_reduce": _ring_inside(two_level.all_reduce),
+            "reduce_scatter": _ring_inside(two_level.reduce_scatter),
+            "all_gather": _ring_inside(two_level.all_gather),
         },
         frozenset({"all_reduce", "reduce_scatter", "all_gather"}),
         uses_hosts=True,

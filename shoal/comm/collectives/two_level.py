@@ -236,9 +236,8 @@ def barrier(hosts: Hosts) -> Program:
     return draft.program("barrier", "two_level")
 
 
-def pipelined(make: Callable[[], Program], segments: int) -> Program:
+def pipelined(one: Program, segments: int) -> Program:
     """Segments of the tensor that follow each other a round apart: one is inside a host while another is between."""
-    one = make()
     return one if segments == 1 else merge([one] * segments, one.algorithm, delay=1)
 
 
