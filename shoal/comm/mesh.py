@@ -82,7 +82,7 @@ class Mesh:
 
     def wait(self, origins: Sequence[int]) -> None:
         """Wait until one of these peers has said something or has gone."""
-        select.select([self._peers[origin] for origin in origins], [], [])
+        select.select([peer for origin in origins if (peer := self._peers[origin]) is not None], [], [])
 
     def _pop(self, origin: int, kind: int, sequence: int) -> bytes | None:
         if not self._inbox[origin]:

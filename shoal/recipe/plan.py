@@ -53,6 +53,11 @@ class Plan:
     def workers(self) -> int:
         return self.mesh["data"]
 
+    @property
+    def server_processes(self) -> int:
+        """Parameter servers that are processes of their own, where one launcher starts everything."""
+        return self.servers if self.sync == "parameter-server" else 0
+
     def owned(self, shards: int) -> tuple[range, ...]:
         """The contiguous run of shards of each worker. Raises UserError when they cannot be placed."""
         if self.workers > shards:

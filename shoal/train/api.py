@@ -72,6 +72,7 @@ def train(
                     workers=plan.workers,
                     threads=recipe.threads,
                     hang_after_s=plan.hang_after_s,
+                    servers=plan.server_processes,
                     listen=listen,
                     on_start=stop.reach,
                 )
@@ -175,6 +176,7 @@ def launch(
             workers=plan.workers,
             threads=threads,
             hang_after_s=plan.hang_after_s,
+            servers=plan.server_processes,
             on_start=stop.reach,
         )[0]
     if stop.asked:

@@ -266,7 +266,7 @@ class Gradients:
         self._post_ready()
         self._check_buffers()
         norm = self.exchange.finish()
-        figures = self._figures(norm)
+        figures = self.figures(self.exchange.all_facts, norm, self._passes)
         if clip and norm > clip:
             self.exchange.scale(clip / norm)
         self._hang(copy=self.exchange.shared_result and not keep_gradients)
@@ -283,11 +283,11 @@ class Gradients:
     @torch.no_grad()
     def _hang(self, *, copy: bool) -> None:
         self._at = []
-        used = self.exchange.all_facts[:, _FIRED : _FIRED + len(self.parameters)].any(dim=0).tolist()
+        unused = set(self.unused())
         for index, parameter in enumerate(self.parameters):
             mean = self.exchange.result_of(index).view(parameter.shape)
             mean = mean.clone() if copy else mean
-            parameter.grad = mean.to(parameter.dtype) if used[index] else None
+            parameter.grad = None if index in unused else mean.to(parameter.dtype)
         self._restore_state()
         for index, buffer in enumerate(self._state, start=len(self.parameters)):
             change = self.exchange.result_of(index).view(buffer.shape)
@@ -295,6 +295,16 @@ class Gradients:
                 buffer.logical_xor_(change > 0)
             else:
                 buffer.add_(change.to(buffer.dtype))
+
+    def unused(self) -> list[int]:
+        """The parameters that no pass of the finished step has reached, by number."""
+        used = self.exchange.all_facts[:, _FIRED : _FIRED + len(self.parameters)].any(dim=0).tolist()
+        return [index for index, reached in enumerate(used) if not reached]
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The module's buffers, as real numbers, in the order of the flat layout."""
+        return self._state
 
     def first_not_finite(self) -> str:
         """The first parameter, in the model's order, whose gradient is not finite."""
@@ -307,12 +317,12 @@ class Gradients:
         counts = facts[:, _FIRED + len(self.parameters) + self._leaves :]
         return max(float(counts.sum()), 1.0), float(sum(1 for passes in self._passes if passes))
 
-    def _figures(self, norm: float) -> StepFigures:
-        facts = self.exchange.all_facts
+    def figures(self, facts: torch.Tensor, norm: float, passes: Sequence[int]) -> StepFigures:
+        """What the rows of workers, [workers, facts], say of a step with these passes a leaf."""
         base = _FIRED + len(self.parameters)
         losses = facts[:, base : base + self._leaves].sum(dim=0).tolist()  # one owner a leaf: nothing is rounded
         targets = self._denominators(facts)[0]
-        present = [loss for loss, passes in zip(losses, self._passes, strict=True) if passes]
+        present = [loss for loss, count in zip(losses, passes, strict=True) if count]
         return StepFigures(
             loss=tree_sum(present) / targets,
             targets=targets,

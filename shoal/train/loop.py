@@ -131,6 +131,7 @@ class _Loop:
         self.board = TensorBoardLog(run.path / "tensorboard") if recipe.report.tensorboard and self.log else None
         self.best = math.inf
         self.samples = 0
+        self.untold: dict[int, dict[str, Any]] = {}  # of committed steps that not all workers have done
         self.loss = math.nan
         self.figures: dict[str, float] = {}
         self.write_problem = self.log_problem = ""
@@ -170,7 +171,7 @@ class _Loop:
                 for batch in step:
                     total, count = self.task.loss(self.model, batch)
                     step.backward(total, count)
-            step.commit()
+            step.commit(wait=self.order.observe is not None)
             if self.order.observe:
                 self.order.observe(worker, step)
             self._committed(step, rate, time.perf_counter() - last)
@@ -237,23 +238,36 @@ class _Loop:
         assert figures is not None
         self.loss = figures.loss
         self.samples += step.samples
-        found = self.worker.communication() if self.log else None
-        comm = {"comm": found} if found else {}
-        self.tell(
-            "committed",
-            step=step.number,
-            epoch=step.epoch,
-            index=step.index,
-            loss=figures.loss,
-            grad_norm=figures.norm,
-            lr=rate,
-            samples=step.samples,
-            targets=int(figures.targets),
-            seconds=seconds,
-            parts=step.parts,
-            waited=dict(enumerate(figures.waited)),
-            **comm,
-        )
+        if self.log:
+            found = self.worker.communication()
+            self.untold[step.number] = {
+                "epoch": step.epoch,
+                "index": step.index,
+                "lr": rate,
+                "samples": step.samples,
+                "seconds": seconds,
+                "parts": step.parts,
+                **({"comm": found} if found else {}),
+            }
+            self._tell_committed()
+
+    def _tell_committed(self) -> None:
+        """Steps that all workers have done; where they may be steps apart, that is known a little later."""
+        for number, figures, extra in self.worker.told():
+            fields = self.untold.pop(number, None)
+            if fields is None:
+                continue
+            self.loss = figures.loss
+            self.tell(
+                "committed",
+                step=number,
+                loss=figures.loss,
+                grad_norm=figures.norm,
+                targets=int(figures.targets),
+                waited=dict(enumerate(figures.waited)),
+                **fields,
+                **extra,
+            )
 
     def _after(self, step: Step) -> None:
         """Evaluate and save when it is time."""
@@ -261,11 +275,14 @@ class _Loop:
         ends = step.number == self.steps or self.worker.stopping
         epoch_ends = step.last_of_epoch and not self.recipe.steps
         due = step.number % report.evaluate_every == 0 if report.evaluate_every else epoch_ends
+        saves = step.number % report.checkpoint_every == 0 if report.checkpoint_every else epoch_ends
+        if due or saves or ends:
+            self.worker.settle()
+            self._tell_committed()
         better = False
         if (due or ends) and not self.worker.stopping:
             better = self._evaluate(step.number)
-        due = step.number % report.checkpoint_every == 0 if report.checkpoint_every else epoch_ends
-        if due or ends or better:
+        if saves or ends or better:
             self._save(step.number, best=better, final=ends)
         self._collect_written()
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from shoal.data.source import Batch
 from shoal.errors import RunFailed, UserError
 from shoal.train.gradients import Gradients, StepFigures, writes_gradients
 from shoal.train.streams import enter_stream
+
+if TYPE_CHECKING:
+    from shoal.train.synchrony import Update
 
 COMPARE_EVERY = 50  # steps between two comparisons of all workers' parameters
 Place = tuple[int, int, int]  # step, shard, micro-batch
@@ -40,7 +43,7 @@ class Step:
         self,
         crew: "Crew",
         gradients: Gradients,
-        optimizer: torch.optim.Optimizer,
+        update: "Update",
         ledger: Ledger,
         number: int,
         batches: Prefetcher[Place],
@@ -54,23 +57,30 @@ class Step:
         self.last_of_epoch = self.index == ledger.steps_per_epoch - 1
         self.parts = dict.fromkeys(("data", "forward", "backward", "exchange", "update"), 0.0)
         self.figures: StepFigures | None = None
-        self._crew, self._gradients, self._optimizer = crew, gradients, optimizer
+        self._crew, self._gradients, self._update = crew, gradients, update
         self._ledger, self._zero_based, self._batches = ledger, number, batches
         self._on_commit = on_commit
         self._report = crew.group.report
         self._report(Phase.loading, step=self.number)
         self._passes = passes_of(ledger, number)
-        checksum = parameter_checksum(gradients.module) if number % COMPARE_EVERY == 0 else 0.0
+        checksum = 0.0
+        if number % COMPARE_EVERY == 0 and update.equal:
+            update.arrive()
+            checksum = parameter_checksum(gradients.module)
         gradients.begin(self._passes, stop=crew.group.stop_asked, checksum=checksum)
         self._place: Place | None = None
         self._mark = time.perf_counter()
 
     def __iter__(self) -> Iterator[Batch]:
         mine = sum(self._passes[shard] for shard in self._crew.shards)
-        for _ in range(mine):
+        for number in range(mine):
             self._report(Phase.loading)
             self._lap("data")
             self._place, batch = next(self._batches)
+            if number == 0:  # the weights have come in while the batch was loaded
+                self._lap("data")
+                self._update.arrive()
+                self._lap("exchange")
             if self._crew.device.type != "cpu":
                 batch = {k: v.to(self._crew.device, non_blocking=True) for k, v in batch.items()}
             self._lap("data")
@@ -113,16 +123,21 @@ class Step:
             self._gradients.backward(shard, loss, value, float(count), leaf_ends=ends, waited_s=self.parts["data"])
         self._lap("backward")
 
-    def commit(self) -> StepFigures:
-        """Wait for the global mean gradient, clip it, update the weights: the step has then happened on all workers."""
+    def commit(self, *, wait: bool = True) -> StepFigures:
+        """Wait for the global mean gradient, clip it, update the weights: the step has then happened on all workers.
+
+        ``wait=False``: weights that come from servers may still be on their way; the next step waits for them."""
         self._report(Phase.exchanging)
         self._lap("backward")
-        trusted = not writes_gradients(self._optimizer)
+        self._update.arrive()  # a worker without a sample in this step has not waited yet
+        trusted = not writes_gradients(self._update.optimizer)
         self.figures = figures = self._gradients.finish(self._crew.clip, keep_gradients=trusted)
         self._lap("exchange")
         self._check(figures)
         self._report(Phase.updating)
-        self._optimizer.step()
+        self._update.step(self.number, figures)
+        if wait:
+            self._update.arrive()
         self.committed = True
         self._on_commit(figures)
         self._lap("update")

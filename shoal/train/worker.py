@@ -12,11 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shoal.comm.exchange import Placement
 from shoal.comm.group import Group
+from shoal.comm.server.optimizer import check as check_optimizer
 from shoal.comm.status import Phase
 from shoal.comm.telling import Teller, transport
-from shoal.comm.transport import make_exchange
 from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher
@@ -29,6 +28,7 @@ from shoal.train.gradients import Gradients, StepFigures
 from shoal.train.snapshot import BackgroundWriter, Written
 from shoal.train.state import load_model, load_optimizer, model_tensors, optimizer_facts, optimizer_tensors
 from shoal.train.step import Place, Step, compare, parameter_checksum
+from shoal.train.synchrony import Told, Update, exchange_of, placement_of, update_of
 from shoal.train.weights import weights_sha256
 
 
@@ -59,6 +59,7 @@ class Worker:
         self._optimizer: torch.optim.Optimizer | None = None
         self._kept: dict[str, Any] = {}
         self._gradients: Gradients | None = None
+        self._update: Update | None = None
         self._teller: Teller | None = None
         self._writers: dict[Path, BackgroundWriter] = {}
         self._resumed: checkpoint.Checkpoint | None = None
@@ -80,14 +81,14 @@ class Worker:
             raise UserError("worker.model was called twice: wrap several modules in one nn.ModuleDict.")
         self._module = module.to(self.device)
         self._share_weights(module)
-        placement = Placement(self._ownership, self.rank, fast=self.plan.sync == "fast")
+        placement = placement_of(self.plan, self._ownership, self.rank)
         most = tuple(self.micro_batches for _ in range(self._shard_count))
         self._gradients = Gradients(
             module,
             placement,
             self._shard_count,
             self.plan.bucket_bytes,
-            lambda *a: make_exchange(self.group, placement, most, self.device, *a),
+            lambda *a: exchange_of(self.plan, self.group, placement, most, self.device, *a),
         )
         called: Any = torch.compile(module) if compile else module
         return cast(nn.Module, called)
@@ -112,6 +113,8 @@ class Worker:
         """The optimiser that ``step.commit`` runs. LBFGS is refused: its step would need the loss again."""
         if isinstance(optimizer, torch.optim.LBFGS):
             raise UserError("LBFGS evaluates the loss again inside its step, which a distributed step cannot do.")
+        if self.plan.sync == "parameter-server":
+            check_optimizer(optimizer)
         self._optimizer = optimizer
         return optimizer
 
@@ -136,24 +139,40 @@ class Worker:
             )
         if len(source) == 0:
             raise UserError("the training data holds no sample.")
-        gradients, optimizer = self._gradients, self._optimizer
-        if gradients is None or optimizer is None:
+        gradients = self._gradients
+        if gradients is None or self._optimizer is None:
             raise UserError("call worker.model(module) and worker.optimizer(...) before the first step.")
         self.ledger = ledger = Ledger(len(source), batch, self._shard_count, self.micro_batches, self.seed)
         self._fingerprint = source.fingerprint
         self._check_resumed()
+        if self._update is None:
+            self._update = update_of(self.plan, self.group, gradients, self._optimizer)
+        update = self._update
+        update.begin(ledger)
         last = steps or epochs * ledger.steps_per_epoch
         ahead, threads = self.plan.prefetch * len(self.shards) * self.micro_batches, self.plan.loaders
         with Prefetcher(source, self._work(ledger, self.step, last), ahead, threads) as batches:
             while self.step < last and not self.stopping:
-                step = Step(self, gradients, optimizer, ledger, self.step, batches, self._committed)
+                step = Step(self, gradients, update, ledger, self.step, batches, self._committed)
                 yield step
                 if not step.committed:
                     raise UserError(f"step {step.number} was left without commit(): call step.commit() at its end.")
 
     def _committed(self, figures: StepFigures) -> None:
         self.step += 1
-        self.stopping |= figures.stop
+        assert self._update is not None
+        self.stopping |= self._update.stops(self.step, figures)
+
+    def settle(self) -> None:
+        """Make weights and buffers equal on all workers, in schemes where they may differ between steps.
+
+        Called by every worker, after the same step; saving and comparing do it themselves."""
+        if self._update is not None:
+            self._update.settle(self.step)
+
+    def told(self) -> list[Told]:
+        """On rank 0: the steps that all workers have done since the last call, with their figures over all of them."""
+        return self._update.told() if self._update is not None else []
 
     def _work(self, ledger: Ledger, first: int, last: int) -> Iterator[tuple[Place, Any, int]]:
         for step in range(first, last):
@@ -195,6 +214,7 @@ class Worker:
 
     def compare_parameters(self) -> None:
         """Called by every worker. Raises RunFailed naming the ranks whose parameters are not those of the most."""
+        self.settle()
         mine = json.dumps(parameter_checksum(self._trained())).encode()
         compare([json.loads(row) for row in self.group.gather(mine)], f"after step {self.step}")
 
@@ -255,11 +275,18 @@ class Worker:
         """Checkpoint the run as it stands into ``folder``, behind the training; the seconds that this worker waited.
 
         Called by every worker; rank 0 holds all and writes. ``written`` tells what became of it."""
-        if self.rank:
-            return 0.0
-        self.group.report(Phase.saving, step=self.step)
-        self.prepare_to_save(folder)
-        return self._writers[Path(folder).absolute()].submit(self.tensors(), {**self.facts(), **facts}, best, final)
+        self.settle()
+        waited = 0.0
+        if self.rank == 0:
+            self.group.report(Phase.saving, step=self.step)
+            if self._update is not None:
+                self._update.fetch()
+            self.prepare_to_save(folder)
+            state, told = self.tensors(), {**self.facts(), **facts}
+            waited = self._writers[Path(folder).absolute()].submit(state, told, best, final)
+        if self._update is not None and not self._update.equal:
+            self.group.gather(b"")  # the servers' state is that of this step until it has been fetched
+        return waited
 
     def written(self) -> list[Written]:
         """What has come of checkpoints since the last call; empty on all workers but rank 0."""
@@ -300,6 +327,8 @@ class Worker:
         self._resumed = state
 
     def close(self) -> None:
-        """Wait for checkpoints that are still being written."""
+        """Wait for checkpoints that are still being written, and leave the servers."""
         for writer in self._writers.values():
             writer.close()
+        if self._update is not None:
+            self._update.close()

@@ -54,7 +54,7 @@ class Client:
         heap: Heap | None,
         *,
         sparse: Iterable[int] = (),
-        squeeze: "Callable[[Tensor], tuple[str, Mapping[str, Any], Any]] | None" = None,
+        squeeze: Callable[[object, Tensor], tuple[Mapping[str, Any], Tensor]] | None = None,
     ) -> None:
         self.links, self.worker, self.setup = links, worker, setup
         self._parameters = list(parameters)
@@ -177,7 +177,7 @@ class Client:
             message = Message(Kind.push, self.worker, clock, bucket, words=words)
             if self.memory is None and operands:
                 runs = [operand[piece.start : piece.stop] for operand in operands for piece in pieces]
-                message = self._packed(message, runs)
+                message = self._packed(message, runs, link.name)
             link.send(message)
         return sum(link.sent_bytes for link in self.links) - before
 
@@ -186,7 +186,7 @@ class Client:
         before, self._received = self._received, sum(link.received_bytes for link in self.links)
         return self._received - before
 
-    def _packed(self, plain: Message, runs: Sequence[Tensor]) -> Message:
+    def _packed(self, plain: Message, runs: Sequence[Tensor], server: str) -> Message:
         flat = runs[0] if len(runs) == 1 else torch.cat(list(runs))
         dtype, words, form = self.setup.dtype, dict(plain.words), Form.dense
         data: Any = flat.numpy()
@@ -195,9 +195,9 @@ class Client:
             if packed is not None:
                 dtype, form, data = "uint8", Form.rows, packed.numpy()
         if form is Form.dense and self._squeeze is not None:
-            dtype, extra, data = self._squeeze(flat)
+            extra, payload = self._squeeze((plain.bucket, server, len(runs)), flat)
             words |= extra
-            form = Form.compressed
+            dtype, form, data = "uint8", Form.compressed, payload.numpy()
         return Message(plain.kind, plain.worker, plain.clock, plain.bucket, form, dtype, words, data)
 
     @torch.no_grad()

@@ -2,9 +2,9 @@
 
 import json
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from shoal.comm.server.tcp import ServerThread
-
-Squeeze = Callable[[Tensor], tuple[str, Mapping[str, Any], Any]]
 
 
 @dataclass
@@ -136,10 +134,20 @@ def connect(
     optimizer: "torch.optim.Optimizer",
     *,
     sparse: Sequence[int] = (),
-    squeeze: Squeeze | None = None,
+    compression: str = "none",
 ) -> Client:
     """Hand weights and the optimiser's state to the servers, and be welcomed. Called by every worker."""
     rank = exchange.group.rank
+    squeeze = None
+    if compression != "none":
+        from shoal.comm.server.squeeze import Squeezer
+
+        if roster.heap is not None:
+            raise UserError(
+                f"plan: compression = {compression!r} gains nothing where workers and servers share memory: "
+                f"leave it out."
+            )
+        squeeze = Squeezer(compression)
     client = Client(roster.links, rank, setup, parameters, roster.heap, sparse=sparse, squeeze=squeeze)
     client.begin(optimizer, lead=rank == 0)
     exchange.connect(client)

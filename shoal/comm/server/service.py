@@ -15,7 +15,7 @@ from shoal.comm.server.setup import Setup
 from shoal.comm.server.shard import Shard
 from shoal.comm.server.store import CHUNK_BYTES, Chunk, Memory, Store, denominators, round_adds, weight_runs
 from shoal.comm.server.wire import Form, Kind, Message, WireError
-from shoal.errors import UserError
+from shoal.errors import ShoalError
 
 Out = list[tuple[int, Message]]  # (worker, message)
 
@@ -53,7 +53,7 @@ class Service:
         """Never raises for what a message says: it is refused, counted, and its sender told."""
         try:
             return self._handle(worker, message)
-        except (WireError, UserError) as error:
+        except ShoalError as error:  # WireError, UserError, BadPayload
             return [self._refusal(worker, str(error))]
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError, StopIteration, OverflowError) as error:
             return [self._refusal(worker, f"{type(error).__name__}: {error}")]
@@ -215,9 +215,9 @@ class Service:
             whole = torch.cat(into)
             rows.unpack(_bytes(message), whole)
         else:
-            from shoal.comm.server.squeeze import unsqueezed
+            from shoal.comm.server.squeeze import unsqueezed  # the codecs come with it
 
-            whole = unsqueezed(message, sum(run.numel() for run in into)).to(into[0].dtype)
+            whole = unsqueezed(message, _bytes(message), sum(run.numel() for run in into)).to(into[0].dtype)
         for run, part in zip(into, torch.split(whole, [run.numel() for run in into]), strict=True):
             run.copy_(part)
 
@@ -258,9 +258,8 @@ class Service:
             "unused": wire.wholes(words, "unused", most=len(self.setup.gradients) - 1),
         }
         arrived = self._arrived.get(worker)
-        if arrived is None or arrived.clock != message.clock:
-            raise WireError(f"committed step {message.clock}, of which nothing has come")
-        arrived.commit = checked
+        if arrived is not None and arrived.clock == message.clock:
+            arrived.commit = checked
         done = self.machine.on(shard.Commit(worker, message.clock, words.get("stop") is True))
         if len(message.data) and worker != self._lead and not any(isinstance(i, shard.Refuse) for i in done):
             self._facts.append((worker, message.clock, bytes(message.data)))

@@ -2,7 +2,8 @@
 
 A worker's *clock* is the number of its pushes that have been applied. The *version* of the shard counts updates.
 
-- Synchronous: a round is summed when every worker has pushed, applied when the lead (the lowest worker) has committed.
+- Synchronous: a round is summed when every worker has pushed, and applied when every worker has committed: until then
+  they may read the sum. What the lowest worker, the lead, has committed counts.
 - Stale-synchronous with bound s (Ho et al., 2013): a push is applied when it comes; a worker may begin its next step
   while its clock is at most s ahead of the slowest worker's. No bound: asynchronous (Recht et al., 2011).
 
@@ -190,7 +191,7 @@ class Shard:
         if due and not self._summed and due <= self._pushed:
             self._summed = True
             out.append(Sum(self.version, tuple(sorted(due))))
-        if due and self._summed and min(due) in self._committed:
+        if due and self._summed and due <= self._committed:
             out.append(Apply(min(due), self.version))
             for worker in due:
                 self.clocks[worker] += 1

@@ -1,0 +1,357 @@
+"""How a step's gradient becomes new weights: on every worker, on parameter servers, or averaged now and then.
+
+docs/parameter_server.md says what each scheme promises. `Worker` holds one `Update`; a step and the loop call it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm.exchange import Exchange, Placement
+from shoal.comm.group import Group
+from shoal.comm.layout import flat_layout
+from shoal.comm.server import optimizer as optimizers
+from shoal.comm.server import roster
+from shoal.comm.server.client import Client
+from shoal.comm.server.exchanges import LocalExchange, OwnPlacement, ServedExchange, StaleExchange
+from shoal.comm.transport import make_exchange
+from shoal.data.ledger import Ledger
+from shoal.errors import UserError
+from shoal.recipe.plan import Plan
+from shoal.train.gradients import Gradients, StepFigures
+from shoal.train.step import passes_of
+
+Told = tuple[int, StepFigures, dict[str, Any]]  # step, its figures over all workers, what else is said of it
+
+
+class Update(Protocol):
+    """Called by every worker, in the same order."""
+
+    optimizer: torch.optim.Optimizer
+    equal: bool  # all workers have the same weights before every step
+
+    def begin(self, ledger: Ledger) -> None:
+        """Before the first step, when weights and optimiser are those that training goes on with."""
+
+    def arrive(self) -> None:
+        """Wait until the weights are those of the step to come."""
+
+    def step(self, number: int, figures: StepFigures) -> None:
+        """Update the weights with the gradient that has just been finished; they are there after `arrive`."""
+
+    def stops(self, number: int, figures: StepFigures) -> bool:
+        """Whether all workers end after this step, because one was asked to."""
+
+    def settle(self, number: int) -> None:
+        """Make weights and buffers equal on all workers."""
+
+    def fetch(self) -> None:
+        """Make ``optimizer`` hold the state that belongs to the weights; on rank 0, after `settle`."""
+
+    def told(self) -> list[Told]:
+        """On rank 0: steps that all workers have done since the last call, in order."""
+
+    def close(self) -> None: ...
+
+
+def placement_of(plan: Plan, ownership: Sequence[range], rank: int) -> Placement:
+    own = plan.sync == "local" or (plan.sync == "parameter-server" and plan.staleness != 0)
+    return OwnPlacement(ownership[rank]) if own else Placement(ownership, rank, fast=plan.sync == "fast")
+
+
+def exchange_of(
+    plan: Plan, group: Group, placement: Placement, most: tuple[int, ...], device: torch.device, *arguments: Any
+) -> Exchange:
+    if plan.sync in ("exact", "fast"):
+        return make_exchange(group, placement, most, device, *arguments)
+    if device.type != "cpu":
+        raise UserError(f"plan: sync = {plan.sync!r} trains on the processor only: leave device = {plan.device!r} out.")
+    layout, facts, denominators, dtype = arguments
+    served = StaleExchange if plan.staleness else ServedExchange
+    kind = LocalExchange if plan.sync == "local" else served
+    made: Exchange = kind(group, layout, placement, most, facts, denominators, dtype)
+    return made
+
+
+def update_of(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Update:
+    if plan.sync == "local":
+        return Averaging(plan, group, gradients, optimizer)
+    if plan.sync == "parameter-server":
+        return (Stale if plan.staleness else Served)(plan, group, gradients, optimizer)
+    return Everywhere(optimizer)
+
+
+class Everywhere:
+    """Every worker has the global mean gradient, and makes the same update."""
+
+    equal = True
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._told: list[Told] = []
+        self._ledger: Ledger | None = None
+
+    def begin(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def _passes(self, number: int) -> tuple[int, ...]:
+        assert self._ledger is not None
+        return passes_of(self._ledger, number - 1)
+
+    def arrive(self) -> None: ...
+
+    def step(self, number: int, figures: StepFigures) -> None:
+        self.optimizer.step()
+        self._told.append((number, figures, {}))
+
+    def stops(self, number: int, figures: StepFigures) -> bool:
+        return figures.stop
+
+    def settle(self, number: int) -> None: ...
+    def fetch(self) -> None: ...
+
+    def told(self) -> list[Told]:
+        told, self._told = self._told, []
+        return told
+
+    def close(self) -> None: ...
+
+
+class _OnServers(Everywhere):
+    """Servers hold the parameters and run the optimiser; the local one says what it is, and holds no state."""
+
+    exchange: ServedExchange | StaleExchange
+
+    def __init__(self, plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer)
+        self.plan, self.group, self.gradients = plan, group, gradients
+        exchange = gradients.exchange
+        assert isinstance(exchange, ServedExchange | StaleExchange)
+        self.exchange = exchange
+        self._client: Client | None = None
+        self._roster: roster.Roster | None = None
+
+    @property
+    def client(self) -> Client:
+        assert self._client is not None
+        return self._client
+
+    def begin(self, ledger: Ledger) -> None:
+        super().begin(ledger)
+        if self._client is not None:
+            return
+        gradients, plan = self.gradients, self.plan
+        dtype: torch.dtype = self.exchange.dtype
+        setup = roster.setup_of(
+            self.exchange,
+            gradients.parameters,
+            gradients.buffers,
+            self.optimizer,
+            servers=plan.servers,
+            bound=None if plan.staleness < 0 else plan.staleness,
+            bucket_elements=plan.bucket_bytes // dtype.itemsize,
+        )
+        self._roster = roster.reach(self.group, plan.servers)
+        embeddings = {id(m.weight) for m in gradients.module.modules() if isinstance(m, nn.Embedding)}
+        sparse = [slot for slot, parameter in enumerate(gradients.parameters) if id(parameter) in embeddings]
+        self._client = roster.connect(
+            self.exchange,
+            self._roster,
+            setup,
+            gradients.parameters,
+            self.optimizer,
+            sparse=sparse,
+            compression=plan.compression,
+        )
+
+    def arrive(self) -> None:
+        if self._client is not None:
+            self.exchange.arrive()
+
+    def fetch(self) -> None:
+        if self._client is not None:
+            self.arrive()
+            self.client.fetch_state(self.optimizer)
+
+    def close(self) -> None:
+        if self._roster is not None:
+            self._roster.close()
+
+
+class Served(_OnServers):
+    """Synchronous: the bits of every worker making the same update."""
+
+    def step(self, number: int, figures: StepFigures) -> None:
+        assert isinstance(self.exchange, ServedExchange)
+        self.exchange.commit(optimizers.options_of(self.optimizer), self.gradients.unused())
+        for parameter in self.gradients.parameters:
+            parameter.grad = None  # the servers scale it, use it up and write the next one over it
+        self._told.append((number, figures, {}))
+
+    def settle(self, number: int) -> None:
+        self.arrive()
+
+
+class Stale(_OnServers):
+    """Each worker's own mean goes to the servers when it is ready; weights come back when the bound allows."""
+
+    equal = False
+
+    def __init__(self, plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(plan, group, gradients, optimizer)
+        self._rows: dict[int, dict[int, Tensor]] = {}  # step -> worker -> facts, norm, steps ahead
+        self._ahead, self._last, self._first = 0, -1, 0
+        self._buffers = _Average(group, plan)
+
+    def arrive(self) -> None:
+        grant = self.exchange.arrive() if self._client is not None else None
+        if grant is None:
+            return
+        self._ahead = grant.ahead
+        if self._last < 0 <= grant.last:
+            self._last = grant.last
+        for worker, clock, row in grant.rows:
+            self._rows.setdefault(clock + self._first, {})[worker] = torch.frombuffer(
+                bytearray(row), dtype=torch.float64
+            )
+
+    def step(self, number: int, figures: StepFigures) -> None:
+        assert isinstance(self.exchange, StaleExchange)
+        assert self._ledger is not None
+        self._first = number - self.exchange.clock + 1  # the step that has clock 0 on the servers
+        counts = self._ledger.counts(number - 1)
+        share = sum(counts[shard] for shard in self.exchange.placement.ownership[0]) / sum(counts)
+        row = torch.cat([self.exchange.facts, torch.tensor([figures.norm, self._ahead], dtype=torch.float64)])
+        if self.group.rank == 0:
+            self._rows.setdefault(number, {})[0] = row
+        groups, unused = optimizers.options_of(self.optimizer), self.gradients.unused()
+        data = row.numpy().tobytes()
+        self.exchange.commit(groups, unused, share=share, stop=figures.stop, row=data)
+        for parameter in self.gradients.parameters:
+            parameter.grad = None
+
+    def stops(self, number: int, figures: StepFigures) -> bool:
+        return 0 <= self._last <= number - self._first + 1
+
+    def settle(self, number: int) -> None:
+        self.arrive()
+        self.group.gather(b"")  # all have committed this step, and the servers have applied it
+        if self._client is not None:
+            self.client.pull()
+            self.arrive()
+            self.group.gather(b"")  # nobody goes on before all have these weights
+        self._buffers(self.gradients.buffers, [])
+
+    def told(self) -> list[Told]:
+        found: list[Told] = []
+        for number in sorted(self._rows):
+            rows = self._rows[number]
+            if len(rows) < self.group.world:
+                break
+            table = torch.stack([rows[worker] for worker in range(self.group.world)])
+            ahead = table[:, -1].tolist()
+            norm = math.sqrt(math.fsum(n * n for n in table[:, -2].tolist()) / len(ahead))
+            figures = self.gradients.figures(table[:, :-2], norm, self._passes(number))
+            extra = {"staleness": {"max": int(max(ahead)), "mean": sum(ahead) / len(ahead)}}
+            found.append((number, figures, extra))
+            del self._rows[number]
+        return found
+
+
+class Averaging(Everywhere):
+    """Every worker trains on its own shards alone; every ``average_every`` steps all take the mean of their weights.
+
+    Local SGD (Stich, 2019). The optimiser's state is averaged too, so that all workers are equal after an average."""
+
+    equal = False
+
+    def __init__(self, plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer)
+        self.plan, self.group, self.gradients = plan, group, gradients
+        self._average = _Average(group, plan)
+        self._rows: dict[int, Tensor] = {}
+        self._settled = 0
+        self._stop = self._stopping = False
+
+    def step(self, number: int, figures: StepFigures) -> None:
+        self.optimizer.step()
+        self._stop |= figures.stop
+        exchange = self.gradients.exchange
+        self._rows[number] = torch.cat([exchange.facts, torch.tensor([figures.norm], dtype=torch.float64)])
+        if number % self.plan.average_every == 0:
+            self.settle(number)
+
+    def stops(self, number: int, figures: StepFigures) -> bool:
+        return self._stopping
+
+    def settle(self, number: int) -> None:
+        if number == self._settled:
+            return
+        self._settled = number
+        weights = [parameter.data for parameter in self.gradients.parameters]
+        state = [
+            value
+            for parameter in self.gradients.parameters
+            for _, value in sorted(self.optimizer.state.get(parameter, {}).items())
+            if isinstance(value, Tensor) and value.dim() and value.is_floating_point()
+        ]
+        stop = torch.tensor([float(self._stop)])
+        self._average([*self.gradients.buffers, stop], [*weights, *state])
+        self._stopping = bool(stop.any())
+        numbers = sorted(self._rows)
+        table = torch.stack([self._rows.pop(n) for n in numbers])
+        every = [
+            torch.frombuffer(bytearray(rows), dtype=torch.float64).view(len(numbers), -1)
+            for rows in self.group.gather(table.numpy().tobytes())
+        ]
+        if self.group.rank == 0:
+            for index, n in enumerate(numbers):
+                rows = torch.stack([rows[index] for rows in every])
+                norm = math.sqrt(math.fsum(x * x for x in rows[:, -1].tolist()) / len(rows))
+                self._told.append((n, self.gradients.figures(rows[:, :-1], norm, self._passes(n)), {}))
+
+
+class _Average:
+    """The mean of tensors over the workers, added up in the tree over workers: an exact exchange of its own."""
+
+    def __init__(self, group: Group, plan: Plan) -> None:
+        self._group, self._bucket_bytes = group, plan.bucket_bytes
+        self._exchange: Exchange | None = None
+        self._sizes: list[int] = []
+
+    @torch.no_grad()
+    def __call__(self, buffers: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        """In place. Whole numbers and truth values stay what they are on each worker."""
+        tensors = [t for t in (*weights, *buffers) if t.is_floating_point() and t.numel()]
+        if self._group.world == 1 or not tensors:
+            return
+        exchange = self._made(tensors)
+        passes = (1,) * self._group.world
+        exchange.begin(passes)
+        exchange.claim()
+        slots = exchange.layout.slots
+        for tensor, slot in zip(tensors, slots, strict=True):
+            exchange.partials[0][slot.offset : slot.offset + slot.size].view(tensor.shape).copy_(tensor)
+        for _ in exchange.layout.buckets:
+            exchange.post()
+            exchange.advance()
+        exchange.finish()
+        for index, tensor in enumerate(tensors):
+            tensor.copy_(exchange.result_of(index).view(tensor.shape))
+
+    def _made(self, tensors: Sequence[Tensor]) -> Exchange:
+        sizes = [t.numel() for t in tensors]
+        if self._exchange is None or sizes != self._sizes:
+            world = self._group.world
+            dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+            layout = flat_layout(sizes, [], world, self._bucket_bytes // dtype.itemsize)
+            placement = Placement([range(rank, rank + 1) for rank in range(world)], self._group.rank, fast=False)
+            mean = (float(world), float(world))
+            one = (1,) * world
+            device = torch.device("cpu")
+            self._exchange = make_exchange(self._group, placement, one, device, layout, 1, lambda facts: mean, dtype)
+            self._sizes = sizes
+        return self._exchange
