@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from shoal.cluster.topology import Topology
 from shoal.comm.collectives.actions import Copy, Program, block_sizes
-from shoal.comm.layout import ALIGNMENT
 from shoal.comm.collectives.schedule import schedule, spans
+from shoal.comm.layout import ALIGNMENT
 from shoal.comm.transports.sharing import fair_rates
 from shoal.errors import UserError
 
