@@ -5,6 +5,23 @@ from typing import Any
 
 _HOME: dict[str, str] = {  # public name -> the module that holds it
     **dict.fromkeys(
+        (
+            "all_gather",
+            "all_reduce",
+            "all_to_all",
+            "barrier",
+            "broadcast",
+            "gather",
+            "receive",
+            "reduce",
+            "reduce_scatter",
+            "run_program",
+            "scatter",
+            "send",
+        ),
+        "shoal.comm.collectives.operations",
+    ),
+    **dict.fromkeys(
         ("BF16", "FP16", "Compressor", "Int8", "OneBit", "PowerSGD", "TopK", "compressed_all_reduce"),
         "shoal.comm.compression.compressor",
     ),
