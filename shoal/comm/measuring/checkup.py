@@ -1,9 +1,11 @@
 """A quick look at what communication has to work with on this host, for `shoal doctor`."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from shoal.cluster.detect import usable_cores
-from shoal.cluster.room import dev_shm_bytes, free_memory_bytes
+from shoal.cluster.detect import memory_bytes, usable_cores
+from shoal.comm.backend.memory import free_memory
 from shoal.comm.measuring.cases import Settings
 from shoal.comm.measuring.sweep import sweep
 from shoal.comm.native import build
@@ -28,11 +30,22 @@ def checkup() -> dict[str, Any]:
             seconds[row["transport"]][row["bytes"]] = row["latency_s"]
     except RunFailed as failed:
         trouble = str(failed)
+    free = free_memory()
     return {
         "parts": parts,
         "all_reduce_s": seconds,
         "trouble": trouble,
-        "free_memory_bytes": free_memory_bytes(),
+        "free_memory_bytes": memory_bytes() if free is None else free,
         "dev_shm_bytes": dev_shm_bytes(),
         "ranks_with_a_core": usable_cores(),
     }
+
+
+def dev_shm_bytes(folder: Path = Path("/dev/shm")) -> tuple[int, int] | None:
+    """(free, all) bytes of /dev/shm; None where there is none. Shoal does without it, other libraries do not:
+    containers often have 64 MiB."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free, usage.total

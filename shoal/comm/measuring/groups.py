@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from shoal.comm.group import Group
-from shoal.comm.measuring.cases import NATIVE, Arm, Settings
+from shoal.comm.measuring.cases import NATIVE, ZERO_COPY_TRANSPORTS, Arm, Settings
 from shoal.comm.measuring.operations import Empty, Tensors, native_call
+from shoal.errors import UserError
 
 TIMEOUT = timedelta(seconds=300)  # a cell of the largest size over the slowest transport
 
@@ -42,8 +43,17 @@ class Groups:
     def on_heap(self, transport: str, dtype: torch.dtype) -> Empty:
         """Makes tensors that the transport reads and writes where they lie."""
         from shoal import comm
+        from shoal.comm.backend.groups import backend_of
 
-        return lambda elements: comm.symm_empty(elements, dtype, self.by_transport[transport]).zero_()
+        group = self.by_transport[transport]
+
+        def empty(elements: int) -> Tensor:
+            made = comm.symm_empty(elements, dtype, group).zero_()
+            if elements and not backend_of(group).owns(made.data_ptr()):
+                raise UserError(f"no room for {made.nbytes} bytes on the symmetric heap: take smaller --sizes.")
+            return made
+
+        return empty
 
 
 def algorithm_call(op: str, algorithm: str, t: Tensors, group: dist.ProcessGroup) -> Callable[[], object]:
@@ -104,6 +114,11 @@ def opened(group: Group, settings: Settings) -> Iterator[Groups]:
 def _made(transport: str) -> dist.ProcessGroup:
     made = dist.new_group(backend=transport, timeout=TIMEOUT)
     assert isinstance(made, dist.ProcessGroup)
+    if transport in ZERO_COPY_TRANSPORTS:
+        from shoal.comm.backend.groups import backend_of
+
+        if backend_of(made) is None:
+            raise UserError(f"the transport {transport!r} fell back to gloo; the line above says why.")
     return made
 
 

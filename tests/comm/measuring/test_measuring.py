@@ -204,3 +204,9 @@ def test_the_checkup_times_short_and_long_sums_over_what_is_there(monkeypatch):
     assert all(0 < found["all_reduce_s"]["gloo"][size] < 10 for size in checkup.SIZES)
     assert found["parts"]["backend"] == "SHOAL_NATIVE=0 is set"
     assert found["free_memory_bytes"] > 0
+
+
+def test_without_dev_shm_there_is_none(tmp_path):
+    free, all_of_it = checkup.dev_shm_bytes(tmp_path)
+    assert 0 < free <= all_of_it
+    assert checkup.dev_shm_bytes(tmp_path / "nothing") is None
