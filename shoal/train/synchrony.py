@@ -3,6 +3,7 @@
 docs/parameter_server.md says what each scheme promises. `Worker` holds one `Update`; a step and the loop call it.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -59,12 +60,19 @@ class Update(Protocol):
 
 def placement_of(plan: Plan, ownership: Sequence[range], rank: int) -> Placement:
     own = plan.sync == "local" or (plan.sync == "parameter-server" and plan.staleness != 0)
-    return OwnPlacement(ownership[rank]) if own else Placement(ownership, rank, fast=plan.sync == "fast")
+    if own:
+        return OwnPlacement(ownership[rank])
+    return Placement(ownership, rank, fast=plan.sync == "fast" or plan.compresses)
 
 
 def exchange_of(
     plan: Plan, group: Group, placement: Placement, most: tuple[int, ...], device: torch.device, *arguments: Any
 ) -> Exchange:
+    if plan.compresses:
+        from shoal.comm.compression.exchange import compressed_exchange
+
+        force = plan.compression_force
+        return compressed_exchange(plan.compression, group, placement, most, device, *arguments, force=force)
     if plan.sync in ("exact", "fast"):
         return make_exchange(group, placement, most, device, *arguments)
     if device.type != "cpu":
@@ -292,12 +300,7 @@ class Averaging(Everywhere):
             return
         self._settled = number
         weights = [parameter.data for parameter in self.gradients.parameters]
-        state = [
-            value
-            for parameter in self.gradients.parameters
-            for _, value in sorted(self.optimizer.state.get(parameter, {}).items())
-            if isinstance(value, Tensor) and value.dim() and value.is_floating_point()
-        ]
+        state = self._shared_state()
         stop = torch.tensor([float(self._stop)])
         self._average([*self.gradients.buffers, stop], [*weights, *state])
         self._stopping = bool(stop.any())
@@ -312,6 +315,33 @@ class Averaging(Everywhere):
                 rows = torch.stack([rows[index] for rows in every])
                 norm = math.sqrt(math.fsum(x * x for x in rows[:, -1].tolist()) / len(rows))
                 self._told.append((n, self.gradients.figures(rows[:, :-1], norm, self._passes(n)), {}))
+
+    def _shared_state(self) -> list[Tensor]:
+        """The optimiser's tensors to be averaged. What is no vector, a counter of steps say, becomes rank 0's; a worker
+        that has had no sample so far begins with zeros. Rank 0 always has samples."""
+        parameters, state = self.gradients.parameters, self.optimizer.state
+        said = []
+        if self.group.rank == 0:
+            for slot, parameter in enumerate(parameters):
+                for key, value in state.get(parameter, {}).items():
+                    vector = isinstance(value, Tensor) and value.dim() and value.is_floating_point()
+                    told = None if vector else optimizers.plain(value)
+                    shape = list(value.shape) if vector else []
+                    said.append([slot, key, told, shape, str(value.dtype).split(".")[1] if vector else ""])
+        found = []
+        for slot, key, told, shape, dtype in json.loads(self.group.gather(json.dumps(said).encode())[0]):
+            own = state[parameters[slot]]
+            if not shape:
+                value = own.get(key)
+                if isinstance(value, Tensor) and isinstance(told, dict):
+                    value.fill_(told["tensor"])
+                else:
+                    own[key] = optimizers.restored(told)
+                continue
+            if key not in own:
+                own[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
+            found.append(own[key])
+        return found
 
 
 class _Average:

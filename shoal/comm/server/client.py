@@ -332,7 +332,7 @@ class Client:
         """The next message of a server, of one of the kinds; a number among ``wanted`` is the clock it must have."""
         message = link.receive()
         if message.kind is Kind.refused:
-            raise RunFailed(f"{link.name} refused what worker {self.worker} sent: it {message.words.get('why')}.")
+            raise RunFailed(f"{link.name} refused what worker {self.worker} sent: {message.words.get('why')}.")
         kinds = [kind for kind in wanted if isinstance(kind, Kind)]
         clocks = [clock for clock in wanted if not isinstance(clock, Kind)]
         if message.kind not in kinds or (clocks and message.clock != clocks[0]):

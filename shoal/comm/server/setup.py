@@ -109,7 +109,7 @@ class Setup:
             dtypes=dtypes,
             state=tuple(wire.wholes(words, "state", most=_MOST_ELEMENTS)),
             workers=wire.whole(words, "workers", 1, 1 << 16),
-            bucket_elements=wire.whole(words, "bucket_elements", 1, _MOST_ELEMENTS),
+            bucket_elements=wire.whole(words, "bucket_elements", 0, _MOST_ELEMENTS),
             dtype=_one_of(words["dtype"], _FLAT, "dtype"),
             leaves=leaves,
             ownership=ownership,
