@@ -11,30 +11,25 @@ fast links are; left out, it is measured once for each group, when an algorithm 
 may be read and written again. Half precision: see `shoal.comm.collectives.execute`.
 """
 
-import hashlib
-import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from shoal.comm.collectives.actions import Program
 from shoal.comm.collectives.execute import carry_out
-from shoal.comm.collectives.registry import ALGORITHMS, algorithms, build
+from shoal.comm.collectives.pick import Call
 from shoal.comm.transports.contract import Transport, drive
-from shoal.errors import UserError, unknown_name
+from shoal.comm.transports.torch_group import TorchGroup
+from shoal.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from shoal.cluster.topology import Topology
+    from shoal.comm.collectives.pick import Links
 
     Group = ProcessGroup | Sequence[ProcessGroup] | Transport | None
-
-_hosts_of: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
 
 
 def all_reduce(
@@ -44,7 +39,7 @@ def all_reduce(
     *,
     algorithm: str = "auto",
     segments: int | None = None,
-    topology: "Topology | None" = None,
+    topology: "Links" = None,
     rounding: str = "once",
 ) -> Tensor:
     """The sum (avg, max, min, prod) over all ranks, in place on each. Returns ``tensor``.
@@ -52,8 +47,8 @@ def all_reduce(
     Raises UserError for an unknown name and for an operation that the type has not, RunFailed naming a lost peer."""
     transport = _transport(group)
     flat = _flat(tensor)
-    plan = _Plan("all_reduce", transport, flat, flat, _bytes(flat))
-    plan.run(algorithm, segments, topology, op=op, rounding=rounding)
+    call = Call("all_reduce", transport, flat, flat, _bytes(flat))
+    call.run(algorithm, segments, topology, op=op, rounding=rounding)
     return _back(tensor, flat)
 
 
@@ -65,15 +60,15 @@ def reduce(
     *,
     algorithm: str = "auto",
     segments: int | None = None,
-    topology: "Topology | None" = None,
+    topology: "Links" = None,
     rounding: str = "once",
 ) -> Tensor:
     """As ``all_reduce``, in place on ``root`` alone; the others' tensors stay as they are."""
     transport = _transport(group)
     flat = _flat(tensor)
     result = flat if transport.rank == root else None
-    plan = _Plan("reduce", transport, flat, result, _bytes(flat), root)
-    plan.run(algorithm, segments, topology, op=op, rounding=rounding)
+    call = Call("reduce", transport, flat, result, _bytes(flat), root)
+    call.run(algorithm, segments, topology, op=op, rounding=rounding)
     return _back(tensor, flat) if transport.rank == root else tensor
 
 
@@ -84,13 +79,13 @@ def broadcast(
     *,
     algorithm: str = "auto",
     segments: int | None = None,
-    topology: "Topology | None" = None,
+    topology: "Links" = None,
 ) -> Tensor:
     """``root``'s values, in place on all ranks. Returns ``tensor``."""
     transport = _transport(group)
     flat = _flat(tensor)
     operand = flat if transport.rank == root else None
-    _Plan("broadcast", transport, operand, flat, _bytes(flat), root).run(algorithm, segments, topology)
+    Call("broadcast", transport, operand, flat, _bytes(flat), root).run(algorithm, segments, topology)
     return _back(tensor, flat)
 
 
@@ -102,7 +97,7 @@ def reduce_scatter(
     out: Tensor | None = None,
     algorithm: str = "auto",
     segments: int | None = None,
-    topology: "Topology | None" = None,
+    topology: "Links" = None,
     rounding: str = "once",
 ) -> Tensor:
     """[n*k, ...] on each of n ranks -> [k, ...]: rank r gets the sum of block r of dim 0. Leaves ``tensor`` as it is.
@@ -112,8 +107,8 @@ def reduce_scatter(
     shape = _split(tensor, transport.size, "reduce_scatter")
     out = _result(out, shape, tensor, "reduce_scatter")
     flat, result = _flat(tensor), _flat(out)
-    plan = _Plan("reduce_scatter", transport, flat, result, _bytes(flat))
-    plan.run(algorithm, segments, topology, op=op, rounding=rounding)
+    call = Call("reduce_scatter", transport, flat, result, _bytes(flat))
+    call.run(algorithm, segments, topology, op=op, rounding=rounding)
     return _back(out, result)
 
 
@@ -124,13 +119,13 @@ def all_gather(
     out: Tensor | None = None,
     algorithm: str = "auto",
     segments: int | None = None,
-    topology: "Topology | None" = None,
+    topology: "Links" = None,
 ) -> Tensor:
     """[...] on each of n ranks -> [n, ...] on all of them, in the order of the ranks."""
     transport = _transport(group)
     out = _result(out, (transport.size, *tensor.shape), tensor, "all_gather")
     flat, result = _flat(tensor), _flat(out)
-    _Plan("all_gather", transport, flat, result, _bytes(result)).run(algorithm, segments, topology)
+    Call("all_gather", transport, flat, result, _bytes(result)).run(algorithm, segments, topology)
     return _back(out, result)
 
 
@@ -140,14 +135,14 @@ def gather(
     group: "Group" = None,
     *,
     algorithm: str = "auto",
-    topology: "Topology | None" = None,
+    topology: "Links" = None,
 ) -> Tensor | None:
     """[...] on each of n ranks -> [n, ...] on ``root``, None on the others."""
     transport = _transport(group)
     flat = _flat(tensor)
     out = tensor.new_empty((transport.size, *tensor.shape)) if transport.rank == root else None
     result = None if out is None else out.view(-1)
-    _Plan("gather", transport, flat, result, _bytes(flat) * transport.size, root).run(algorithm, None, topology)
+    Call("gather", transport, flat, result, _bytes(flat) * transport.size, root).run(algorithm, None, topology)
     return out
 
 
@@ -158,7 +153,7 @@ def scatter(
     group: "Group" = None,
     *,
     algorithm: str = "auto",
-    topology: "Topology | None" = None,
+    topology: "Links" = None,
 ) -> Tensor:
     """[n, ...] on ``root`` -> row r in ``out``, [...], on rank r. ``tensor`` is None on all others. Returns ``out``."""
     transport = _transport(group)
@@ -168,7 +163,7 @@ def scatter(
         raise UserError(f"scatter: {transport.size} times {_told(out)} must be scattered, got {_told(tensor)}.")
     result = _flat(out)
     operand = None if tensor is None else _flat(tensor)
-    _Plan("scatter", transport, operand, result, _bytes(result) * transport.size, root).run(algorithm, None, topology)
+    Call("scatter", transport, operand, result, _bytes(result) * transport.size, root).run(algorithm, None, topology)
     return _back(out, result)
 
 
@@ -178,7 +173,7 @@ def all_to_all(
     *,
     out: Tensor | None = None,
     algorithm: str = "auto",
-    topology: "Topology | None" = None,
+    topology: "Links" = None,
 ) -> Tensor:
     """[n*k, ...] on each of n ranks -> the same shape: block j of dim 0 goes to rank j, block i comes from rank i.
 
@@ -189,7 +184,7 @@ def all_to_all(
     if out.data_ptr() == tensor.data_ptr() and tensor.numel():
         raise UserError("all_to_all: out must not be the tensor that is sent.")
     flat, result = _flat(tensor), _flat(out)
-    _Plan("all_to_all", transport, flat, result, _bytes(flat)).run(algorithm, None, topology)
+    Call("all_to_all", transport, flat, result, _bytes(flat)).run(algorithm, None, topology)
     return _back(out, result)
 
 
@@ -197,23 +192,23 @@ def send(tensor: Tensor, to: int, group: "Group" = None) -> None:
     """To rank ``to``, which calls ``receive``; nobody else takes part."""
     transport = _transport(group)
     flat = _flat(tensor)
-    plan = _Plan("send_recv", transport, flat, None, _bytes(flat), transport.rank, to)
-    plan.run("direct", None, None)
+    call = Call("send_recv", transport, flat, None, _bytes(flat), transport.rank, to)
+    call.run("direct", None, None)
 
 
 def receive(tensor: Tensor, origin: int, group: "Group" = None) -> Tensor:
     """What rank ``origin`` sends, in place. Returns ``tensor``."""
     transport = _transport(group)
     flat = _flat(tensor)
-    _Plan("send_recv", transport, None, flat, _bytes(flat), origin, transport.rank).run("direct", None, None)
+    Call("send_recv", transport, None, flat, _bytes(flat), origin, transport.rank).run("direct", None, None)
     return _back(tensor, flat)
 
 
-def barrier(group: "Group" = None, *, algorithm: str = "auto", topology: "Topology | None" = None) -> None:
+def barrier(group: "Group" = None, *, algorithm: str = "auto", topology: "Links" = None) -> None:
     """Returns when all ranks have come to it."""
     transport = _transport(group)
     token = torch.zeros(1, dtype=torch.uint8, device=_device(group))
-    _Plan("barrier", transport, token, token, 1).run(algorithm, None, topology, op="max")
+    Call("barrier", transport, token, token, 1).run(algorithm, None, topology, op="max")
 
 
 def run_program(
@@ -224,81 +219,10 @@ def run_program(
         drive(carry_out(_transport(group), program, operand, result, op=op))
 
 
-class _Plan:
-    """One call: the program is picked, then carried out."""
-
-    def __init__(
-        self,
-        collective: str,
-        transport: Transport,
-        operand: Tensor | None,
-        result: Tensor | None,
-        nbytes: int,
-        root: int = 0,
-        target: int = 0,
-    ) -> None:
-        self.collective, self.transport, self.nbytes = collective, transport, nbytes
-        self.operand, self.result, self.root, self.target = operand, result, root, target
-
-    def run(
-        self,
-        algorithm: str,
-        segments: int | None,
-        topology: "Topology | None",
-        *,
-        op: str = "sum",
-        rounding: str = "once",
-    ) -> None:
-        program = self.program(algorithm, segments, topology)
-        with torch.no_grad():
-            drive(carry_out(self.transport, program, self.operand, self.result, op=op, rounding=rounding))
-
-    def program(self, algorithm: str, segments: int | None, topology: "Topology | None") -> Program:
-        size = self.transport.size
-        if topology is not None and topology.size != size:
-            raise UserError(f"{self.collective}: the topology has {topology.size} ranks, but the group has {size}.")
-        if algorithm != "auto" and algorithm not in ALGORITHMS:
-            raise unknown_name("algorithm", algorithm, ["auto", *algorithms(self.collective)], self.collective)
-        hosts: tuple[str, ...] | None = None
-        if algorithm != "auto" and ALGORITHMS[algorithm].uses_hosts:
-            hosts = topology.hosts if topology is not None else hosts_of(self.transport)
-        return build(
-            self.collective,
-            algorithm,
-            size,
-            hosts=hosts,
-            segments=segments or 1,
-            root=self.root,
-            target=self.target,
-        )
-
-
-def hosts_of(transport: Transport) -> tuple[str, ...]:
-    """A name of every rank's host, alike where ranks share one; asked once for each group. All ranks call it."""
-    key = getattr(transport, "groups", (transport,))[0]
-    if key not in _hosts_of:
-        mine = torch.frombuffer(bytearray(_host_id()), dtype=torch.uint8)
-        rows = all_gather(mine, transport, algorithm="direct")
-        _hosts_of[key] = tuple(bytes(row.tolist()).hex() for row in rows)
-    return _hosts_of[key]
-
-
-def _host_id() -> bytes:
-    """16 bytes: of the running kernel and the network it is in, so that emulated hosts are hosts too."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        network = str(Path("/proc/self/ns/net").readlink())
-    except OSError:
-        boot, network = socket.gethostname(), ""
-    return hashlib.sha256(f"{boot}{network}".encode()).digest()[:16]
-
-
 def _transport(group: "Group") -> Transport:
     if hasattr(group, "post"):
         found: Transport = group  # type: ignore[assignment]
         return found
-    from shoal.comm.transports.torch_group import TorchGroup
-
     return TorchGroup(group if isinstance(group, list | tuple) else (group,))
 
 

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from transport_contract import CONTRACT
 
 import shoal.comm as comm
 from shoal.cluster.topology import Topology
+from shoal.comm.collectives.actions import COLLECTIVES
+from shoal.comm.collectives.curves import Curve
 from shoal.comm.collectives.execute import carry_out
-from shoal.comm.collectives.operations import hosts_of, run_program
+from shoal.comm.collectives.operations import run_program
+from shoal.comm.collectives.pick import Call, hosts_of
 from shoal.comm.collectives.registry import algorithms, build
 from shoal.comm.transports.contract import Message, drive
 from shoal.comm.transports.torch_group import TorchGroup
@@ -84,9 +88,8 @@ def the_calls(end, lanes):
             right["send and receive"] = torch.equal(comm.receive(got, 0), torch.tensor([1.0, 2.0, 3.0]))
     for name in algorithms("barrier"):
         comm.barrier(algorithm=name)
-    right["no autograd"] = (
-        comm.all_reduce(torch.ones(3, requires_grad=True).mul(1), algorithm="ring").grad_fn is not None
-    )
+    weight = torch.nn.Parameter(torch.ones(3))
+    right["a parameter"] = bool((comm.all_reduce(weight, algorithm="ring") == n).all()) and weight.is_leaf
     right["one host"] = len(set(hosts_of(end))) == 1 and len(hosts_of(end)) == n
     two_lanes = build("all_reduce", "ring", n)
     mine = rows[rank].clone()
@@ -104,6 +107,48 @@ def the_bits(end, lanes):
         mine = tensors[end.rank].clone()
         out[name] = comm.all_reduce(mine, algorithm=name).view(torch.int32)
     return out
+
+
+def what_auto_picks(end, lanes):
+    """Calls without a name: by the cost model on given links, and by measured times of the backend's own collective."""
+    n, rank = end.size, end.rank
+    rows = torch.stack([torch.arange(6.0 * n) + 100 * r for r in range(n)])
+    blocks = rows.view(n, n, 6)
+    links = Topology.synthetic(n, hosts=2)
+    curves = tuple(Curve(name="gloo", collective=c, sizes=(1, 1 << 30), values=(1e-9, 1e-9)) for c in COLLECTIVES)
+    found = {"links": links, "times": SimpleNamespace(topology=links, curves=curves, corrections={})}
+    right = {}
+    for name, topology in found.items():
+        options = {"topology": topology}
+        summed = comm.all_reduce(rows[rank].clone(), **options)
+        right[f"all_reduce by {name}"] = torch.equal(summed, rows.sum(0))
+        right[f"avg by {name}"] = torch.equal(comm.all_reduce(rows[rank].clone(), "avg", **options), rows.sum(0) / n)
+        half = comm.all_reduce(rows[rank].to(torch.bfloat16), **options)
+        right[f"half by {name}"] = torch.equal(half, rows.to(torch.bfloat16).float().sum(0).to(torch.bfloat16))
+        right[f"reduce_scatter by {name}"] = torch.equal(
+            comm.reduce_scatter(rows[rank], **options), blocks.sum(0)[rank]
+        )
+        right[f"all_gather by {name}"] = torch.equal(comm.all_gather(rows[rank], **options), rows)
+        right[f"all_to_all by {name}"] = torch.equal(comm.all_to_all(rows[rank], **options).view(n, 6), blocks[:, rank])
+        root = n - 1
+        mine = rows[rank].clone()
+        comm.reduce(mine, root, **options)
+        right[f"reduce by {name}"] = torch.equal(mine, rows.sum(0) if rank == root else rows[rank])
+        mine = rows[rank].clone()
+        right[f"broadcast by {name}"] = torch.equal(comm.broadcast(mine, root, **options), rows[root])
+        gathered = comm.gather(rows[rank], root, **options)
+        right[f"gather by {name}"] = gathered is None if rank != root else torch.equal(gathered, rows)
+        out = torch.empty(6 * n)
+        comm.scatter(out, rows if rank == root else None, root, **options)
+        right[f"scatter by {name}"] = torch.equal(out, rows[rank])
+        comm.barrier(**options)
+    call = Call("all_reduce", end, rows[0], rows[0], 24)
+    right["the backend's own is taken"] = call.chosen("auto", None, found["times"], "sum", "once") is None
+    right["not for averages"] = call.chosen("auto", None, found["times"], "avg", "once") is not None
+    call = Call("all_reduce", end, rows[0], rows[0], 1 << 28)
+    pinned = call.chosen("multipath", None, Topology.preset("dgx1-v100", range(n)), "sum", "once") if n > 2 else None
+    right["what is made of the links"] = n == 2 or pinned.lanes == 2
+    return [name for name, fine in right.items() if not fine]
 
 
 def what_is_told(end, lanes):
@@ -146,7 +191,7 @@ def a_peer_that_does_not_come(end, lanes):
     return message
 
 
-PARTS = (the_contract, every_algorithm, the_calls, the_bits, what_is_told, a_peer_that_does_not_come)
+PARTS = (the_contract, every_algorithm, the_calls, the_bits, what_auto_picks, what_is_told, a_peer_that_does_not_come)
 
 
 def on_gloo(group, folder):
@@ -180,6 +225,10 @@ def test_every_algorithm_gives_exact_sums_over_gloo(seen):
 
 def test_every_call_does_what_it_says(seen):
     assert [rank["the_calls"] for rank in seen] == [[]] * len(seen)
+
+
+def test_a_call_without_a_name_picks_an_algorithm_or_the_backends_own(seen):
+    assert [rank["what_auto_picks"] for rank in seen] == [[]] * len(seen)
 
 
 def test_bits_do_not_depend_on_what_carries_the_messages(seen):
@@ -225,5 +274,5 @@ def test_a_peer_that_does_not_come_is_named(seen):
 
 
 def test_without_a_process_group_one_is_told_so():
-    with pytest.raises(UserError, match="torch.distributed is not initialised: call init_process_group first"):
+    with pytest.raises(UserError, match=r"torch\.distributed is not initialised: call init_process_group first"):
         comm.all_reduce(torch.ones(3))
