@@ -234,7 +234,7 @@ class Account:
             row += [self._begun, self._finish, self._done, now]
             for moments in zip(times.posted, times.ready, times.begun, times.reduced, strict=True):
                 row += moments
-            row += _longest([change for change in self._report.trail if change[1] >= self._begun], now)
+            row += _longest([change for change in self._report.trail if self._begun <= change[1] < now], now)
         return row
 
     def _show(self) -> None:

@@ -9,7 +9,7 @@ cross the busiest line. Nothing is assumed to get worse: a remedy that would mak
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CODECS: Mapping[str, float] = {"bf16": 2.0, "int8": 4.0, "1bit": 32.0, "topk": 50.0}  # name -> bytes before / after
 CODEC_BYTES_PER_S = 3e9  # a core, of float32: what the compressors of shoal.comm.compression are held to
@@ -88,7 +88,7 @@ def lines(algorithm: str, hosts: Sequence[int], servers: int = 0) -> tuple[float
 
     The line is a host's where there are several hosts, each worker's own otherwise. Thakur, Rabenseifner and Gropp,
     2005, for the flat ones. A server takes its share of every worker's gradients and gives its share of the parameters,
-    both ways at once (Jiang and others, 2020). "memory": workers who read each other's; each reads one buffer in all."""
+    both ways at once (Jiang and others, 2020). "memory": workers read each other's, one buffer in all."""
     n, h = len(hosts), len(set(hosts))
     if n < 2:
         return 0.0, 0.0
@@ -208,7 +208,7 @@ def remedies(m: Measured, codec_bytes_per_s: float = CODEC_BYTES_PER_S) -> tuple
         saved = compression(m, factor, codec_bytes_per_s)
         passes = 1 + (2 * m.workers - 1) / m.workers
         cost = passes * m.gradient_bytes / codec_bytes_per_s
-        why = f"1/{factor:g} of the bytes for {cost * 1e3:.3g} ms of a core; changes the numbers"
+        why = f"1/{factor:g} of the bytes for {cost * 1e3:.3g} ms of a core"
         out.append(Remedy(f"compression: {codec}", saved, f"compression = {codec!r}", why))
     out += _algorithms(m)
     return tuple(sorted(out, key=lambda remedy: -remedy.gain_s))
@@ -233,7 +233,8 @@ def _algorithms(m: Measured) -> list[Remedy]:
         rounds, share = lines(name, m.hosts)
         title = "hierarchy: sums inside of each host first" if name == "two-level" else f"algorithm: {name}"
         why = f"{rounds:g} messages in a row, {share:.3g} times the gradients over the busiest line"
-        out.append(Remedy(title, gain(m, latency, under_way), f"algorithm = {name!r}", why))
+        how = {"ring": "sync = 'fast'", "direct": "sync = 'exact'", "two-level": "backend hier"}
+        out.append(Remedy(title, gain(m, latency, under_way), how.get(name, "another transport"), why))
     return out
 
 
@@ -250,6 +251,7 @@ class Way:
     spent_s: float  # seconds of communication, hidden or not
     exposed_s: float
     step_s: float
+    servers: int = 0
 
 
 def ways(m: Measured, servers: Sequence[int] = (1, 2, 4)) -> tuple[Way, ...]:
@@ -263,7 +265,7 @@ def ways(m: Measured, servers: Sequence[int] = (1, 2, 4)) -> tuple[Way, ...]:
     for count in sorted({*servers, *((m.servers,) if m.servers else ())}):
         latency, under_way = takes(m, "server", count)
         title = f"{count} parameter server{'s' if count > 1 else ''}"
-        out.append(_way(m, title, size, n * size / count, latency, under_way))
+        out.append(replace(_way(m, title, size, n * size / count, latency, under_way), servers=count))
     return tuple(out)
 
 

@@ -4,6 +4,7 @@ import mmap
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -88,16 +89,18 @@ class StatusBoard:
 class Reporter:
     """One worker's hand on its status; without a board (a worker started by others) it only remembers."""
 
-    def __init__(self, rank: int, pid: int, board: StatusBoard | None) -> None:
-        self.board = board
-        self.position = Position(rank, -1, Phase.starting, -1, -1, time.monotonic(), pid)
+    def __init__(
+        self, rank: int, pid: int, board: StatusBoard | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.board, self._clock = board, clock
+        self.position = Position(rank, -1, Phase.starting, -1, -1, clock(), pid)
         self.seconds = [0.0] * len(Phase)  # spent in each phase, up to the last change
         self.trail: deque[tuple[Phase, float]] = deque(maxlen=_TRAIL)  # the newest changes: to what, when
         self._write()
 
     def __call__(self, phase: Phase, *, step: int | None = None, shard: int = -1, peer: int = -1) -> None:
         old = self.position
-        now = time.monotonic()
+        now = self._clock()
         self.seconds[old.phase] += now - old.since_s
         self.trail.append((phase, now))
         self.position = Position(old.rank, old.step if step is None else step, phase, shard, peer, now, old.pid)

@@ -76,33 +76,40 @@ def _waiting(c: Communication) -> Bottleneck | None:
     names = _ranks(late)
     others = [rank for rank in range(c.workers) if rank not in late]
     stood = fmean(sum(c.waits[rank][peer] for peer in late) for rank in others)
-    loading, compute = c.phase("loading"), c.compute
-    excess: dict[str, float] = {
-        name: fmean(values[rank] for rank in late) - median(values[rank] for rank in others)
-        for name, values in (("loading", loading), ("compute", compute), ("update", c.phase("updating")))
+    excess = {
+        cause: fmean(_spent_on(c, cause)[rank] for rank in late) - median(_spent_on(c, cause)[rank] for rank in others)
+        for cause in ("computing", "loading", "updating")
     }
-    cause = max(excess, key=lambda name: excess[name])
+    cause = max(excess, key=lambda cause: excess[cause])
     head = f"The others stand still {_of_step(c, stood)} of each step for {names}"
-    if cause == "loading" and excess[cause] > 0:
-        text = f"The data of {names} comes late: t{head[1:]}, {_against(loading, late, others)} for it"
-        return _named(c, "loader", lost, f"{text}.", late)
-    if cause == "compute" and excess[cause] > 0:
-        has = sum(c.placement[rank] for rank in late)
-        shards = f", and it owns {has} of {sum(c.placement)} shards" if _more_shards(c, late, others) else ""
-        text = f"{head}: {_against(compute, late, others)} for its forward and backward passes{shards}"
+    it, its, s = ("they", "their", "") if len(late) > 1 else ("it", "its", "s")
+    slow, usual = _against(_spent_on(c, cause), late, others)
+    if excess[cause] <= 0:
+        return _named(c, "straggler", lost, f"{head}, whose own work takes no longer than theirs.", late)
+    if cause == "loading":
+        text = f"The data of {names} comes late: t{head[1:]}, which wait{s} {slow} for {its} batches where the others "
+        return _named(c, "loader", lost, f"{text}wait {usual}.", late)
+    if cause == "computing":
+        owned, whole = sum(c.placement[rank] for rank in late), sum(c.placement)
+        shards = f", and {it} own{s} {owned} of {whole} shards" if _more_shards(c, late, others) else ""
+        text = (
+            f"{head}: {it} need{s} {slow} for {its} forward and backward passes where the others need {usual}{shards}"
+        )
         return _named(c, "straggler", lost, f"{text}.", late)
-    update = _against(c.phase("updating"), late, others)
-    text = f"{head}, late from its update and what follows it ({update})"
+    text = f"{head}, late from {its} update and what follows it: {slow} where the others need {usual}"
     return _named(c, "straggler", lost, f"{text}.", late)
+
+
+def _spent_on(c: Communication, cause: str) -> tuple[float, ...]:
+    return {"loading": c.phase("loading"), "computing": c.compute, "updating": c.phase("updating")}[cause]
 
 
 def _more_shards(c: Communication, late: Sequence[int], others: Sequence[int]) -> bool:
     return min(c.placement[rank] for rank in late) > max(c.placement[rank] for rank in others)
 
 
-def _against(values: Sequence[float], late: Sequence[int], others: Sequence[int]) -> str:
-    slow, usual = fmean(values[rank] for rank in late), median(values[rank] for rank in others)
-    return f"it takes {duration(slow)} where the others take {duration(usual)}"
+def _against(values: Sequence[float], late: Sequence[int], others: Sequence[int]) -> tuple[str, str]:
+    return duration(fmean(values[rank] for rank in late)), duration(median(values[rank] for rank in others))
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -168,11 +175,11 @@ def _loading(c: Communication) -> Bottleneck | None:
 
 EVIDENCE: tuple[tuple[str, Callable[[Communication], float]], ...] = (
     ("computing", lambda c: fmean(c.compute)),
-    ("waiting for data", lambda c: fmean(c.phase("loading"))),
-    ("waiting for a worker that is late", lambda c: sum(blamed(c))),
+    ("loading", lambda c: fmean(c.phase("loading"))),
+    ("waiting for late workers", lambda c: sum(blamed(c))),
     ("transferring", lambda c: c.exposed(Kind.transferring)),
     ("reducing", lambda c: c.exposed(Kind.reducing)),
-    ("communication behind the backward pass", lambda c: c.hidden_s),
+    ("hidden communication", lambda c: c.hidden_s),
 )
 
 

@@ -34,6 +34,7 @@ def of_one(c: Communication) -> str:
             traffic_tables.help_table(c),
         ),
         ("Where a step goes", "Seconds of the mean worker.", traffic_tables.time_of_a_step(c)),
+        look="unequal",
     )
     text += _panels(("Operations", _means(c), traffic_tables.operations(c)), wide=True)
     skew = "Rows stand still for columns until they arrive (skew), then until the bytes are here (transfer). A step."
@@ -52,22 +53,24 @@ def _means(c: Communication) -> str:
     )
 
 
-def _panels(*panels: tuple[str, str, str], wide: bool = False) -> str:
-    look = "panel wide" if wide else "panel"
+def _panels(*panels: tuple[str, str, str], wide: bool = False, look: str = "") -> str:
     inside = "".join(
-        f'<div class="{look}"><h3>{escape(title)}</h3><p class="note">{escape(note)}</p>{body}</div>'
+        f'<div class="panel{" wide" if wide else ""}"><h3>{escape(title)}</h3>'
+        f'<p class="note">{escape(note)}</p>{body}</div>'
         for title, note, body in panels
     )
-    return f'<div class="panels">{inside}</div>'
+    return f'<div class="panels {look}">{inside}</div>'
 
 
 def side_by_side(told: Sequence[tuple[str, Communication]]) -> str:
     """What each run measured, in one table; then each run's finding and its own predictions of the other ways."""
     text = _panels(("Measured", "Of the mean worker in a step.", traffic_tables.measured(told)), wide=True)
     for name, c in told:
-        ways = "Predicted from this run for the same gradients and link."
+        ways = "Predicted from this run; beside it the exposed seconds and the step that other runs measured."
+        others = [(other, of) for other, of in told if of is not c]
         text += f"<h3>{escape(name)}</h3>{finding(c)}" + _panels(
             ("What would help", "Predicted, each change by itself.", traffic_tables.help_table(c)),
-            ("All-reduce or parameter servers", ways, traffic_tables.other_ways(c)),
+            ("All-reduce or parameter servers", ways, traffic_tables.other_ways(c, others)),
+            wide=True,
         )
     return text

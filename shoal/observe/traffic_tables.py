@@ -1,11 +1,11 @@
 """Tables about communication, as HTML: remedies, operations, who waits for whom, other ways to do the same."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from statistics import fmean
 
 from shoal.comm.counters import Kind, Total
-from shoal.comm.remedies import Remedy, Way, remedies, ways
+from shoal.comm.remedies import CODEC_BYTES_PER_S, Remedy, Way, remedies, ways
 from shoal.observe.bottleneck import evidence
 from shoal.observe.communication import Communication
 from shoal.observe.units import duration, share, size
@@ -14,11 +14,11 @@ MOST_PEERS = 16  # of a matrix; of more, the pairs that wait longest
 PAIRS = 12
 COLOURS = {
     "computing": "part-backward",
-    "waiting for data": "part-data",
-    "waiting for a worker that is late": "wait-skew",
+    "loading": "part-data",
+    "waiting for late workers": "wait-skew",
     "transferring": "part-exchange",
     "reducing": "part-update",
-    "communication behind the backward pass": "wait-hidden",
+    "hidden communication": "wait-hidden",
 }
 
 
@@ -42,6 +42,9 @@ def help_table(c: Communication) -> str:
     table = f'<div class="scroll"><table class="numbers remedies">{head}<tbody>{rows}</tbody></table></div>'
     idle = ", ".join(escape(remedy.name) for remedy in found if remedy not in notable)
     note = f'<p class="note">Would gain nothing: {idle}.</p>' if idle else ""
+    if any(remedy.name.startswith("compression") for remedy in notable):
+        speed = size(CODEC_BYTES_PER_S)
+        note += f'<p class="note">Compression changes the numbers; a core is taken to compress {speed} a second.</p>'
     return f"{table if rows else ''}{note}"
 
 
@@ -75,14 +78,18 @@ def _flow(c: Communication, of: Sequence[Total]) -> str:
     exposed = fmean(each.exposed_s for each in of)
     cells = [
         f"{calls:.3g}",
-        size(fmean(each.sent_bytes for each in of)),
-        size(fmean(each.received_bytes for each in of)),
-        duration(fmean(each.hidden_s for each in of)),
-        duration(exposed),
+        _or_dash(size, fmean(each.sent_bytes for each in of)),
+        _or_dash(size, fmean(each.received_bytes for each in of)),
+        _or_dash(duration, fmean(each.hidden_s for each in of)),
+        _or_dash(duration, exposed),
         share(exposed / c.step_s),
     ]
-    fine = [duration(fmean(each.spent(kind) for each in of)) for kind in Kind]
+    fine = [_or_dash(duration, fmean(each.spent(kind) for each in of)) for kind in Kind]
     return "".join(f"<td>{cell}</td>" for cell in cells) + "".join(f'<td class="fine">{cell}</td>' for cell in fine)
+
+
+def _or_dash(form: Callable[[float], str], value: float) -> str:
+    return form(value) if value > 0 else "–"
 
 
 def matrix(c: Communication) -> str:
@@ -124,19 +131,23 @@ def _pairs(c: Communication) -> str:
     return f'<div class="scroll"><table class="numbers"><tbody>{rows}</tbody></table></div>'
 
 
-def other_ways(c: Communication) -> str:
-    """All-reduce beside parameter servers, predicted from this run."""
-    titles = ("", "worker sends", "server receives", "exposed", "a step")
+def other_ways(c: Communication, others: Sequence[tuple[str, Communication]] = ()) -> str:
+    """All-reduce beside parameter servers, predicted from this run; measured where one of the others did it so."""
+    titles = ("", "worker sends", "server receives", "exposed", "a step", *(["measured"] if others else []))
     head = f"<thead><tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr></thead>"
-    rows = "".join(_way(way, c) for way in ways(c.measured))
+    counts = {other.servers for _, other in others if other.servers}
+    rows = "".join(_way(way, others) for way in ways(c.measured, sorted({1, 2, 4} | counts)))
     return f'<div class="scroll"><table class="numbers ways">{head}<tbody>{rows}</tbody></table></div>'
 
 
-def _way(way: Way, c: Communication) -> str:
+def _way(way: Way, others: Sequence[tuple[str, Communication]]) -> str:
     server = size(way.server_bytes) if way.server_bytes else "–"
+    same = [(name, other) for name, other in others if other.servers == way.servers]
+    texts = [f"{duration(other.exposed_s)} of {duration(other.step_s)} in {escape(name)}" for name, other in same]
+    measured = f'<td class="fine">{"; ".join(texts) or "–"}</td>' if others else ""
     return (
         f'<tr data-way="{escape(way.name)}"><th scope="row">{escape(way.name)}</th><td>{size(way.worker_bytes)}</td>'
-        f"<td>{server}</td><td>{duration(way.exposed_s)}</td><td>{duration(way.step_s)}</td></tr>"
+        f"<td>{server}</td><td>{duration(way.exposed_s)}</td><td>{duration(way.step_s)}</td>{measured}</tr>"
     )
 
 
