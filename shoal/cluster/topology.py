@@ -81,6 +81,13 @@ class Topology:
             if host not in self.hosts:
                 raise unknown_name("host", host, set(self.hosts), "topology cores")
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.hosts, self.links, self.capacities, self.name))
+
+    def __hash__(self) -> int:
+        return self._hash
+
     @property
     def size(self) -> int:
         return len(self.hosts)
@@ -185,7 +192,7 @@ class Topology:
     def load(path: str | Path) -> "Topology":
         """From JSON or TOML, by the end of the name. Raises UserError naming the file and what is wrong in it."""
         path = Path(path)
-        return from_mapping(Topology, read_toml(path) if path.suffix == ".toml" else _read_json(path), str(path))
+        return from_mapping(Topology, read_toml(path) if path.suffix == ".toml" else read_json(path), str(path))
 
     @staticmethod
     def from_json(text: str) -> "Topology":
@@ -282,7 +289,7 @@ def _pairs(size: int) -> list[tuple[int, int]]:
     return [(source, target) for source in range(size) for target in range(size) if source != target]
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return _parse_json(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:

@@ -4,6 +4,10 @@ from importlib import import_module
 from typing import Any
 
 _HOME: dict[str, str] = {  # public name -> the module that holds it
+    "group_counters": "shoal.comm.backend.groups",
+    "install": "shoal.comm.backend.registration",
+    "reform": "shoal.comm.backend.reform",
+    "symm_empty": "shoal.comm.backend.groups",
     **dict.fromkeys(
         (
             "all_gather",
@@ -27,6 +31,9 @@ _HOME: dict[str, str] = {  # public name -> the module that holds it
     ),
     **dict.fromkeys(("compress", "hook"), "shoal.comm.compression.hooks"),
     **dict.fromkeys(("group_counters", "record"), "shoal.comm.recording"),
+    **dict.fromkeys(("Probed", "probe"), "shoal.comm.probing"),
+    **dict.fromkeys(("choose", "plan"), "shoal.comm.collectives.choose"),
+    **dict.fromkeys(("ParameterServer", "Served", "serve"), "shoal.comm.server.api"),
     "worth_it": "shoal.comm.compression.worth",
 }
 __all__ = [*_HOME]  # noqa: PLE0604  (all names are text)
