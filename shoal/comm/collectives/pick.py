@@ -14,7 +14,9 @@ from shoal.comm.collectives import torch_own
 from shoal.comm.collectives.actions import REDUCING, Program
 from shoal.comm.collectives.execute import HALVES, carry_out
 from shoal.comm.collectives.registry import ALGORITHMS, algorithms, build
+from shoal.comm.counters import Counters, Tally
 from shoal.comm.transports.contract import Transport, drive
+from shoal.comm.transports.counting import Counting
 from shoal.comm.transports.torch_group import TorchGroup
 from shoal.errors import UserError, unknown_name
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 CHOSEN = ("packed_trees", "rings", "multipath")  # made of the links by `choose`: they have no place in the registry
 _hosts_of: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+_counters: WeakKeyDictionary[Any, Counters] = WeakKeyDictionary()
 _probed: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
@@ -72,8 +75,13 @@ class Call:
             if program is None:
                 assert isinstance(self.transport, TorchGroup)  # only the measured curves of a group lead here
                 torch_own.run(self.collective, self.transport.groups[0], self.operand, self.result, self.root, op)
-            else:
+                return
+            tally = _tally(self.transport, self.collective)
+            if tally is None:
                 drive(carry_out(self.transport, program, self.operand, self.result, op=op, rounding=rounding))
+            else:
+                counted = Counting(self.transport, tally)
+                counted.run(carry_out(counted, program, self.operand, self.result, op=op, rounding=rounding))
 
     @property
     def known(self) -> list[str]:
@@ -161,6 +169,16 @@ def _choice(
         curves=getattr(known, "curves", ()) if own else (),
         corrections=getattr(known, "corrections", None),
     )
+
+
+def _tally(transport: Transport, collective: str) -> Tally | None:
+    """Where a call over a torch group is counted; None: nowhere, or by the backend itself."""
+    if not isinstance(transport, TorchGroup) or transport.counts_itself:
+        return None
+    group = transport.groups[0]
+    if group not in _counters:
+        _counters[group] = Counters(transport.members[transport.rank], [f"rank {rank}" for rank in transport.members])
+    return _counters[group].tally(collective, transport.backend)
 
 
 def probed(transport: Transport) -> Any:

@@ -37,9 +37,23 @@ class TorchGroup:
         members = [dist.get_process_group_ranks(group) for group in self.groups]
         if any(ranks != members[0] for ranks in members):
             raise UserError(f"TorchGroup: all lanes must have the same ranks, got {members}.")
-        self.rank, self.size = dist.get_rank(self.groups[0]), len(members[0])
+        self.members = members[0]  # their ranks in the default group
+        self.rank, self.size = dist.get_rank(self.groups[0]), len(self.members)
         if self.rank < 0:
             raise UserError("TorchGroup: this process is not a member of the group.")
+
+    @property
+    def backend(self) -> str:
+        """As torch calls it: "gloo", "nccl", "cpu:gloo,cuda:nccl", ..."""
+        return str(dist.get_backend(self.groups[0]))
+
+    @property
+    def counts_itself(self) -> bool:
+        """Shoal's own backends count what goes through them."""
+        try:
+            return hasattr(self.groups[0]._get_backend(torch.device("cpu")), "counters")
+        except RuntimeError:  # a group for accelerators alone
+            return False
 
     @property
     def lanes(self) -> int:

@@ -86,6 +86,11 @@ def the_calls(end, lanes):
             comm.send(torch.tensor([1.0, 2.0, 3.0]), 1)
         else:
             right["send and receive"] = torch.equal(comm.receive(got, 0), torch.tensor([1.0, 2.0, 3.0]))
+    with comm.record() as counted:
+        comm.all_reduce(torch.ones(16 * n), algorithm="ring")
+    tally = counted.totals["all_reduce", "gloo"]
+    right["what is counted"] = (tally.calls, tally.sent_bytes, tally.received_bytes) == (1, *[128 * (n - 1)] * 2)
+    right["time is counted"] = 0 < tally.exposed_s <= counted.seconds
     for name in algorithms("barrier"):
         comm.barrier(algorithm=name)
     weight = torch.nn.Parameter(torch.ones(3))
