@@ -66,16 +66,20 @@ def remark(event: Event) -> str | None:
         shards = f" of {'+'.join(map(str, event['placement']))} shards" if event.get("placement") else ""
         return (
             f"{count(event['parameters'])} parameters, {workers} worker{'s' if workers != 1 else ''}{shards} on "
-            f"{event['device']}, {event['precision']}"
+            f"{event['device']}, {event['precision']}{_lossy(event)}"
         )
     if kind == "evaluated":
         return f"step {event['step']}  {event['split']}: {figures(event['figures'])}"
     if kind == "resumed":
         skipped = [f"; left out {skip['path']}: {skip['why']}" for skip in event.get("skipped", ())]
-        return f"resumed from {event['checkpoint']} at step {event['step']}{''.join(skipped)}"
+        return f"resumed from {event['checkpoint']} at step {event['step']}{''.join(skipped)}{_lossy(event)}"
     if kind == "interrupted":
         return f"interrupted at step {event['step']}: {event['why']}"
     return None  # a failure is told by the error that ends the command
+
+
+def _lossy(event: Event) -> str:
+    return f"; lossy: {event['lossy']}" if event.get("lossy") else ""
 
 
 class Display(Protocol):

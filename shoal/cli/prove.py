@@ -54,6 +54,7 @@ def worker_counts(args: Namespace, recipe: Recipe) -> tuple[int, ...]:
 
 def _row(plan: Mapping[str, Any]) -> tuple[object, ...]:
     same = f"within {plan['tolerance']:g}" if plan.get("tolerance") else "same"
+    same = "lossy" if plan.get("lossy") else same
     differs = plan["differs"]
     places = [f"step {differs['step']}, {differs['tensor']}"] if differs else []
     for name in ("ranks", "shards"):

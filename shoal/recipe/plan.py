@@ -20,6 +20,7 @@ class Plan:
     staleness: int = 0  # parameter-server: steps a worker may be ahead of the slowest; 0 exact, -1 asynchronous
     average_every: int = 8  # local: steps between two averages of the weights
     compression: Literal["none", "fp16", "bf16", "int8", "topk", "1bit", "powersgd"] = "none"  # lossy: of gradients
+    compression_force: bool = False  # compress although a measurement says that it does not pay
     bucket_bytes: int = 4 << 20  # gradients are reduced in pieces of this size, while backward still runs
     prefetch: int = 2  # steps whose batches each worker's loaders make ahead; 0 loads in line
     loaders: int = 1  # background loading threads of each worker
@@ -43,6 +44,8 @@ class Plan:
             )
         if self.average_every < 1:
             raise UserError(f"plan: average_every must be at least 1 step, got {self.average_every}.")
+        if self.compression != "none" and self.sync == "local":
+            raise UserError("plan: sync = 'local' averages weights and sends no gradients: leave compression out.")
         if self.placement and (len(self.placement) != self.workers or min(self.placement) < 1):
             raise UserError(
                 f"plan: placement {list(self.placement)} must give each of the {self.workers} workers "
@@ -52,6 +55,18 @@ class Plan:
     @property
     def workers(self) -> int:
         return self.mesh["data"]
+
+    @property
+    def compresses(self) -> bool:
+        """Gradients go from worker to worker compressed; they are then summed as with sync = "fast"."""
+        return self.compression != "none" and self.sync in ("exact", "fast")
+
+    @property
+    def lossy(self) -> str:
+        """Which part of this plan changes the result beyond the order of sums, in a few words; "" for none."""
+        if self.compression == "none":
+            return ""
+        return f"gradients are compressed ({self.compression}): what a step leaves unsent goes out with later ones"
 
     @property
     def server_processes(self) -> int:

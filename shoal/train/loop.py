@@ -209,6 +209,7 @@ class _Loop:
             torch=torch.__version__,
             steps=self.steps,
             transport=worker.transport,
+            **({"lossy": worker.plan.lossy} if worker.plan.lossy else {}),
         )
 
     def _resume(self) -> None:
@@ -231,6 +232,7 @@ class _Loop:
             step=found.step,
             checkpoint=str(self.worker.resumed_from),
             skipped=[{"path": str(path), "why": why} for path, why in self.worker.skipped],
+            **({"lossy": "what was left unsent before is lost"} if self.worker.plan.lossy else {}),
         )
 
     def _committed(self, step: Step, rate: float, seconds: float) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -196,7 +196,7 @@ class PowerSGD(Compressor):
         super().__init__(LowRank(rank, seed), **options)
 
 
-COMPRESSORS: dict[str, type[Compressor]] = {
+COMPRESSORS: dict[str, Callable[..., Compressor]] = {
     "fp16": FP16, "bf16": BF16, "int8": Int8, "topk": TopK, "1bit": OneBit, "powersgd": PowerSGD,
 }  # fmt: skip
 

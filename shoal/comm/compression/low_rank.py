@@ -34,6 +34,11 @@ class Cut:
     def stop(self) -> int:
         return self.start + self.rows * max(1, self.columns)
 
+    def of(self, flat: Tensor) -> Tensor:
+        """This part of the vector: a view [rows, columns] or [rows]."""
+        part = flat[self.start : self.stop]
+        return part.view(self.rows, self.columns) if self.columns else part
+
 
 def cuts_of(shapes: Sequence[Sequence[int]], rank: int) -> list[Cut]:
     """Of tensors one after the other: [a, b, ...] is a matrix of a rows. What stays as it is, is joined."""
@@ -95,59 +100,54 @@ class LowRankReduction:
         elements = sum(math.prod(shape) for shape in shapes)
         self.worker = torch.zeros(elements, device=device) if feedback else None
         for index, factor in enumerate(self._factors()):
-            factor.copy_(start_of(len(factor), method.rank, method.seed + index))
+            factor.copy_(start_of(factor.shape[1], method.rank, method.seed + index))
 
     def _factors(self) -> list[Tensor]:
-        """Q [columns, rank] of each matrix: views."""
-        sizes = [cut.columns * self._method.rank for cut in self._matrices]
-        return [q.view(-1, self._method.rank) for q in torch.split(self._q, sizes)]
+        """Q^T [rank, columns] of each matrix: views."""
+        rank = self._method.rank
+        return [q.view(rank, -1) for q in torch.split(self._q, [cut.columns * rank for cut in self._matrices])]
 
     def _places(self) -> list[Tensor]:
-        """Of each cut, in the first transfer: P [rows, rank], or the numbers themselves."""
+        """Of each cut, in the first transfer: P^T [rank, rows], or the numbers themselves."""
         rank = self._method.rank
         pieces = torch.split(self._p, [cut.rows * (rank if cut.columns else 1) for cut in self._cuts])
-        return [p.view(-1, rank) if cut.columns else p for cut, p in zip(self._cuts, pieces, strict=True)]
+        return [p.view(rank, -1) if cut.columns else p for cut, p in zip(self._cuts, pieces, strict=True)]
 
     @torch.no_grad()
     def steps(self, flat: Tensor, divisor: Divisor) -> Steps:
         if self._links.world == 1:
             flat.div_(divisor())
             return
-        if self.worker is not None:
-            flat += self.worker
-        factors = self._factors()
-        places = self._places()
+        wanted = flat if self.worker is None else self.worker.add_(flat)
+        factors, places = self._factors(), self._places()
         remaining = iter(factors)
         for cut, place in zip(self._cuts, places, strict=True):
-            part = flat[cut.start : cut.stop]
-            if cut.columns:
-                torch.mm(part.view(cut.rows, cut.columns), next(remaining), out=place)
+            if cut.columns:  # the tall operand comes first, transposed: several times faster than the other way round
+                torch.mm(next(remaining), cut.of(wanted).t(), out=place)
             else:
-                place.copy_(part)
+                place.copy_(cut.of(wanted))
         yield from self._first.steps(self._p, lambda: 1.0)
         by = divisor()
         bases = [orthonormal(place) for cut, place in zip(self._cuts, places, strict=True) if cut.columns]
         for cut, basis, factor in zip(self._matrices, bases, factors, strict=True):
-            matrix = flat[cut.start : cut.stop].view(cut.rows, cut.columns)
-            torch.mm(matrix.t(), basis, out=factor)
+            torch.mm(basis, cut.of(wanted), out=factor)
             if self.worker is not None:
-                rest = matrix - basis @ factor.t()
-                self.worker[cut.start : cut.stop] = torch.where(rest.isfinite(), rest, 0.0).view(-1)
+                cut.of(wanted).addmm_(basis.t(), factor, alpha=-1.0).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         yield from self._second.steps(self._q, lambda: by)
         for cut, basis, factor in zip(self._matrices, bases, factors, strict=True):
-            torch.mm(basis, factor.t(), out=flat[cut.start : cut.stop].view(cut.rows, cut.columns))
+            torch.mm(basis.t(), factor, out=cut.of(flat))
         for cut, place in zip(self._cuts, places, strict=True):
             if not cut.columns:
-                torch.div(place, by, out=flat[cut.start : cut.stop])
+                torch.div(place, by, out=cut.of(flat))
                 if self.worker is not None:
-                    self.worker[cut.start : cut.stop] = 0.0
+                    cut.of(self.worker).zero_()
         self._revive(factors)
 
     def _revive(self, factors: list[Tensor]) -> None:
-        """A column that has become zero would stay so, and one that is not finite too: they start anew."""
+        """A row that has become zero would stay so, and one that is not finite too: they start anew."""
         for index, factor in enumerate(factors):
-            dead = ~factor.isfinite().all(dim=0) | (factor == 0).all(dim=0)
-            fresh = start_of(len(factor), self._method.rank, self._method.seed + index).to(factor.device)
+            dead = ~factor.isfinite().all(dim=1, keepdim=True) | (factor == 0).all(dim=1, keepdim=True)
+            fresh = start_of(factor.shape[1], self._method.rank, self._method.seed + index).to(factor.device)
             factor.copy_(torch.where(dead, fresh, factor))
 
     def state(self) -> dict[str, Tensor]:
@@ -156,22 +156,22 @@ class LowRankReduction:
 
 @lru_cache(maxsize=256)
 def start_of(columns: int, rank: int, seed: int) -> Tensor:
-    """[columns, rank] drawn as whole numbers, whose bits are the same on every machine."""
+    """[rank, columns] drawn as whole numbers, whose bits are the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(1 << 20), 1 << 20, (columns, rank), generator=generator).float() / (1 << 20)
+    return torch.randint(-(1 << 20), 1 << 20, (rank, columns), generator=generator).float() / (1 << 20)
 
 
-def orthonormal(columns: Tensor) -> Tensor:
-    """[a, r] -> an orthonormal basis of the columns' span, in order (Gram-Schmidt, twice over, in float64).
+def orthonormal(rows: Tensor) -> Tensor:
+    """[r, a] -> an orthonormal basis of the rows' span, in order (Gram-Schmidt, twice over, in float64).
 
-    A column that adds nothing to those before it becomes zero; numbers that are not finite spread."""
-    basis = columns.double()
-    for i in range(basis.shape[1]):
-        column = basis[:, i]
-        before = column.norm()
+    A row that adds nothing to those before it becomes zero; numbers that are not finite spread."""
+    basis = rows.double()
+    for i in range(len(basis)):
+        row = basis[i].clone()
+        before = row.norm()
         for _ in range(2):
-            column = column - basis[:, :i] @ (basis[:, :i].t() @ column)
-        after = column.norm()
+            row -= (basis[:i] @ row) @ basis[:i]
+        after = row.norm()
         scale = torch.where(after <= NOTHING_LEFT * before, torch.zeros_like(after), 1.0 / after)
-        basis[:, i] = torch.where(scale == 0, torch.zeros_like(column), column * scale)
+        basis[i] = torch.where(scale == 0, torch.zeros_like(row), row * scale)
     return basis.float()

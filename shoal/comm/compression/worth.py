@@ -13,6 +13,9 @@ from shoal.comm.compression.codec import Codec
 from shoal.comm.compression.links import TorchLinks
 from shoal.comm.compression.low_rank import LowRank, orthonormal, squarest, start_of
 from shoal.comm.compression.reduction import raw_bytes
+from shoal.comm.finishing import finish_flat
+from shoal.comm.layout import BLOCK
+from shoal.comm.tree import Add
 
 if TYPE_CHECKING:
     from shoal.comm.compression.compressor import Compressor
@@ -96,10 +99,12 @@ def measured_speed(method: Codec | LowRank, device: torch.device) -> Speed:
         [(rows, columns), _] = squarest(elements)
         q = start_of(columns, method.rank, 0).to(device)
 
+        matrix = error[: rows * columns].view(rows, columns)
+
         def factor() -> None:
-            matrix = (gradient + error)[: rows * columns].view(rows, columns)
-            basis = orthonormal(matrix @ q)
-            error[: rows * columns] = (matrix - basis @ (matrix.t() @ basis).t()).view(-1)
+            error.add_(gradient)
+            basis = orthonormal(torch.mm(q, matrix.t()))
+            matrix.addmm_(basis.t(), torch.mm(basis, matrix), alpha=-1.0)
 
         return Speed(PROBE_BYTES / _best(factor, device), math.inf)
     payload = torch.zeros(method.payload_bytes(elements), dtype=torch.uint8, device=device)
@@ -107,11 +112,14 @@ def measured_speed(method: Codec | LowRank, device: torch.device) -> Speed:
     return Speed(PROBE_BYTES / compress, PROBE_BYTES / _best(lambda: method.add(payload, gradient), device))
 
 
-def memory_bytes_per_s() -> float:
-    """What one process copies a second: the "link" of workers that share their memory."""
-    source = torch.zeros(4 * PROBE_BYTES, dtype=torch.uint8)
-    into = torch.ones_like(source)
-    return len(source) / _best(lambda: into.copy_(source), source.device)
+def shared_memory_bytes_per_s(world: int) -> float:
+    """The "link" of workers that share their memory: nothing is sent, each adds up its slice where it lies.
+
+    In the bytes that a rank would send for it, so that `worth_it` can compare."""
+    elements = -(-PROBE_BYTES // 4 // world // BLOCK) * BLOCK
+    operands = [torch.zeros(elements) for _ in range(world)]
+    adds = [Add(0, other) for other in range(1, world)]
+    return raw_bytes(elements * world, world) / _best(lambda: finish_flat(operands, adds, 1.0), operands[0].device)
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
@@ -163,3 +171,12 @@ def agreed(compressor: "Compressor", links: TorchLinks, device: torch.device) ->
     links.all_gather(0, rows).wait()
     link, compress, opened = rows[1].view(torch.float32).min(dim=0).values.tolist()
     return worth_it(compressor, PROBE_BYTES, link, compress, links.world, open_bytes_per_s=opened)
+
+
+def on_one_host(compressor: "Compressor", world: int) -> Verdict:
+    """The verdict for workers that share their memory, from what this process measures."""
+    if compressor.force:
+        return Verdict(True, f"{compressor.name}: forced")
+    speed = measured_speed(compressor.method, torch.device("cpu"))
+    link = shared_memory_bytes_per_s(world) if world > 1 else 1.0
+    return worth_it(compressor, PROBE_BYTES, link, speed.compress, world, open_bytes_per_s=speed.open)
