@@ -12,14 +12,14 @@ may be read and written again. Half precision: see `shoal.comm.collectives.execu
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from shoal.comm.collectives.actions import Program
 from shoal.comm.collectives.execute import carry_out
-from shoal.comm.collectives.pick import Call
+from shoal.comm.collectives.pick import Call, device_of
 from shoal.comm.transports.contract import Transport, drive
 from shoal.comm.transports.torch_group import TorchGroup
 from shoal.errors import UserError
@@ -207,7 +207,7 @@ def receive(tensor: Tensor, origin: int, group: "Group" = None) -> Tensor:
 def barrier(group: "Group" = None, *, algorithm: str = "auto", topology: "Links" = None) -> None:
     """Returns when all ranks have come to it."""
     transport = _transport(group)
-    token = torch.zeros(1, dtype=torch.uint8, device=_device(group))
+    token = torch.zeros(1, dtype=torch.uint8, device=device_of(transport))
     Call("barrier", transport, token, token, 1).run(algorithm, None, topology, op="max")
 
 
@@ -224,15 +224,6 @@ def _transport(group: "Group") -> Transport:
         found: Transport = group  # type: ignore[assignment]
         return found
     return TorchGroup(group if isinstance(group, list | tuple) else (group,))
-
-
-def _device(group: "Group") -> torch.device:
-    import torch.distributed as dist
-
-    if hasattr(group, "post"):
-        return torch.device("cpu")
-    first: Any = group[0] if isinstance(group, list | tuple) else group
-    return torch.device("cuda" if dist.get_backend(first) == "nccl" else "cpu")
 
 
 def _flat(tensor: Tensor) -> Tensor:

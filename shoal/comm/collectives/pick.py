@@ -193,11 +193,15 @@ def probed(transport: Transport) -> Any:
     return _probed[group]
 
 
+def device_of(transport: Transport) -> torch.device:
+    return transport.device if isinstance(transport, TorchGroup) else torch.device("cpu")
+
+
 def hosts_of(transport: Transport) -> tuple[str, ...]:
     """A name of every rank's host, alike where ranks share one; asked once for each group. All ranks call it."""
     key = getattr(transport, "groups", (transport,))[0]
     if key not in _hosts_of:
-        mine = torch.frombuffer(bytearray(_host_id()), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(_host_id()), dtype=torch.uint8).to(device_of(transport))
         rows = mine.new_empty(transport.size * len(mine))
         drive(carry_out(transport, build("all_gather", "direct", transport.size), mine, rows))
         _hosts_of[key] = tuple(bytes(row.tolist()).hex() for row in rows.chunk(transport.size))

@@ -48,6 +48,11 @@ class TorchGroup:
         return str(dist.get_backend(self.groups[0]))
 
     @property
+    def device(self) -> torch.device:
+        """Where tensors can be sent from."""
+        return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
+
+    @property
     def counts_itself(self) -> bool:
         """Shoal's own backends count what goes through them."""
         try:

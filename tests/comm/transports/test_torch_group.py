@@ -13,6 +13,7 @@ from transport_contract import CONTRACT
 
 import shoal.comm as comm
 from shoal.cluster.topology import Topology
+from shoal.comm.collectives import pick
 from shoal.comm.collectives.actions import COLLECTIVES
 from shoal.comm.collectives.curves import Curve
 from shoal.comm.collectives.execute import carry_out
@@ -153,6 +154,11 @@ def what_auto_picks(end, lanes):
     call = Call("all_reduce", end, rows[0], rows[0], 1 << 28)
     pinned = call.chosen("multipath", None, Topology.preset("dgx1-v100", range(n)), "sum", "once") if n > 2 else None
     right["what is made of the links"] = n == 2 or pinned.lanes == 2
+    if n == 2:  # measuring takes a second or two
+        summed = [comm.all_reduce(rows[rank].clone()) for _ in range(2)]
+        right["on links that were measured"] = all(torch.equal(total, rows.sum(0)) for total in summed)
+        measured = pick.probed(end)
+        right["once"] = pick.probed(TorchGroup()) is measured and measured.topology.size == n
     return [name for name, fine in right.items() if not fine]
 
 
