@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import Any
 
 _HOME: dict[str, str] = {  # public name -> the module that holds it
-    "group_counters": "shoal.comm.backend.groups",
     "install": "shoal.comm.backend.registration",
     "reform": "shoal.comm.backend.reform",
     "symm_empty": "shoal.comm.backend.groups",

@@ -181,6 +181,10 @@ class Client:
             link.send(message)
         return sum(link.sent_bytes for link in self.links) - before
 
+    def travels_by_rows(self, slot: int) -> None:
+        """From now on, of this parameter's gradient only rows that are not zero travel."""
+        self._sparse.update(self.setup.layout.buckets_of(slot))
+
     def take_received(self) -> int:
         """Bytes that have come since the last call."""
         before, self._received = self._received, sum(link.received_bytes for link in self.links)
@@ -262,8 +266,9 @@ class Client:
         grant = Grant()
         versions = []
         for server, link in enumerate(self.links):
-            while (message := self._expect(link, Kind.grant, Kind.weights)).kind is Kind.weights:
-                self._take_weights(server, message)
+            while (message := self._expect(link, Kind.grant, Kind.weights, Kind.summed)).kind is not Kind.grant:
+                if message.kind is Kind.weights:  # a sum that nobody asked the norm of is passed over
+                    self._take_weights(server, message)
             grant.ahead = max(grant.ahead, message.words["ahead"])
             versions.append(message.words["version"])
             if server == 0:

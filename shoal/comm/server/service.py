@@ -55,7 +55,7 @@ class Service:
             return self._handle(worker, message)
         except ShoalError as error:  # WireError, UserError, BadPayload
             return [self._refusal(worker, str(error))]
-        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, StopIteration, OverflowError) as error:
+        except Exception as error:  # whatever a message can bring about is its sender's trouble, not the others'
             return [self._refusal(worker, f"{type(error).__name__}: {error}")]
 
     def leave(self, worker: int) -> Out:

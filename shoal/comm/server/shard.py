@@ -196,14 +196,15 @@ class Shard:
             for worker in due:
                 self.clocks[worker] += 1
             self.version += 1
-            self._pushed.clear()
-            self._committed.clear()
+            self._pushed -= due  # one who joined in mid-round may have pushed for the next already
+            self._committed -= due
             self._summed = False
             out.extend(self._released())
-        elif self._summed and not due:  # all who had pushed have left
+            out.extend(self._round())
+        elif self._summed and not due:  # all who had pushed have left: the round never was
             self._summed = False
-            self._pushed.clear()
-            self._committed.clear()
+            self.version += 1
+            out.extend(self._round())
         return out
 
     def _released(self, held: int | None = None) -> list[Instruction]:
