@@ -3,14 +3,17 @@
 Partners are near first when halving and far first when doubling, so that the most bytes go to the nearest rank. A
 round adds the lower partner's sum as the left operand on both sides: with a power of two of ranks the additions are
 those of Shoal's training tree. Other counts fold: of the first pairs of neighbours only the lower takes part, with both
-operands, and hands back what belongs to the upper.
+operands, and hands back what belongs to the upper. A long broadcast is a scatter down the binomial tree and a doubling;
+a long reduce is a halving and a gather.
 """
 
 from collections.abc import Sequence
 from itertools import chain
 
+from shoal.comm.collectives import trees
 from shoal.comm.collectives.actions import Program
 from shoal.comm.collectives.draft import Draft
+from shoal.comm.collectives.draft import chain as one_after_the_other
 
 
 class _Fold:
@@ -126,3 +129,13 @@ def all_gather(ranks: int) -> Program:
             if chunk != upper:
                 draft.message(step, lower, upper, chunk)
     return draft.program("all_gather", "halving_doubling")
+
+
+def broadcast(ranks: int, root: int) -> Program:
+    parts = [trees.scatter(ranks, root), all_gather(ranks)]
+    return one_after_the_other("broadcast", "halving_doubling", parts, root=root)
+
+
+def reduce(ranks: int, root: int) -> Program:
+    parts = [reduce_scatter(ranks), trees.gather(ranks, root)]
+    return one_after_the_other("reduce", "halving_doubling", parts, root=root)

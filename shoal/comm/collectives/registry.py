@@ -94,6 +94,8 @@ _ALL = [
             "all_reduce": lambda c: halving_doubling.all_reduce(c.ranks),
             "reduce_scatter": lambda c: halving_doubling.reduce_scatter(c.ranks),
             "all_gather": lambda c: halving_doubling.all_gather(c.ranks),
+            "broadcast": lambda c: halving_doubling.broadcast(c.ranks, c.root),
+            "reduce": lambda c: halving_doubling.reduce(c.ranks, c.root),
         },
     ),
     Algorithm(

@@ -65,14 +65,14 @@ class TorchGroup:
         return len(self.groups)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Works:
+        if any(not 0 <= m.lane < self.lanes for m in (*sends, *receives)):
+            raise UserError(f"TorchGroup: it has {self.lanes} lanes (process groups), and the program names more.")
         works: list[tuple[dist.Work, str]] = []
         for lane, group in enumerate(self.groups):
             into = [m for m in receives if m.lane == lane]
             out = [m for m in sends if m.lane == lane]
             if into or out:
                 works += self._post(group, lane, into, out)
-        if any(not 0 <= m.lane < self.lanes for m in (*sends, *receives)):
-            raise UserError(f"TorchGroup: it has {self.lanes} lanes (process groups), and the program names more.")
         return _Works(works)
 
     def _post(

@@ -233,3 +233,12 @@ def test_what_is_out_of_range_is_told(call, options, said):
 
 def test_a_program_is_built_once():
     assert build("all_reduce", "ring", 4, hosts=["a"] * 4) is build("all_reduce", "ring", 4, hosts=["a"] * 4)
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 16])
+def test_a_long_broadcast_by_halves_moves_the_tensor_about_twice_over_the_root(ranks):
+    """A binomial tree's root sends it once for each of its children."""
+    size = 16 * ranks
+    halves, tree = (traffic(build("broadcast", name, ranks, root=1), size) for name in ("halving_doubling", "binomial"))
+    assert halves.sent[1] == 2 * size * (ranks - 1) // ranks
+    assert tree.sent[1] == size * (ranks.bit_length() - 1)
