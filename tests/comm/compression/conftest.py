@@ -14,7 +14,7 @@ from shoal.comm.launch import Agent
 @pytest.fixture(scope="session")
 def agent() -> Iterator[Agent]:
     """What DDP and FSDP2 import on first use, workers have already: seconds, each time."""
-    with Agent(("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")) as agent:
+    with Agent(("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "shoal.train.loop")) as agent:
         yield agent
 
 

@@ -1,0 +1,161 @@
+"""`shoal train --compression`: refused where it does not pay; where it does, lossy, saying so, and equal everywhere."""
+
+import math
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+import torch
+from train import tiny_runs
+
+from shoal.comm.compression.compressor import COMPRESSORS, Int8
+from shoal.comm.launch import Agent
+from shoal.comm.layout import BLOCK
+from shoal.errors import UserError
+from shoal.prove.api import prove
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Recipe, Reporting
+from shoal.train.api import train
+from shoal.train.loop import Order, run_recipe
+
+NAMES = sorted(COMPRESSORS)
+
+
+def plan_of(name: str, workers: int = 2, **changes: Any) -> Plan:
+    forced = {"compression_force": True, "compression": name} if name != "none" else {}
+    return Plan(**{"mesh": {"data": workers}, "device": "cpu", "bucket_bytes": 1 << 16, **forced, **changes})
+
+
+def recipe_of(steps: int = 8) -> Recipe:
+    """A ResNet: BatchNorm's statistics travel in the same buffer and must not be rounded."""
+    return tiny_runs.recipe("resnet", steps=steps, clip=5.0)
+
+
+@pytest.fixture(autouse=True)
+def _by_value(request: pytest.FixtureRequest) -> None:
+    """What stands in test files goes to the workers with the call."""
+    cloudpickle.register_pickle_by_value(tiny_runs)
+    cloudpickle.register_pickle_by_value(request.module)
+
+
+@pytest.fixture
+def run(agent: Agent, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    count = iter(range(100))
+
+    def train_it(plan: Plan, recipe: Recipe | None = None, **options: Any) -> dict[str, Any]:
+        if "resume" not in options:
+            options.setdefault("run_dir", tmp_path / f"run{next(count)}")
+        data = tiny_runs.splits("resnet", 100)
+        return train(recipe or recipe_of(), plan, agent=agent, data=data, **options)
+
+    return train_it
+
+
+def joined(group: Any, port: str, order: Order) -> tuple[dict[str, Any], dict[str, int]]:
+    """The same run as torchrun would start it: over gloo, as if each worker were a host of its own."""
+    from shoal.comm.distributed import DistributedGroup
+
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": group.rank, "WORLD_SIZE": group.world}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    apart = DistributedGroup(60.0, accelerator=False)
+    try:
+        result = run_recipe(apart, order)
+        sent = {place[0]: total.sent_bytes for place, total in apart.counters.totals().items()}
+        return result, sent
+    finally:
+        apart.close()
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shared_memory_and_gloo_give_the_same_bits(name: str, run, agent: Agent, tmp_path: Path) -> None:
+    """All workers are compared with each other at the end of each run; the two ways of sending are compared here."""
+    events: list[dict] = []
+    here = run(plan_of(name), progress=lambda event: events.append(dict(event)))
+    plain = run(plan_of("none"))
+    order = Order(recipe_of(), plan_of(name), run_dir=tmp_path / "joined", data=tiny_runs.splits("resnet", 100))
+    [(apart, sent), _] = agent.run(joined, (free_port(), order), workers=2)
+    assert apart["weights_sha256"] == here["weights_sha256"] != plain["weights_sha256"]
+    started = next(event for event in events if event["event"] == "started")
+    assert name in started["lossy"]
+    assert math.isfinite(here["loss"])
+    if name in ("fp16", "bf16", "int8"):
+        assert here["loss"] == pytest.approx(plain["loss"], rel=0.05)  # 8 steps, rounded to 8 bits at the worst
+    assert sent["reduce-scatter"] > 0
+    assert sent["all-gather"] > 0
+
+
+def test_the_counters_have_the_bytes_of_the_formula(agent: Agent, tmp_path: Path) -> None:
+    """The model is small: a block of gradients, and one of BatchNorm's statistics, which are not compressed."""
+    order = Order(recipe_of(), plan_of("int8"), run_dir=tmp_path / "run", data=tiny_runs.splits("resnet", 100))
+    half = BLOCK // 2  # each of two workers owns one
+    there = Int8().method.payload_bytes(half) + 4 * half
+    for _, sent in agent.run(joined, (free_port(), order), workers=2):
+        assert sent["reduce-scatter"] == sent["all-gather"] == order.recipe.steps * there
+
+
+def test_on_one_host_it_is_refused_with_the_numbers(run, tmp_path: Path) -> None:
+    for name in NAMES:
+        with pytest.raises(UserError) as refused:
+            run(plan_of(name, compression_force=False), run_dir=tmp_path / name)
+        line = str(refused.value)
+        assert "\n" not in line
+        assert "share this host's memory" in line
+        assert "does not pay" in line
+        assert "GB/s" in line
+        assert "--set compression_force=true" in line
+        assert not (tmp_path / name).exists()  # refused before a run is made
+
+
+def test_one_worker_has_nothing_to_compress(run) -> None:
+    with pytest.raises(UserError, match="one rank sends nothing"):
+        run(plan_of("int8", 1, compression_force=False))
+    forced, alone = run(plan_of("int8", 1)), run(plan_of("none", 1, sync="fast"))
+    assert forced["weights_sha256"] == alone["weights_sha256"]
+
+
+def test_a_worker_without_samples_takes_part(run) -> None:
+    """3 workers of 8 shards, and a last batch of 4 samples: shards 4 to 7 have none."""
+    assert math.isfinite(run(plan_of("1bit", 3), replace(recipe_of(), steps=0, epochs=2))["loss"])
+
+
+def test_a_resumed_run_says_what_is_lost(run, tmp_path: Path) -> None:
+    report = Reporting(evaluate_every=10**9, checkpoint_every=4, sample=False)
+    first = run(plan_of("topk"), replace(recipe_of(8), report=report))
+    events: list[dict] = []
+    again = replace(recipe_of(10), report=report)
+    run(plan_of("topk"), again, resume=first["run_dir"], progress=lambda event: events.append(dict(event)))
+    resumed = next(event for event in events if event["event"] == "resumed")
+    assert resumed["step"] == 8
+    assert "left unsent" in resumed["lossy"]
+
+
+def test_the_prover_calls_it_lossy_and_still_finds_workers_that_disagree(agent: Agent) -> None:
+    plans = [plan_of("int8"), plan_of("none"), plan_of("none", sync="fast")]
+    result = prove(recipe_of(), steps=4, plans=plans, data=tiny_runs.splits("resnet", 100), agent=agent)
+    lossy, exact, fast = result["plans"]
+    assert lossy["ok"]
+    assert lossy["lossy"]
+    assert 0 < lossy["error"] < 0.5
+    assert exact["ok"]
+    assert exact["error"] == 0.0
+    assert not exact["lossy"]
+    assert not fast["lossy"]
+
+
+def test_compression_of_averages_and_of_double_precision_is_refused(run) -> None:
+    with pytest.raises(UserError, match="averages weights"):
+        plan_of("int8", sync="local")
+    double = lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5)).double()  # noqa: E731
+    with pytest.raises(UserError, match="float32 gradients"):
+        run(plan_of("int8"), model=double)
