@@ -57,10 +57,10 @@ def comm(
 
 
 def sample(step: int, workers: int = 2, buckets: int = 3) -> Event:
-    """A step of 100 ms whose buckets are handed over every 10 ms from 60 ms on, a millisecond later by each rank."""
+    """A step of 100 ms whose buckets are handed over from 60 to 80 ms, a millisecond later by each rank."""
 
     def moments(rank: int, bucket: int) -> list[float]:
-        posted = 0.06 + 0.01 * bucket
+        posted = 0.06 + 0.02 * bucket / buckets
         ready = posted + 0.001 * (workers - 1)
         return [posted + 0.001 * rank, ready, ready + 0.001, ready + 0.003]
 

@@ -11,6 +11,7 @@ from shoal.comm.remedies import Measured
 from shoal.observe.curves import Event, number
 
 WARM_UP = 3  # first steps of a session, which allocate and compile
+MOST_STEPS = 10_000  # that one event may tell of
 STEP_PHASES = ("loading", "forward", "backward", "updating")  # with the exposed seconds, these are a step
 SMALL = frozenset({"facts", "barrier", "release", "gather", "clock"})  # operations that carry no gradients
 
@@ -181,12 +182,14 @@ def read_communication(events: Iterable[Event]) -> Communication | None:
                 found = (session, fields, seconds)
     try:
         return _means(*found) if found else None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return None
 
 
 def _usable(field: Event) -> bool:
-    return bool(number(field.get("steps"))) and isinstance(field.get("waits"), list) and len(field["waits"]) > 1
+    step, steps, waits = field.get("step"), field.get("steps"), field.get("waits")
+    told = isinstance(step, int) and isinstance(steps, int) and 1 <= steps <= MOST_STEPS
+    return told and isinstance(waits, list) and len(waits) > 1
 
 
 def _means(session: Event, fields: Sequence[Event], seconds: Mapping[int, float]) -> Communication | None:

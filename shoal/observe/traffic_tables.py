@@ -27,7 +27,7 @@ def time_of_a_step(c: Communication) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td class="bar"><i class="{COLOURS[name]}" '
         f'style="width:{min(1.0, seconds / c.step_s) * 100:.1f}%"></i></td>'
-        f"<td>{duration(seconds)}</td><td>{share(seconds / c.step_s)}</td></tr>"
+        f"<td>{_or_dash(duration, seconds)}</td><td>{_or_dash(share, seconds / c.step_s)}</td></tr>"
         for name, seconds in evidence(c)
     )
     return f'<div class="scroll"><table class="numbers waits spent"><tbody>{rows}</tbody></table></div>'
@@ -109,7 +109,8 @@ def matrix(c: Communication) -> str:
         )
         rows += (
             f'<tr><th scope="row">rank {rank}</th>{cells}'
-            f'<td class="sum">{duration(sum(row))}</td><td class="fine">{duration(moving)}</td></tr>'
+            f'<td class="sum">{_or_dash(duration, sum(row))}</td>'
+            f'<td class="fine">{_or_dash(duration, moving)}</td></tr>'
         )
     head = f"<thead><tr><th>stands still for</th>{head}<th>skew</th><th class='fine'>transfer</th></tr></thead>"
     return f'<div class="scroll"><table class="numbers matrix">{head}<tbody>{rows}</tbody></table></div>'

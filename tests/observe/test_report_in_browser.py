@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from logbook import committed, evaluated, make_run, started, story
+from made_up_traffic import run as traffic
+from made_up_traffic import sample
 
 from shoal.observe.report import write
 from shoal.observe.units import figure
@@ -237,6 +239,57 @@ def test_a_comparison_has_both_runs_in_its_legends_and_reads_both(browser, tmp_p
     reading = find(browser, ".reading")[0].text
     assert "one-worker · train" in reading
     assert "four-workers · train" in reading
+
+
+@pytest.fixture(scope="module")
+def exchanged(tmp_path_factory):
+    """A run of four workers, of whom one is late, with a sampled step of many buckets."""
+    waits = [[0.03 if peer == 2 != rank else 0.0 for peer in range(4)] for rank in range(4)]
+    each = {"placement": (2,) * 4, "loading": (0.0,) * 4, "updating": (0.001,) * 4}
+    events = traffic(**each, compute=(0.05, 0.05, 0.08, 0.05), waits=waits, transferring=0.004, hidden=0.01)
+    events[-1]["comm"]["sample"] = sample(11, workers=4, buckets=40)
+    return write([make_run(tmp_path_factory.mktemp("runs") / "exchanged", events)])
+
+
+def test_the_section_on_communication_is_read_from_top_to_bottom(browser, exchanged):
+    opened(browser, exchanged)
+    assert browser.get_log("browser") == []
+    finding = find(browser, "#communication .finding")[0]
+    assert finding.text.startswith("The others stand still 30 ms (30.0 %) of each step for rank 2")
+    order = [
+        finding,
+        *(find(browser, f"#communication {what}")[0] for what in (".remedies", ".traffic", ".matrix", ".lanes")),
+    ]
+    tops = [element.rect["y"] for element in order]
+    assert tops == sorted(tops)
+    gains = [float(row.get_attribute("data-gain")) for row in find(browser, "#communication [data-remedy]")]
+    assert gains == sorted(gains, reverse=True)
+    assert len(gains) > 0
+    late = find(browser, ".matrix [data-seconds='0.03']")
+    calm = find(browser, ".matrix [data-seconds='0.0']")
+    colours = [cell.value_of_css_property("background-color") for cell in (late[0], calm[0])]
+    assert colours[0] != colours[1]
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+def test_the_picture_of_a_step_fits_and_shows_every_bucket(browser, exchanged, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        opened(browser, exchanged)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        lanes = find(browser, ".lane svg")
+        assert len(lanes) == 8  # four workers, the whole step and the end of it
+        shapes = [rect.rect for rect in lanes[4].find_elements("css selector", "rect")]
+        assert len(shapes) >= 3 * 40
+        box = lanes[4].rect
+        assert all(
+            box["x"] - 1 <= shape["x"] and shape["x"] + shape["width"] <= box["x"] + box["width"] + 1
+            for shape in shapes
+        )
+        assert all(shape["height"] > 0.5 for shape in shapes)
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_an_injected_script_would_be_refused_by_the_page_itself(browser, tmp_path, page):
