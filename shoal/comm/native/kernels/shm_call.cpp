@@ -87,6 +87,7 @@ void Call::zero_copy() const {
 
 void Call::open() {
   inside.segment.progress(rank, sequence).signature = signature;
+  inside.waiter.note_core();
   publish(1);
   wait(1);
   compare();

@@ -33,28 +33,6 @@ void one_shot(Call& call, const void* in, void* out, std::size_t bytes) {
   combine_bytes(call.signature, {out}, 1, ins, call.world, bytes);
 }
 
-// Two ranks: the same, in pieces. What crosses between the cores is no more than with parts, and there is half the
-// waiting.
-void pairwise(Call& call, const void* in, void* out, std::size_t bytes) {
-  Segment& segment = call.inside.segment;
-  const std::size_t room = lines_in(segment.layout().pipe_bytes / kDepth);
-  const Pieces pieces(bytes, room);
-  const auto buffer = [&](int r, std::size_t piece) { return segment.pipe(r) + piece % kDepth * room; };
-  for (std::size_t t = 0; t < pieces.count + kLag; ++t) {
-    if (t >= kLag) call.wait(2 + t - kLag);
-    if (t < pieces.count) {
-      if (call.signature.root != call.rank) copy(buffer(call.rank, t), at(in, pieces[t].begin), pieces[t].size());
-      call.publish(2 + t);
-    }
-    if (t >= kLag && out) {
-      const Range piece = pieces[t - kLag];
-      Pointers ins;
-      for (int r = 0; r < 2; ++r) ins[r] = r == call.rank ? at(in, piece.begin) : buffer(r, t - kLag);
-      combine_bytes(call.signature, {at(out, piece.begin)}, 1, ins, 2, piece.size());
-    }
-  }
-}
-
 // Each rank adds up its part of every piece, and the others fetch it: reduce-scatter and all-gather in one pipeline.
 // Step t of a rank: piece t lies in its slot, its part of piece t - lag is summed, piece t - 2 lag is fetched.
 void by_parts(Call& call, const void* in, void* out, std::size_t bytes) {
@@ -77,8 +55,11 @@ void by_parts(Call& call, const void* in, void* out, std::size_t bytes) {
       const Range part = part_of(pieces[t - kLag], self, world);
       Pointers ins;
       for (int r = 0; r < world; ++r) ins[r] = r == self ? at(in, part.begin) : buffer(r, t - kLag, self);
-      Outputs outs{buffer(self, t - kLag, self), out ? at(out, part.begin) : nullptr};
-      combine_bytes(call.signature, outs, out ? 2 : 1, ins, world, part.size());
+      // Summed where only this core writes, then copied: lines that others have read are slow to write one by one.
+      void* slot = buffer(self, t - kLag, self);
+      void* sum = out ? at(out, part.begin) : slot;
+      combine_bytes(call.signature, {sum}, 1, ins, world, part.size());
+      copy(slot, sum, part.size());
     }
     if (t < pieces.count + kLag) call.publish(2 + t);
     if (t >= 2 * kLag && out) {
@@ -112,7 +93,9 @@ void in_place(Call& call, const void* in, std::size_t bytes, int root) {
 void reduce_to(Call& call, const void* in, void* out, std::size_t bytes, int root) {
   Segment& segment = call.inside.segment;
   void* wanted = root < 0 || root == call.rank ? out : nullptr;
-  if (bytes <= segment.layout().opening_bytes) return one_shot(call, in, wanted, bytes);
+  // One-shot work grows with the square of the ranks: from four on, the limit is lower.
+  const std::size_t opening = segment.layout().opening_bytes;
+  if (bytes <= opening && bytes <= 2 * opening / call.world) return one_shot(call, in, wanted, bytes);
   call.signature.in_offset = segment.offset_of(in, bytes);
   call.signature.out_offset = wanted ? segment.offset_of(wanted, bytes) : 0;
   const bool out_there = !wanted || call.signature.out_offset;
@@ -120,7 +103,7 @@ void reduce_to(Call& call, const void* in, void* out, std::size_t bytes, int roo
   call.open();
   if (call.world == 1) return combine_bytes(call.signature, {out}, 1, {in}, 1, bytes);
   if (call.all(kInOnArena | kOutOnArena)) return in_place(call, in, bytes, root);
-  return call.world == 2 ? pairwise(call, in, wanted, bytes) : by_parts(call, in, wanted, bytes);
+  by_parts(call, in, wanted, bytes);
 }
 
 }  // namespace

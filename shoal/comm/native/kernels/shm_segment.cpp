@@ -17,8 +17,6 @@ namespace {
 
 std::size_t up(std::size_t bytes, std::size_t to) { return (bytes + to - 1) / to * to; }
 
-std::size_t usual_slot(int world) { return world <= 4 ? 4ull << 20 : 2ull << 20; }
-
 char* map(int memfd, std::size_t offset, std::size_t bytes) {
   void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memfd, offset);
   return at == MAP_FAILED ? nullptr : static_cast<char*>(at);
@@ -27,8 +25,8 @@ char* map(int memfd, std::size_t offset, std::size_t bytes) {
 }  // namespace
 
 Layout::Layout(int world_, const Options& options) : world(world_) {
-  constexpr std::size_t kPage = 4096, kArenaAlign = 2ull << 20;
-  const std::size_t slot = options.slot_bytes ? options.slot_bytes : usual_slot(world);
+  constexpr std::size_t kPage = 4096, kArenaAlign = 2ull << 20, kUsualSlot = 2ull << 20;
+  const std::size_t slot = options.slot_bytes ? options.slot_bytes : kUsualSlot;
   // The numbers are multiples of the line times the ranks' number of parts, and never too small for one line a part.
   opening_bytes = up(slot / 8, kLine) < kLine * world ? kLine * world : up(slot / 8, kLine);
   pipe_bytes = up(slot / 4 * 3, kLine) < 4 * kLine * world ? 4 * kLine * world : up(slot / 4 * 3, kLine);

@@ -60,6 +60,7 @@ struct alignas(kLine) Member {
   std::atomic<std::uint32_t> pid;
   std::atomic<std::uint32_t> joined;  // 1: here; 2: left
   std::atomic<std::uint64_t> mapped;  // bytes of each arena that it could map
+  std::atomic<std::int32_t> core;     // on which it was seen last
 };
 
 struct Control {
