@@ -5,6 +5,7 @@ Receives are posted before sends; where a backend launches messages together (nc
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,21 +15,27 @@ from shoal.errors import RunFailed, UserError
 
 
 class _Works:
-    def __init__(self, works: list[tuple[dist.Work, str]]) -> None:
-        self._works = works
+    def __init__(self, works: list[tuple[dist.Work, str]], patience: timedelta | None) -> None:
+        self._works, self._patience = works, patience
 
     def wait(self) -> None:
         for work, what in self._works:
             try:
-                work.wait()
+                if self._patience is None:
+                    work.wait()
+                else:
+                    work.wait(self._patience)
             except (RuntimeError, ValueError) as error:
                 raise RunFailed(f"{what}: {str(error).splitlines()[0] if str(error) else 'failed'}") from error
 
 
 class TorchGroup:
-    """``groups[lane]`` carries a lane's messages; None is torch's default group. Ranks are those of the groups."""
+    """``groups[lane]`` carries a lane's messages; None is torch's default group. Ranks are those of the groups.
 
-    def __init__(self, groups: Sequence[dist.ProcessGroup | None] = (None,)) -> None:
+    ``timeout_s``: how long a round may be waited for; by default as long as the groups say."""
+
+    def __init__(self, groups: Sequence[dist.ProcessGroup | None] = (None,), *, timeout_s: float | None = None) -> None:
+        self._patience = None if timeout_s is None else timedelta(seconds=timeout_s)
         if not groups:
             raise UserError("TorchGroup: it needs at least one process group.")
         if not dist.is_initialized():
@@ -73,7 +80,7 @@ class TorchGroup:
             out = [m for m in sends if m.lane == lane]
             if into or out:
                 works += self._post(group, lane, into, out)
-        return _Works(works)
+        return _Works(works, self._patience)
 
     def _post(
         self, group: dist.ProcessGroup, lane: int, receives: Sequence[Message], sends: Sequence[Message]

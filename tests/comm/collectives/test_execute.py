@@ -17,8 +17,8 @@ from collective_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.comm.collectives.actions import REDUCING, Program, Receive, Send, block_sizes
-from shoal.comm.collectives.check import ProgramError
+from shoal.comm.collectives.actions import REDUCING, Add, Copy, Program, Receive, Send, block_sizes
+from shoal.comm.collectives.check import ProgramError, check
 from shoal.comm.collectives.execute import carry_out
 from shoal.comm.collectives.registry import build
 from shoal.comm.transports.contract import drive
@@ -258,6 +258,21 @@ def test_a_program_that_is_wrong_is_not_run():
     with pytest.raises(ProgramError, match="lacks the operand"):
         Loopback(2).run(lambda end: carry_out(end, wrong, tensors[end.rank], tensors[end.rank]))
     assert all(torch.equal(tensor, torch.ones(3)) for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("op", ["sum", "avg"])
+def test_sums_that_are_made_in_scratch_and_copied_are_finished_too(dtype, op):
+    """No algorithm here does so, but a program of one's own may."""
+    rounds = tuple(
+        ((Send(1 - r, 0), Receive(1 - r, 1), Copy(2, 0), Add(2, 1, other_first=r == 1), Copy(0, 2)),) for r in range(2)
+    )
+    program = Program(collective="all_reduce", algorithm="mine", ranks=2, rounds=rounds, scratch=(0, 0))
+    check(program)
+    given = operands(program, [37], dtype, spread=250)
+    sums = expected(program, [37], [tensor.double() for tensor in given])
+    simulate(program, given, given, [37], op=op)
+    assert equal(given, [(total / (2 if op == "avg" else 1)).to(dtype) for total in sums])
 
 
 def test_sizes_of_blocks_that_do_not_divide_are_spread():

@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -191,11 +190,11 @@ def fail():
 
 def a_peer_that_does_not_come(end, lanes):
     """Last of all: the group is of no use afterwards."""
-    group = dist.new_group(timeout=timedelta(seconds=0.2))
+    hasty = TorchGroup([dist.new_group()], timeout_s=0.2)
     message = ""
     if end.rank == 0:
         try:
-            comm.receive(torch.ones(8), 1, group)
+            comm.receive(torch.ones(8), 1, hasty)
         except RunFailed as error:
             message = str(error)
     dist.barrier()
@@ -216,7 +215,7 @@ def on_gloo(group, folder):
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4], ids=lambda ranks: f"{ranks} ranks")
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), 4], ids="{} ranks".format)
 def seen(request, agent):
     import cloudpickle
 
