@@ -25,11 +25,11 @@ from shoal.cluster.detect import usable_cores
 from shoal.cluster.topology import MEMORY, NETWORK, Capacity, Link, Topology, read_json
 from shoal.comm.collectives import torch_own
 from shoal.comm.collectives.actions import Program, block_sizes
-from shoal.comm.collectives.cost import cost
+from shoal.comm.collectives.choose import Option, choose
 from shoal.comm.collectives.curves import Curve
 from shoal.comm.collectives.execute import carry_out
 from shoal.comm.collectives.pick import hosts_of
-from shoal.comm.collectives.registry import ALGORITHMS, algorithms, build
+from shoal.comm.collectives.registry import ALGORITHMS, build
 from shoal.comm.layout import ALIGNMENT
 from shoal.comm.link_fit import Fitted, Observation, fit
 from shoal.comm.transports.contract import Message, drive
@@ -53,7 +53,7 @@ SIZES = (1 << 10, 1 << 16, 1 << 21)
 TUNED_SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
 NATIVE_SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23)
 ITEMSIZE = 4  # float32
-FAR = 2.0  # algorithms predicted to take more than this times the best are not tuned: they will not be chosen
+FAR = 3.0  # algorithms predicted to take more than this times the best are not tuned: they will not be chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +141,11 @@ class _Probe:
         )  # the others would only take its cores
         fitted = from_mapping(Fitted, self._first(to_mapping(mine)), "what rank 0 measured")
         found: dict[str, Curve] = {}
-        own = tuple(self._curve(name) for name in curves)
+        own = tuple(self._curve(name) for name in curves if name not in tune)
         for name in tune:
             found |= self._tuned(name, fitted.topology)
+        own += tuple(curve for curve in found.values() if not curve.ratio)
+        found = {key: curve for key, curve in found.items() if curve.ratio}
         spent = time.perf_counter() - self.began
         whole = Probed(fitted.topology, fitted.residual, self.backend, spent, own, found)
         return self._agreed(whole)
@@ -268,12 +270,12 @@ class _Probe:
             for program in programs:
                 if self._first(time.perf_counter() > end) and size > SIZES[0]:
                     continue
-                seconds = self._time(self._runner(program, size), self.seconds / len(SIZES) / len(programs))
-                observed.append(Observation(program, size, ITEMSIZE, seconds))
+                each = self.seconds / len(SIZES) / len(programs)
+                observed.append(Observation(program, size, ITEMSIZE, *self._turns([self._runner(program, size)], each)))
         return observed
 
-    def _runner(self, program: Program, nbytes: int) -> Callable[[], None]:
-        """What carries out the program on tensors of this rank."""
+    def _runner(self, program: Program, nbytes: int, *, own: bool = False) -> Callable[[], None]:
+        """What carries out the program on tensors of this rank; ``own``: the backend's collective on the same ones."""
         sizes = block_sizes(program.collective, self.size, nbytes // ITEMSIZE)
         spans = program.spans(sizes, ALIGNMENT)
 
@@ -284,70 +286,85 @@ class _Probe:
         operand, result = tensor(program.starts[self.rank]), tensor(program.ends[self.rank])
 
         def run() -> None:
-            drive(carry_out(self.transport, program, operand, result, sizes=sizes))
+            if own:
+                torch_own.run(program.collective, self.group, operand, result, 0, "sum")
+            else:
+                drive(carry_out(self.transport, program, operand, result, sizes=sizes))
             if self.device.type != "cpu":
                 torch.cuda.synchronize()
 
         return run
 
-    def _time(self, run: Callable[[], None], seconds: float) -> float:
-        """What several runs in a row usually take, the slowest rank of each."""
-        self._wait_for_all()
+    def _turns(self, arms: Sequence[Callable[[], None]], seconds: float) -> list[float]:
+        """What each usually takes from a common start until the slowest rank is done. They take turns, so that what
+        else the machine does meets all of them."""
+        times: list[list[float]] = [[] for _ in arms]
+
+        def turn() -> None:
+            for arm, mine in zip(arms, times, strict=True):
+                self._wait_for_all()
+                begin = time.perf_counter()
+                arm()
+                mine.append(time.perf_counter() - begin)
+
+        turn()
         begin = time.perf_counter()
-        run()
-        run()
-        once = (time.perf_counter() - begin) / 2
-        count = self._first(max(3, min(20, int(seconds / max(once, 1e-6)))))
-        self._wait_for_all()
-        times = []
-        for _ in range(count):
-            begin = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begin)
-        return usual([max(each) for each in zip(*self._gathered(times), strict=True)])
+        turn()
+        more = self._first(max(3, min(40, int(seconds / (time.perf_counter() - begin)))))
+        for _ in range(more):
+            turn()
+        everybody = self._gathered([mine[1:] for mine in times])
+        return [usual([max(each) for each in zip(*ranks, strict=True)]) for ranks in zip(*everybody, strict=True)]
 
     def _curve(self, collective: str) -> Curve:
         """The backend's own collective."""
         if collective == "send_recv":
             raise UserError("probe: torch.distributed has no send_recv of a group: leave it out of curves.")
-        times = []
+        times, program = [], build(collective, "direct", self.size)
         for nbytes in NATIVE_SIZES:
-            program = build(collective, "direct", self.size)
-            elements = nbytes // ITEMSIZE // self.size * self.size
-            sizes = block_sizes(collective, self.size, elements)
-            spans = program.spans(sizes, ALIGNMENT)
-            operand, result = (
-                torch.ones(sum(spans[c].stop - spans[c].start for c in chunks), device=self.device)
-                if len(chunks)
-                else None
-                for chunks in (program.starts[self.rank], program.ends[self.rank])
-            )
-            run = partial(torch_own.run, collective, self.group, operand, result, 0, "sum")
-            times.append(self._time(run, self.seconds / 40))
+            run = self._runner(program, self._even(nbytes), own=True)
+            times += self._turns([run], self.seconds / 10 / len(NATIVE_SIZES))
         return Curve(name=self.backend, collective=collective, sizes=NATIVE_SIZES, values=tuple(times))
 
+    def _even(self, nbytes: int) -> int:
+        """As many bytes as torch's own collectives take: of equal blocks."""
+        return max(1, nbytes // (ITEMSIZE * self.size)) * ITEMSIZE * self.size
+
     def _tuned(self, collective: str, topology: Topology) -> dict[str, Curve]:
-        """How far the predictions of the algorithms that might be chosen miss, by size."""
+        """How far the predictions of the algorithms that might be chosen miss, by size; and the backend's own."""
         found: dict[str, tuple[list[int], list[float]]] = {}
         for nbytes in TUNED_SIZES:
-            programs = {}
-            for name in algorithms(collective):
-                if ALGORITHMS[name].uses_hosts and len(topology.host_names) in (1, self.size):
-                    continue
-                target = self.size - 1 if collective == "send_recv" else 0
-                programs[name] = build(collective, name, self.size, hosts=self.hosts, target=target)
-            predicted = {name: cost(p, nbytes, topology, itemsize=ITEMSIZE).seconds for name, p in programs.items()}
-            far = self._first(min(predicted.values())) * FAR
-            for name, seconds in predicted.items():
-                if self._first(seconds > far):
-                    continue
-                ratio = self._time(self._runner(programs[name], nbytes), self.seconds / 40) / self._first(seconds)
+            size = self._even(nbytes)
+            choice = choose(collective, size, topology)
+            options = [Option(choice.algorithm, choice.segments, choice.predicted_s), *choice.alternatives]
+            near = [o for o in options if o.predicted_s <= FAR * choice.predicted_s and o.algorithm in ALGORITHMS]
+            arms: dict[str, Callable[[], None]] = {}
+            alike: dict[Any, str] = {}  # by what is done: two names for the same need not both be timed
+            stands_for: dict[str, str] = {}
+            for option in near:
+                made = choose(collective, size, topology, only=(option.algorithm,), segments=option.segments).program
+                assert made is not None
+                name = alike.setdefault((made.rounds, made.shares, made.chunks), option.algorithm)
+                stands_for[option.algorithm] = name
+                if name == option.algorithm:
+                    arms[name] = self._runner(made, size)
+            if collective != "send_recv":
+                arms[self.backend] = self._runner(build(collective, "direct", self.size), size, own=True)
+            times = dict(zip(arms, self._turns(list(arms.values()), self.seconds / len(TUNED_SIZES)), strict=True))
+            values = {o.algorithm: times[stands_for[o.algorithm]] / o.predicted_s for o in near}
+            if self.backend in times:
+                values[self.backend] = times[self.backend]
+            for name, value in values.items():
                 sizes, ratios = found.setdefault(name, ([], []))
                 sizes.append(nbytes)
-                ratios.append(ratio)
+                ratios.append(value)
         return {
             f"{collective}/{name}": Curve(
-                name=name, collective=collective, sizes=tuple(sizes), values=tuple(ratios), ratio=True
+                name=name,
+                collective=collective,
+                sizes=tuple(sizes),
+                values=tuple(ratios),
+                ratio=name != self.backend,
             )
             for name, (sizes, ratios) in found.items()
         }

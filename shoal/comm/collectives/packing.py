@@ -8,7 +8,7 @@ of equal speed both ways, that of Nash-Williams and Tutte).
 
 Then few trees: equal ones of whole parts of the links where that comes within ``within`` of the bound, else those of
 the best packing without which the rate would fall below that. An all-reduce goes up and down the same tree where links
-have equal speed both ways.
+have equal speed both ways. A message to one rank has paths for trees, by way of ranks that only pass it on.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from shoal.comm.collectives.draft import Draft, merge
 from shoal.comm.collectives.trees import Tree, tree_broadcast, tree_reduce
 from shoal.errors import UserError, unknown_name
 
-COLLECTIVES = ("all_reduce", "broadcast", "reduce")
+COLLECTIVES = ("all_reduce", "broadcast", "reduce", "send_recv")
 Floats = npt.NDArray[np.float64]
 
 
@@ -35,7 +35,7 @@ class PackedTree:
     """A spanning tree: who is whose parent on the way up (sums) and on the way down (results), and over which link."""
 
     root: int
-    up: tuple[Link, ...]  # from each rank but the root to its parent; () for a broadcast
+    up: tuple[Link, ...]  # from each rank but the root to its parent; () where nothing is added up
     down: tuple[Link, ...]  # from its parent to each rank but the root; () for a reduce
     bytes_per_s: float  # its part of the rate
 
@@ -51,6 +51,7 @@ class Packing:
     topology: Topology
     trees: tuple[PackedTree, ...]
     bound_bytes_per_s: float  # no set of trees is faster
+    target: int = 0  # of send_recv
 
     @property
     def bytes_per_s(self) -> float:
@@ -74,6 +75,7 @@ def pack(
     collective: str = "all_reduce",
     root: int = 0,
     *,
+    target: int = 0,
     lanes: Sequence[int] | None = None,
     within: float = 0.05,
 ) -> Packing:
@@ -83,8 +85,10 @@ def pack(
     for a collective that is no tree's, and where the links do not join all ranks."""
     if collective not in COLLECTIVES:
         raise unknown_name("collective for trees", collective, COLLECTIVES)
-    if not 0 <= root < topology.size:
-        raise UserError(f"packing: root must be a rank from 0 to {topology.size - 1}, got {root}.")
+    if not (0 <= root < topology.size and 0 <= target < topology.size) or (
+        collective == "send_recv" and root == target
+    ):
+        raise UserError(f"packing: root and target must be two ranks below {topology.size}, got {root} and {target}.")
     if topology.size == 1:
         return Packing(collective, topology, (), float("inf"))
     used = topology.only(lambda link: link.lane == 0 if lanes is None else link.lane in lanes)
@@ -92,12 +96,12 @@ def pack(
         used = topology
     if not _joins(used, root):
         raise UserError(f"packing: the links (lanes {lanes or 'all'}) do not join all {topology.size} ranks both ways.")
-    problem = _Problem(used, collective, root)
+    problem = _Problem(used, collective, root, target)
     bound = problem.solve()
     equal = problem.equal(bound, bound * (1 - within))
     few = problem.few(bound * (1 - within)) if not equal or len(equal) > 1 else ()
     trees = min((found for found in (equal, few) if found), key=len)
-    return Packing(collective, topology, trees, bound)
+    return Packing(collective, topology, trees, bound, target)
 
 
 def program(packing: Packing, segments: int = 1) -> Program:
@@ -108,7 +112,7 @@ def program(packing: Packing, segments: int = 1) -> Program:
     root = root if packing.collective != "all_reduce" else 0
     if not packing.trees:
         return Draft(ranks, 1).program(packing.collective, "packed_trees", root=root)
-    parts = [_along(packing.collective, tree, ranks, segments) for tree in packing.trees]
+    parts = [_along(packing, tree, ranks, segments) for tree in packing.trees]
     return merge(parts, "packed_trees", _whole([tree.bytes_per_s for tree in packing.trees]))
 
 
@@ -117,16 +121,20 @@ def _whole(rates: Sequence[float]) -> list[int]:
     return [max(1, round(Fraction(rate / max(rates)).limit_denominator(1000) * 1000)) for rate in rates]
 
 
-def _along(collective: str, tree: PackedTree, ranks: int, segments: int) -> Program:
-    draft, chunks, step = Draft(ranks, segments), range(segments), 0
+def _along(packing: Packing, tree: PackedTree, ranks: int, segments: int) -> Program:
+    draft, chunks, step, collective = Draft(ranks, segments), range(segments), 0, packing.collective
     lanes = {(link.source, link.target): link.lane for link in (*tree.up, *tree.down)}
-    if collective != "broadcast":
+    if tree.up:
         step = tree_reduce(draft, _as_tree(ranks, tree.root, {link.source: link.target for link in tree.up}), chunks)
-    if collective != "reduce":
+    if collective == "send_recv":
+        for hop, link in enumerate(tree.down):
+            for place in chunks:
+                draft.message(hop + place, link.source, link.target, place)
+    elif tree.down:
         below = _as_tree(ranks, tree.root, {link.target: link.source for link in tree.down})
         tree_broadcast(draft, below, chunks, step)
-    rooted = tree.root if collective != "all_reduce" else 0
-    return _on_lanes(draft.program(collective, "packed_trees", root=rooted), lanes)
+    root = tree.root if collective != "all_reduce" else 0
+    return _on_lanes(draft.program(collective, "packed_trees", root=root, target=packing.target), lanes)
 
 
 def _as_tree(ranks: int, root: int, above: dict[int, int]) -> Tree:
@@ -185,8 +193,8 @@ class _Problem:
     """Maximise the sum of the trees' rates; a row for each link that nothing it goes through limits more, and for each
     capacity. The revised simplex method; capacities are moved a little apart so that it never stands still."""
 
-    def __init__(self, topology: Topology, collective: str, root: int) -> None:
-        self.topology, self.collective, self.root = topology, collective, root
+    def __init__(self, topology: Topology, collective: str, root: int, target: int) -> None:
+        self.topology, self.collective, self.root, self.target = topology, collective, root, target
         self.links = topology.links
         rates = topology.rates
         limits: list[float] = []
@@ -236,7 +244,8 @@ class _Problem:
 
     def equal(self, bound: float, at_least: float) -> tuple[PackedTree, ...]:
         """The fewest trees of one rate that reach ``at_least``, each on whole parts of links; () if there are none."""
-        if self.topology.capacities or (self.collective == "all_reduce" and not self.alike):
+        irregular = self.collective == "all_reduce" and not self.alike
+        if self.topology.capacities or irregular or self.collective == "send_recv":
             return ()
         rates = sorted({link.bytes_per_s for link in self.links})
         for count in range(1, MOST_EQUAL_TREES + 1):
@@ -341,6 +350,8 @@ class _Problem:
             return self.root, (), self._one_way(costs, self.root, down=True)
         if self.collective == "reduce":
             return self.root, self._one_way(costs, self.root, down=False), ()
+        if self.collective == "send_recv":
+            return self.root, (), self._path(costs)
         if self.alike:
             both = [costs[place] + costs[self._reverse(place)] for place in range(len(costs))]
             down = self._one_way(both, self.root, down=True)
@@ -364,6 +375,22 @@ class _Problem:
         if found is None:
             raise AssertionError("the links join all ranks: that was looked at before")
         return tuple(sorted(found))
+
+    def _path(self, costs: Sequence[float]) -> tuple[int, ...]:
+        """The cheapest way from root to target; of equally cheap ones, the one with the fewest links."""
+        best: dict[int, tuple[float, int, tuple[int, ...]]] = {
+            self.root: (0.0, 0, ())
+        }  # by rank: price, links, their places
+        open_ = [self.root]
+        while open_:
+            at = open_.pop(0)
+            price, count, way = best[at]
+            for place, link in enumerate(self.links):
+                offer = (price + costs[place], count + 1)
+                if link.source == at and (link.target not in best or offer < best[link.target][:2]):
+                    best[link.target] = (*offer, (*way, place))
+                    open_.append(link.target)
+        return best[self.target][2]
 
     def _centred(self, down: Sequence[int]) -> Chosen:
         """The same tree from its middle, which makes it shallow."""

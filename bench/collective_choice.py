@@ -1,0 +1,216 @@
+"""How good the cost model's choice is: every algorithm measured over gloo, the chosen one against the best.
+
+    python bench/collective_choice.py [--workers 2 3 4] [--rounds 7]
+
+In one set of processes: probe, choose for every collective and size, then measure all algorithms in turns, round by
+round. A time is the lower quartile over rounds of the slowest rank. The best of one half of the rounds is held against
+the chosen one in the other half, both ways: the least of many noisy times is too small, and would make any choice look
+bad. A choice is good when it takes at most 1.1 times as long as the best. Beside it: the choice without the corrections
+that tuning measures; gloo's own collective always (the control); and how far the two halves differ for one and the
+same algorithm, which is the noise. The same choice is asked for on random topologies, where the loopback's clock is the
+truth.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import shoal.comm as comm
+from shoal.cluster.topology import Speed, Topology
+from shoal.comm.collectives import torch_own
+from shoal.comm.collectives.actions import Program, block_sizes
+from shoal.comm.collectives.choose import Choice, Option, choose
+from shoal.comm.collectives.execute import carry_out
+from shoal.comm.layout import ALIGNMENT
+from shoal.comm.probing import Probed, usual
+from shoal.comm.transports.contract import Transport, drive
+from shoal.comm.transports.loopback import Loopback
+from shoal.comm.transports.torch_group import TorchGroup
+
+RESULTS = Path(__file__).parent / "results"
+COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter")
+SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 21, 1 << 23)  # only some of them are sizes that tuning measures
+GOOD = 1.1
+
+
+def tensors(program: Program, rank: int, nbytes: int) -> tuple[list[torch.Tensor | None], list[int]]:
+    sizes = block_sizes(program.collective, program.ranks, nbytes // 4)
+    spans = program.spans(sizes, ALIGNMENT)
+    made = []
+    for chunks in (program.starts[rank], program.ends[rank]):
+        made.append(torch.ones(sum(spans[c].stop - spans[c].start for c in chunks)) if len(chunks) else None)
+    return made, sizes
+
+
+def program_of(collective: str, option: Option, found: Probed, nbytes: int) -> Program:
+    """What an option does; for the backend's own collective any program, whose tensors it takes."""
+    own = option.algorithm == found.backend
+    name, segments = ("direct", 1) if own else (option.algorithm, option.segments)
+    program = choose(collective, nbytes, found.topology, only=(name,), segments=segments).program
+    assert program is not None
+    return program
+
+
+def runner(transport: TorchGroup, program: Program, nbytes: int, own: bool) -> Callable[[], None]:
+    (operand, result), sizes = tensors(program, transport.rank, nbytes)
+    if own:
+        return partial(torch_own.run, program.collective, transport.groups[0], operand, result, 0, "sum")
+    return lambda: drive(carry_out(transport, program, operand, result, sizes=sizes))
+
+
+def case(transport: TorchGroup, collective: str, nbytes: int, found: Probed, rounds: int) -> dict:
+    tuned = comm.plan(collective, nbytes, found)
+    plain = choose(collective, nbytes, found.topology, curves=found.curves)
+    options = [Option(tuned.algorithm, tuned.segments, tuned.predicted_s), *tuned.alternatives]
+    if str(Option(plain.algorithm, plain.segments, 0.0)) not in map(str, options):
+        options.append(Option(plain.algorithm, plain.segments, plain.predicted_s))
+    names: dict[str, str] = {}  # of options that do the same, the first stands for all
+    arms: dict[str, Callable[[], None]] = {}
+    alike: dict[object, str] = {}
+    for option in options:
+        program = program_of(collective, option, found, nbytes)
+        done = found.backend if option.algorithm == found.backend else (program.rounds, program.shares, program.chunks)
+        names[str(option)] = alike.setdefault(done, str(option))
+        if names[str(option)] == str(option):
+            arms[str(option)] = runner(transport, program, nbytes, own=option.algorithm == found.backend)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(2 * rounds + 1):
+        for name in arms if number % 2 else reversed(list(arms)):
+            dist.barrier()
+            begin = time.perf_counter()
+            arms[name]()
+            spent = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
+            dist.all_reduce(spent, dist.ReduceOp.MAX)
+            if number:
+                times[name].append(float(spent))
+    halves = [{name: usual(each[first::2]) for name, each in times.items()} for first in (0, 1)]
+    best = [min(half, key=lambda name: half[name]) for half in halves]
+
+    def regret(name: str) -> float:
+        """The chosen over the best of the other half; the geometric mean of both ways."""
+        name = names[name]
+        return max(1.0, math.prod(halves[i][name] / halves[i][best[1 - i]] for i in (0, 1)) ** 0.5)
+
+    def chosen(choice: Choice) -> str:
+        return str(Option(choice.algorithm, choice.segments, 0.0))
+
+    return {
+        "collective": collective,
+        "nbytes": nbytes,
+        "chosen": chosen(tuned),
+        "best": best,
+        "regret": regret(chosen(tuned)),
+        "regret_untuned": regret(chosen(plain)),
+        "regret_own": regret(found.backend) if found.backend in names else None,
+        "noise": max(halves[0][best[0]] / halves[1][best[0]], halves[1][best[0]] / halves[0][best[0]]),
+        "predicted_s": tuned.predicted_s,
+        "measured_s": {name: usual(each) for name, each in times.items()},
+    }
+
+
+def rank_main(rank: int, world: int, port: int, rounds: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    found = comm.probe(curves=COLLECTIVES, tune=COLLECTIVES)
+    transport = TorchGroup()
+    even = [nbytes // (4 * world) * 4 * world for nbytes in SIZES]  # torch's own collectives want equal blocks
+    cases = [case(transport, name, nbytes, found, rounds) for name in COLLECTIVES for nbytes in even]
+    if rank == 0:
+        probed = {"probe_s": found.seconds, "residual": found.residual, "cases": cases}
+        Path(out).write_text(json.dumps({"workers": world, **probed}))
+    dist.destroy_process_group()
+
+
+def measured(world: int, rounds: int) -> dict:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    RESULTS.mkdir(exist_ok=True)
+    out = RESULTS / f".choice-{os.getpid()}.json"
+    try:
+        mp.spawn(rank_main, (world, port, rounds, str(out)), nprocs=world)
+        return json.loads(out.read_text())
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def simulated(topology: Topology, program: Program, nbytes: int) -> float:
+    def steps(transport: Transport):
+        (operand, result), sizes = tensors(program, transport.rank, nbytes)
+        return carry_out(transport, program, operand, result, sizes=sizes)
+
+    return Loopback(topology).run(steps).seconds
+
+
+def random_topology(draw: random.Random) -> Topology:
+    ranks = draw.randint(2, 8)
+    if draw.random() < 0.3:
+        name = draw.choice(("dgx1-p100", "dgx1-v100"))
+        return Topology.preset(name, sorted(draw.sample(range(8), ranks)))
+    hosts = min(ranks, draw.choice((1, 2, 3)))
+    inside = Speed(10 ** draw.uniform(9, 10.5), 10 ** draw.uniform(-6, -4))
+    between = [Speed(10 ** draw.uniform(8, 9.5), 10 ** draw.uniform(-5, -3.7)) for _ in range(draw.choice((1, 1, 2)))]
+    return Topology.synthetic(ranks, hosts=hosts, inside=inside, between=between)
+
+
+def on_loopback(count: int) -> dict:
+    draw, regrets = random.Random(0), []
+    for _ in range(count):
+        topology, collective = random_topology(draw), draw.choice(COLLECTIVES)
+        nbytes = 4 * round(4 ** draw.uniform(4, 10))
+        choice = choose(collective, nbytes, topology)
+        options = [Option(choice.algorithm, choice.segments, 0.0), *choice.alternatives]
+        times = []
+        for option in options[:6]:
+            program = choose(collective, nbytes, topology, only=(option.algorithm,)).program
+            assert program is not None
+            times.append(simulated(topology, program, nbytes))
+        regrets.append(times[0] / min(times))
+    return {"cases": count, "good": sum(r <= GOOD for r in regrets) / count, "worst": max(regrets)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--topologies", type=int, default=60)
+    args = parser.parse_args()
+    report: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
+    report["runs"] = [measured(world, args.rounds) for world in args.workers]
+    report["load_average"] = os.getloadavg()
+    cases = [each for run in report["runs"] for each in run["cases"]]
+    for name in ("regret", "regret_untuned", "regret_own", "noise"):
+        values = [each[name] for each in cases if each[name] is not None]
+        report[name] = {
+            "good": sum(value <= GOOD for value in values) / len(values),
+            "median": statistics.median(values),
+            "worst": max(values),
+        }
+        print(f"{name}: within 10 % of the best in {report[name]['good']:.0%} of {len(values)} cases, "
+              f"median {report[name]['median']:.2f}, worst {report[name]['worst']:.2f}")  # fmt: skip
+    for each in cases:
+        if each["regret"] > GOOD:
+            print(f"  missed: {each['collective']} of {each['nbytes']}: {each['chosen']}, best {each['best']}, "
+                  f"{each['regret']:.2f}")  # fmt: skip
+    report["loopback"] = on_loopback(args.topologies)
+    print(f"loopback: {report['loopback']}")
+    (RESULTS / "collective_choice.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
