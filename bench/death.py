@@ -62,9 +62,9 @@ def forked(work: Callable[[int], bytes], ranks: int) -> list[tuple[int, int]]:
 
 def join(transport: str, rank: int, ranks: int, folder: str) -> None:
     if transport != "gloo":
-        from shoal import comm
+        from shoal.comm.backend.registration import install
 
-        comm.install()
+        install()
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group(transport, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
 

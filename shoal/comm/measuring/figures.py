@@ -57,6 +57,7 @@ class Row:
     algorithm_bytes_per_s: float | None  # None: a barrier moves nothing
     bus_bytes_per_s: float | None
     memcpy_share: float | None  # of the speed of a copy of the same bytes on all ranks at once, in the same run
+    memcpy_share_best: float | None  # the same of the best iterations
     cpu_s: float  # of all ranks, an operation
     against: float | None  # times as fast as its control: the first transport by the same algorithm, else its first arm
     against_best: float | None  # the same of the best iterations
@@ -122,6 +123,7 @@ def _row(cell: Cell, arm: Arm, found: _Arm, control: _Arm, copying: _Arm, ranks:
         algorithm_bytes_per_s=rate,
         bus_bytes_per_s=None if rate is None else rate * bus_factor(cell.op, ranks),
         memcpy_share=median(shares) if cell.nbytes else None,
+        memcpy_share_best=copying.best / found.best if cell.nbytes else None,
         cpu_s=found.cpu,
         against=None if itself else median(a / b for a, b in zip(control.rounds, found.rounds, strict=True)),
         against_best=None if itself else control.best / found.best,

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shoal.comm.group import Group
 from shoal.comm.measuring.cases import NATIVE, ZERO_COPY_TRANSPORTS, Arm, Settings
@@ -42,13 +43,12 @@ class Groups:
 
     def on_heap(self, transport: str, dtype: torch.dtype) -> Empty:
         """Makes tensors that the transport reads and writes where they lie."""
-        from shoal import comm
-        from shoal.comm.backend.groups import backend_of
+        from shoal.comm.backend.groups import backend_of, symm_empty
 
         group = self.by_transport[transport]
 
         def empty(elements: int) -> Tensor:
-            made = comm.symm_empty(elements, dtype, group).zero_()
+            made = symm_empty(elements, dtype, group).zero_()
             if elements and not backend_of(group).owns(made.data_ptr()):
                 raise UserError(f"no room for {made.nbytes} bytes on the symmetric heap: take smaller --sizes.")
             return made
@@ -95,10 +95,10 @@ def algorithm_call(op: str, algorithm: str, t: Tensors, group: dist.ProcessGroup
 @contextmanager
 def opened(group: Group, settings: Settings) -> Iterator[Groups]:
     """A group of all ranks for each transport. Ranks that nobody has joined yet are joined for as long."""
-    from shoal import comm
+    if set(settings.transports) & set(ZERO_COPY_TRANSPORTS):
+        from shoal.comm.backend.registration import install
 
-    if set(settings.transports) & {"shm", "hier"}:
-        comm.install()
+        install()
     ours = not dist.is_initialized()
     if ours:
         _join(group)
