@@ -20,7 +20,7 @@ from shoal.comm.collectives.curves import Curve
 from shoal.comm.collectives.registry import ALGORITHMS, algorithms, build
 from shoal.errors import UserError, unknown_name
 
-SEGMENTS = (1, 2, 4, 8, 16, 32, 64, 128)
+MOST_SEGMENTS = 128
 SMALLEST_SEGMENT = 4096  # bytes
 PACKED, RINGS, MULTIPATH = "packed_trees", "rings", "multipath"
 
@@ -86,6 +86,8 @@ def choose(
     native = {curve.name: curve for curve in curves if curve.collective == collective}
     several = [MULTIPATH] if topology.lanes > 1 and topology.size > 1 and nbytes else []
     wanted = [*makers, *native, *several] if only is None else list(only)
+    if not wanted:
+        raise UserError(f"{collective}: no algorithm to choose from: name at least one, or leave them out.")
     for name in wanted:
         if name not in (*makers, *native, *several):
             if name in (PACKED, RINGS, MULTIPATH) or name in ALGORITHMS:
@@ -207,14 +209,23 @@ class _Asked:
         if pinned is not None or not pipelined:
             count = pinned or 1
             return Option(name, count, self.seconds(make(count)))
-        found: list[Option] = []
-        for count in SEGMENTS:
-            if count > 1 and self.nbytes < count * SMALLEST_SEGMENT:
+        tried: dict[int, Option] = {}
+
+        def attempt(count: int) -> Option:
+            if count not in tried:
+                tried[count] = Option(name, count, self.seconds(make(count)))
+            return tried[count]
+
+        best = attempt(1)
+        most = min(MOST_SEGMENTS, self.nbytes // SMALLEST_SEGMENT)
+        for count in (4, 16, 64):  # in strides of 4, then the powers of 2 beside the best
+            if count > most or attempt(count).predicted_s > best.predicted_s:
                 break
-            found.append(Option(name, count, self.seconds(make(count))))
-            if len(found) > 2 and found[-1].predicted_s > found[-2].predicted_s > found[-3].predicted_s:
-                break
-        return min(found, key=lambda option: option.predicted_s)
+            best = attempt(count)
+        for count in (best.segments // 2, best.segments * 2):
+            if 1 <= count <= most:
+                best = min(best, attempt(count), key=lambda option: option.predicted_s)
+        return best
 
 
 def _why(asked: _Asked, first: Option, others: tuple[Option, ...], program: Program | None, *, pinned: bool) -> str:
