@@ -212,7 +212,7 @@ class DistributedExchange:
         self.partials = self._buffers[: self._counts[self._group.rank]]
         self._posted = self._reduced = 0
         self._scatters, self._operands, self._gathers = [], [], []
-        self._moments.begin()
+        self._moments.tell(self.account.begin())
 
     @property
     def rows(self) -> np.ndarray:

@@ -19,11 +19,12 @@ class Moments:
         self._account, self._me, self._buckets = account, account.counters.rank, account.form.buckets
         self.width = self._buckets + 1 + account.form.width
         account.offsets = {rank: Offset() for rank, clock in enumerate(clocks) if clock != clocks[self._me]}
-        self._told: list[float] = []
+        self._told: Sequence[float] = ()
         self._sent = self._seen = 0.0
 
-    def begin(self) -> None:
-        self._told = self._account.begin()
+    def tell(self, account: Sequence[float]) -> None:
+        """A step begins; ``account`` is what `Account.begin` has said."""
+        self._told = account
 
     def write(self, row: np.ndarray) -> None:
         """Fill the own row [width]; the last bucket has just been posted."""

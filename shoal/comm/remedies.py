@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from shoal.comm.layout import BLOCK
+
 CODECS: Mapping[str, float] = {"bf16": 2.0, "int8": 4.0, "1bit": 32.0, "topk": 50.0}  # name -> bytes before / after
 CODEC_BYTES_PER_S = 3e9  # a core, of float32: what the compressors of shoal.comm.compression are held to
 _ALGORITHMS = ("direct", "ring", "halving-doubling", "double tree", "two-level")
@@ -140,12 +142,15 @@ def compression(m: Measured, factor: float, codec_bytes_per_s: float = CODEC_BYT
 
 
 def bucket_count(m: Measured) -> tuple[int, float]:
-    """(the number of buckets that leaves least exposed, seconds saved by it): a power of two times more or fewer."""
+    """(the number of buckets that leaves least exposed, seconds saved by it): a power of two times more or fewer.
+
+    Never less than a block a worker. Where start costs are not known, more buckets would look free: only fewer then."""
     best = (m.buckets, 0.0)
+    most = max(m.buckets, m.gradient_bytes / (BLOCK * 4 * m.workers)) if m.latency_s > 0 else m.buckets
     for power in range(-10, 7):
         count = max(1, round(m.buckets * 2.0**power))
         saved = gain(m, m.latency_s * count / m.buckets, m.bytes_s, count)
-        if saved > best[1] * (1 + 1e-9) and count != m.buckets:
+        if saved > best[1] * (1 + 1e-9) and count != m.buckets and count <= most:
             best = (count, saved)
     return best
 

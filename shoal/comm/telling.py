@@ -26,12 +26,12 @@ class Teller:
         """The field, or None when it is not yet time. ``rows``: of all workers, [workers, form.width].
 
         ``offsets``: of the workers whose clock is not rank 0's."""
-        now = [self._form.read(row) for row in rows]
-        step = now[0].step
-        if len(now) < 2 or not all(told.steps for told in now):
+        step, steps = int(rows[0, 0]), int(rows[0, 1])
+        due = step <= EVERY_STEP_UP_TO or step % TOGETHER == 0 or steps <= EVERY_STEP_UP_TO or sampled(step)
+        if len(rows) < 2 or not due:
             return None
-        due = step <= EVERY_STEP_UP_TO or step % TOGETHER == 0 or now[0].steps <= 3
-        if not (due or sampled(step)):
+        now = [self._form.read(row) for row in rows]
+        if not all(told.steps for told in now):
             return None
         field = _since(self._last, now, self._form)
         samples = [told.sample for told in now]

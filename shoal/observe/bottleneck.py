@@ -118,7 +118,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _server(c: Communication) -> Bottleneck | None:
-    blame = [fmean(row[c.workers + server] for row in c.waits) for server in range(c.servers)]
+    blame = [fmean(row[peer] for row in c.waits) for peer in range(c.workers, len(c.waits[0]))]
     lost = sum(blame)
     if lost <= 0:
         return None
@@ -141,6 +141,13 @@ def _transfer(c: Communication) -> Bottleneck | None:
             f"much, as when there are more workers than free cores"
         )
         return _named(c, "latency", lost, f"{text}.")
+    if c.algorithm == "server":
+        servers = "the server has" if c.servers == 1 else f"the {c.servers} servers have"
+        text = (
+            f"The workers stand still {_of_step(c, lost)} of each step until {servers} taken {size(c.sent_bytes)} of "
+            f"gradients from each, and given the new weights"
+        )
+        return _named(c, "server", lost, f"{text}.")
     if m.latency_s > m.bytes_s:
         text = (
             f"Start costs take most of the {_of_step(c, lost)} that the workers stand still for transfers: "

@@ -232,7 +232,8 @@ class Stale(_OnServers):
         self._first = number - self.exchange.clock + 1  # the step that has clock 0 on the servers
         counts = self._ledger.counts(number - 1)
         share = sum(counts[shard] for shard in self.exchange.placement.ownership[0]) / sum(counts)
-        row = torch.cat([self.exchange.facts, torch.tensor([figures.norm, self._ahead], dtype=torch.float64)])
+        figure = torch.tensor([figures.norm, self._ahead], dtype=torch.float64)
+        row = torch.cat([self.exchange.facts, figure, torch.from_numpy(self.exchange.rows[self.group.rank])])
         if self.group.rank == 0:
             self._rows.setdefault(number, {})[0] = row
         groups, unused = optimizers.options_of(self.optimizer), self.gradients.unused()
@@ -260,9 +261,11 @@ class Stale(_OnServers):
             if len(rows) < self.group.world:
                 break
             table = torch.stack([rows[worker] for worker in range(self.group.world)])
-            ahead = table[:, -1].tolist()
-            norm = math.sqrt(math.fsum(n * n for n in table[:, -2].tolist()) / len(ahead))
-            figures = self.gradients.figures(table[:, :-2], norm, self._passes(number))
+            end = len(self.exchange.facts)
+            ahead = table[:, end + 1].tolist()
+            norm = math.sqrt(math.fsum(n * n for n in table[:, end].tolist()) / len(ahead))
+            figures = self.gradients.figures(table[:, :end], norm, self._passes(number))
+            self.exchange.rows[1:] = table[1:, end + 2 :].numpy()
             extra = {"staleness": {"max": int(max(ahead)), "mean": sum(ahead) / len(ahead)}}
             found.append((number, figures, extra))
             del self._rows[number]

@@ -221,7 +221,10 @@ class Worker:
     @property
     def transport(self) -> dict[str, Any]:
         """What carries the gradients: see the event `started`."""
-        return transport(self._gradients.exchange.account) if self._gradients else {}
+        if self._gradients is None:
+            return {}
+        servers = {"servers": self.plan.servers} if self.plan.sync == "parameter-server" else {}
+        return {**transport(self._gradients.exchange.account), **servers}
 
     def communication(self) -> dict[str, Any] | None:
         """On rank 0, after a step: now and then, what all workers' transports have counted since the last answer."""

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from shoal.comm.counters import Kind, Total
+from shoal.comm.counters import Total
 from shoal.comm.exchange import Placement
 from shoal.comm.layout import BLOCK, flat_layout
 from shoal.comm.recording import record
@@ -49,9 +49,13 @@ def _burn(seconds):
 
 
 def _until_others_wait(group):
-    """Wait until every other worker stands still for somebody."""
+    """Wait until every other worker stands still for this one."""
     others = [rank for rank in range(group.world) if rank != group.rank]
-    while not all(group.report.board.read(rank).phase is Phase.waiting for rank in others):
+
+    def waits(at):
+        return at.phase is Phase.waiting and at.peer == group.rank
+
+    while not all(waits(group.report.board.read(rank)) for rank in others):
         continue
 
 
@@ -109,10 +113,9 @@ def test_a_worker_that_comes_late_is_the_one_that_is_waited_for(on_workers, late
     results = on_workers(3, _straggling, late, steps)
     for rank, totals in enumerate(results):
         waits = totals["reduce-scatter", "shared memory"].waits
-        if rank == late:
-            continue
-        assert waits[late] >= steps * BURN_S * 0.99
-        assert sum(waits) - waits[late] <= 0.5 * waits[late]
+        assert waits[rank] == 0.0
+        if rank != late:
+            assert waits[late] >= steps * BURN_S * 0.99
 
 
 def _recorded(group, folder):
@@ -160,15 +163,17 @@ def _joined(group, fast, ownership, late, clocks):
     if clocks:  # another name for the clock: its offset must be found
         module.clock_name = lambda: f"clock {group.rank}"
     joined = module.DistributedGroup(60.0, accelerator=False)
+    joined.report.board = board = group.report.board
     exchange, passes = _exchange(joined, ownership, fast=fast)
 
     def hold(bucket):
         if group.rank == late and bucket == len(exchange.layout.buckets) - 1:
+            while not (board.read(0).phase is Phase.exchanging and board.read(0).step == joined.report.position.step):
+                continue
             _burn(BURN_S)
 
     for number in range(1, 5):
         _step(joined, exchange, passes, number, hold)
-        group.gather(b"")  # all begin the next step together: who is late is late by what the test makes it
     totals, rows = joined.counters.totals(), [exchange.account.form.read(row) for row in exchange.rows]
     offsets = {rank: (offset.seconds, offset.error_s) for rank, offset in exchange.account.offsets.items()}
     group.gather(b"")
@@ -186,8 +191,8 @@ def test_all_to_all_and_all_gather_count_what_they_send_to_each_peer(on_workers)
         assert (gather.sent_bytes, gather.received_bytes) == (slices, slices)
         assert [row.steps for row in rows] == [3, 3]
         if rank == 0:
-            assert scatter.waits[1] >= 4 * BURN_S * 0.5
-            assert scatter.waits[1] > 0.5 * scatter.exposed[Kind.waiting]
+            assert scatter.waits[1] >= 4 * BURN_S * 0.5  # but for what passes between the word and the deed
+            assert scatter.waits[0] == 0.0
 
 
 def test_an_all_reduce_counts_as_a_ring_and_clocks_of_other_hosts_are_told_together(on_workers):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.comm import remedies as model
+from shoal.comm.layout import BLOCK
 from shoal.comm.remedies import Measured
 
 seconds = st.floats(0.0, 1.0)
@@ -106,6 +107,14 @@ def test_no_other_placement_ends_sooner(costs, more):
     for other in itertools.product(range(1, shards + 1), repeat=len(costs)):
         if sum(other) == shards:
             assert longest <= max(cost * count for cost, count in zip(costs, other, strict=True)) + 1e-12
+
+
+@given(steps())
+def test_buckets_are_never_smaller_than_a_block_a_worker_nor_more_where_start_costs_are_unknown(m):
+    count, saved = model.bucket_count(m)
+    assert count <= max(m.buckets, m.gradient_bytes / (BLOCK * 4 * m.workers))
+    assert model.bucket_count(replace(m, latency_s=0.0))[0] <= m.buckets
+    assert saved == 0.0 or count != m.buckets
 
 
 def test_a_worker_of_half_the_speed_gets_half_the_work():

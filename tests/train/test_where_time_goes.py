@@ -23,9 +23,13 @@ LATE = 1
 
 
 def hold(group):
-    """Go on only when every other worker is seen to stand still, and then be late for certain."""
+    """Go on only when every other worker is seen to stand still for this one, and then be late for certain."""
     others = [rank for rank in range(group.world) if rank != group.rank]
-    while not all(group.report.board.read(rank).phase is Phase.waiting for rank in others):
+
+    def waits(at):
+        return at.phase is Phase.waiting and at.peer == group.rank
+
+    while not all(waits(group.report.board.read(rank)) for rank in others):
         continue
     end = time.monotonic() + BURN_S
     while time.monotonic() < end:
@@ -104,6 +108,17 @@ def test_the_command_says_it_in_a_sentence_and_in_json_and_writes_a_trace(run, c
     spans = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {span["args"]["name"] for span in spans if span["name"] == "process_name"} == {"rank 0", "rank 1", "rank 2"}
     assert any(span["name"] == "waiting for a worker" and span["dur"] >= 0.9 * BURN_S * 1e6 for span in spans)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_workers_on_parameter_servers_tell_of_themselves_too(run, staleness):
+    tiny, data = recipe("mlp", steps=12), splits("mlp", 64, held_out=0)
+    plan = Plan(mesh={"data": 2}, device="cpu", sync="parameter-server", staleness=staleness)
+    c = read_communication(Run(Path(run(tiny, 2, plan=plan, data=data)["run_dir"])).events())
+    assert (c.workers, c.servers, c.algorithm) == (2, 1, "server")
+    assert {operation for operation, _ in c.flows} == {"push", "pull"}
+    assert all(of.exposed_s > 0 for of in c.by_worker)
+    assert all(busy > 0 for busy in c.busy)
 
 
 def test_counting_changes_no_bit_and_one_worker_tells_of_no_communication(run):

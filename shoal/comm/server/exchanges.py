@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from shoal.comm.account import Account
+from shoal.comm.clocks import clock_name
 from shoal.comm.counters import Kind
 from shoal.comm.exchange import Denominators, Placement
 from shoal.comm.finishing import finish_flat, global_norm
 from shoal.comm.group import Group
 from shoal.comm.layout import BLOCK, Layout
+from shoal.comm.moments import Moments
 from shoal.comm.server.client import Client, Grant
 from shoal.comm.status import Phase
 from shoal.comm.tree import Add
@@ -201,6 +203,20 @@ class StaleExchange(OwnSum):
 class ServedExchange(_Own):
     """Every step is one round of all workers: partial sums go to the servers, which finish the canonical tree."""
 
+    def __init__(
+        self,
+        group: Group,
+        layout: Layout,
+        placement: Placement,
+        most_passes: tuple[int, ...],
+        facts: int,
+        denominators: Denominators,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(group, layout, placement, most_passes, facts, denominators, dtype)
+        clocks = [name.decode() for name in group.gather(clock_name().encode())]
+        self._moments = Moments(self.account, clocks)
+
     def connect(self, client: Client) -> None:
         super().connect(client)
         self._buffers = client.operands()
@@ -208,6 +224,7 @@ class ServedExchange(_Own):
 
     def begin(self, passes: tuple[int, ...]) -> None:
         super().begin(passes)
+        self._moments.tell(self.rows[self.group.rank].copy())
         counts = self.placement.partials(passes)
         self.partials = self._buffers[: counts[self.group.rank]]
         memory = self._servers.memory
@@ -226,13 +243,19 @@ class ServedExchange(_Own):
         self.account.finishes()
         before = self.group.report.position
         self.group.report(Phase.exchanging)
-        for rank, row in enumerate(self.group.gather(self.facts.numpy().tobytes())):
-            self.all_facts[rank] = torch.frombuffer(bytearray(row), dtype=torch.float64)
+        mine = np.empty(len(self.facts) + self._moments.width)
+        mine[: len(self.facts)] = self.facts.numpy()
+        self._moments.write(mine[len(self.facts) :])
+        rows = np.stack([np.frombuffer(row) for row in self.group.gather(mine.tobytes())])
+        seen = self.account.now()
+        self.all_facts.copy_(torch.from_numpy(rows[:, : len(self.facts)]))
+        self.rows = self._moments.accounts(rows[:, len(self.facts) :])
         squares = self._servers.sums(self.clock, self.result)
         self.group.report(before.phase, shard=before.shard)
         for bucket in range(len(self.layout.buckets)):
             self.account.reduces(bucket)
             self.account.reduced(bucket)
+        self._moments.read(rows[:, len(self.facts) :], seen)
         self.account.settle()
         self.clock += 1
         if self._servers.memory is None and not bool(squares.isfinite().all()):
