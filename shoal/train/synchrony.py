@@ -66,13 +66,22 @@ def placement_of(plan: Plan, ownership: Sequence[range], rank: int) -> Placement
 
 
 def exchange_of(
-    plan: Plan, group: Group, placement: Placement, most: tuple[int, ...], device: torch.device, *arguments: Any
+    plan: Plan,
+    group: Group,
+    placement: Placement,
+    most: tuple[int, ...],
+    device: torch.device,
+    module: nn.Module,
+    *arguments: Any,
 ) -> Exchange:
     if plan.compresses:
         from shoal.comm.compression.exchange import compressed_exchange
 
+        shapes = [tuple(p.shape) for p in module.parameters() if p.requires_grad][::-1]  # in the order of the layout
         force = plan.compression_force
-        return compressed_exchange(plan.compression, group, placement, most, device, *arguments, force=force)
+        return compressed_exchange(
+            plan.compression, group, placement, most, device, *arguments, shapes=shapes, force=force
+        )
     if plan.sync in ("exact", "fast"):
         return make_exchange(group, placement, most, device, *arguments)
     if device.type != "cpu":

@@ -88,7 +88,7 @@ class Worker:
             placement,
             self._shard_count,
             self.plan.bucket_bytes,
-            lambda *a: exchange_of(self.plan, self.group, placement, most, self.device, *a),
+            lambda *a: exchange_of(self.plan, self.group, placement, most, self.device, module, *a),
         )
         called: Any = torch.compile(module) if compile else module
         return cast(nn.Module, called)

@@ -5,6 +5,7 @@ Lossy: what a step leaves unsent is kept in this process and added to the next s
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,9 +16,8 @@ import torch
 from torch import Tensor
 
 from shoal.comm.account import Account, stand
-from shoal.comm.compression.compressor import COMPRESSORS, Compressor
+from shoal.comm.compression.compressor import COMPRESSORS, Compressor, Shapes
 from shoal.comm.compression.links import HostLinks, Links, TorchLinks
-from shoal.comm.compression.low_rank import squarest
 from shoal.comm.compression.reduction import MOST_STAGES, Line, RawReduction, Reduction, Steps
 from shoal.comm.compression.worth import Verdict, agreed, on_one_host
 from shoal.comm.counters import Kind
@@ -43,11 +43,12 @@ def compressed_exchange(
     denominators: Denominators,
     dtype: torch.dtype,
     *,
-    force: bool,
+    shapes: Shapes = (),
+    force: bool = False,
 ) -> Exchange:
     """The exchange for ``compression = name``. Called by every worker; raises UserError where compressing does not pay.
 
-    ``force``: compress all the same."""
+    ``shapes``: of the parameters, in the layout's order, for PowerSGD. ``force``: compress all the same."""
     if dtype != torch.float32:
         raise UserError(
             f"plan: compression = {name!r} takes float32 gradients, this model's are {dtype}: leave it out."
@@ -61,13 +62,14 @@ def compressed_exchange(
         mine = on_one_host(compressor, group.world)
         told = json.loads(group.gather(json.dumps([mine.yes, mine.why]).encode())[0])  # rank 0's, for all
         _insist(Verdict(*told), "the workers share this host's memory, and " if group.world > 1 else "")
-        return HostExchange(group, layout, placement, facts, denominators, device, compressor)
+        return HostExchange(group, layout, placement, facts, denominators, device, compressor, shapes)
     if not isinstance(group, DistributedGroup):
         raise UserError(f"no compressed exchange works over a {type(group).__name__}.")
     links = TorchLinks(None, device, MOST_STAGES, group.patience)
     _insist(agreed(compressor, links, device))
     links.sent_bytes = 0  # measuring does not count
-    return TorchExchange(group, layout, placement, most_passes, facts, denominators, dtype, device, compressor, links)
+    arguments = (group, layout, placement, most_passes, facts, denominators, dtype, device)
+    return TorchExchange(*arguments, compressor, links, shapes)
 
 
 def _insist(verdict: Verdict, where: str = "") -> None:
@@ -75,6 +77,25 @@ def _insist(verdict: Verdict, where: str = "") -> None:
         raise UserError(
             f"plan: compression is refused: {where}{verdict.why}. Leave it out, or --set compression_force=true."
         )
+
+
+def shapes_between(layout: Layout, shapes: Shapes, start: int, stop: int) -> list[tuple[int, ...]]:
+    """What lies in a part of the flat buffer, one after the other: whole rows of parameters as matrices, and the rest.
+
+    ``shapes`` are those of the first slots."""
+    found: list[tuple[int, ...]] = []
+    at = start
+    for slot, shape in zip(layout.slots, shapes, strict=False):
+        row = slot.size // shape[0] if len(shape) > 1 and slot.size else 0
+        if not row:
+            continue
+        first = max(0, -(-(start - slot.offset) // row))  # whole rows of the slot from here ...
+        last = min(shape[0], (stop - slot.offset) // row)  # ... to here lie inside
+        if first < last:
+            begin = slot.offset + first * row
+            found += [(begin - at,), (last - first, row)]
+            at = begin + (last - first) * row
+    return [shape for shape in [*found, (stop - at,)] if math.prod(shape)]
 
 
 @dataclass(frozen=True)
@@ -90,14 +111,16 @@ class _Piece:
 class _Pieces:
     """The reductions of every bucket."""
 
-    def __init__(self, compressor: Compressor, layout: Layout, links: Links, device: torch.device) -> None:
+    def __init__(
+        self, compressor: Compressor, layout: Layout, shapes: Shapes, links: Links, device: torch.device
+    ) -> None:
         self._links = links
         self._of_bucket: list[list[_Piece]] = []
         for bucket in layout.buckets:
             pieces = []
             for start, stop in cuts(layout, bucket.start, bucket.stop):
                 if start < layout.state_start:
-                    reduction = compressor.reduction(squarest(stop - start), links, device)
+                    reduction = compressor.reduction(shapes_between(layout, shapes, start, stop), links, device)
                     pieces.append(_Piece(start, stop, True, reduction))
                 else:
                     pieces.append(_Piece(start, stop, False, RawReduction(stop - start, links, device)))
@@ -158,9 +181,10 @@ class TorchExchange(DistributedExchange):
         device: torch.device,
         compressor: Compressor,
         links: TorchLinks,
+        shapes: Shapes,
     ) -> None:
         super().__init__(group, layout, placement, most_passes, facts, denominators, dtype, device)
-        self._pieces = _Pieces(compressor, layout, links, device)
+        self._pieces = _Pieces(compressor, layout, shapes, links, device)
         self._meter = _Meter(self.account.reduces, self.account.reduced, self._sent)
 
     def _sent(self, number: int, nbytes: int) -> None:
@@ -205,6 +229,7 @@ class HostExchange:
         denominators: Denominators,
         device: torch.device,
         compressor: Compressor,
+        shapes: Shapes,
     ) -> None:
         self.layout, self._placement, self._denominators = layout, placement, denominators
         self._group, self._mesh = group, group.mesh
@@ -219,7 +244,7 @@ class HostExchange:
         self._rows = group.heap.tensor(shape[0] * shape[1], torch.float64).view(shape).numpy()
         self.rows = np.zeros(shape)
         self._links = HostLinks(group, lambda: _WHEN.pack(self.account.now()))
-        self._pieces = _Pieces(compressor, layout, self._links, device)
+        self._pieces = _Pieces(compressor, layout, shapes, self._links, device)
         self._meter = _Meter(self._arrived, self.account.reduced, self._sent)
         self._partial = torch.zeros(layout.elements, device=device)
         self._result = torch.zeros(layout.elements, device=device)

@@ -11,11 +11,14 @@ from typing import Any
 import cloudpickle
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from train import tiny_runs
 
 from shoal.comm.compression.compressor import COMPRESSORS, Int8
+from shoal.comm.compression.exchange import shapes_between
 from shoal.comm.launch import Agent
-from shoal.comm.layout import BLOCK
+from shoal.comm.layout import BLOCK, flat_layout
 from shoal.errors import UserError
 from shoal.prove.api import prove
 from shoal.recipe.plan import Plan
@@ -159,3 +162,29 @@ def test_compression_of_averages_and_of_double_precision_is_refused(run) -> None
     double = lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5)).double()  # noqa: E731
     with pytest.raises(UserError, match="float32 gradients"):
         run(plan_of("int8"), model=double)
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=3), min_size=1, max_size=5),
+    workers=st.integers(1, 4),
+    bucket=st.integers(1, 1 << 18),
+)
+def test_buckets_are_cut_into_whole_rows_of_parameters(shapes: list[list[int]], workers: int, bucket: int) -> None:
+    layout = flat_layout([math.prod(shape) for shape in shapes], [], workers, bucket)
+    matrices = 0
+    for part in layout.buckets:
+        found = shapes_between(layout, shapes, part.start, part.stop)
+        assert sum(math.prod(shape) for shape in found) == part.stop - part.start
+        at = part.start
+        for shape in found:
+            if len(shape) > 1:
+                inside = [
+                    (s, p) for s, p in zip(layout.slots, shapes, strict=True) if s.offset <= at < s.offset + s.size
+                ]
+                [(slot, parameter)] = inside
+                assert shape[1] == slot.size // parameter[0]
+                assert (at - slot.offset) % shape[1] == 0
+                matrices += shape[0]
+            at += math.prod(shape)
+    rows = sum(shape[0] for shape in shapes if len(shape) > 1)
+    assert rows - matrices <= len(layout.buckets) - 1  # at most one row a cut is split
