@@ -47,6 +47,14 @@ def test_the_script_with_shoal_learns_what_the_plain_one_learns() -> None:
         assert ours == pytest.approx(plain, abs=1e-5)  # float32: 195 weights, each summed in another order
 
 
+def test_the_recording_on_the_page_about_communication_counts_what_the_step_did(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(blocks("docs/communication.md", "python")))
+    said = run(program)
+    assert said.count("reduce-scatter  shared memory") == 4, "one table a step"
+    assert "0.131 MB" in said
+
+
 def test_every_file_that_a_page_points_at_is_there() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):

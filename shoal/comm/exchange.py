@@ -154,6 +154,7 @@ class HeapExchange:
         self._operands: list[tuple[int, int]] = []  # (rank, buffer), in the order of the tree
         self._adds: list[Add] = []
         self._posted = self._reduced = 0
+        self._slices_moved = (0, 0)  # to and from others, of each bucket of the step
         self._heard = [0] * group.world
         self._by = (1.0, 1.0)  # the step's denominators, for gradients and for buffers
         # Where gradients were adopted: every worker's row is read by the owners of slices.
@@ -181,19 +182,11 @@ class HeapExchange:
         self._heard = [0] * self._group.world
         row = self.account.begin()
         self._rows[me, : len(row)], self._rows[me, len(row) :] = row, 0.0
-        self._count(counts)
+        own = counts[me]  # each worker reads the others' partial sums of its own slices
+        self._slices_moved = own * len(self._mesh.others), sum(counts) - own
         if me:
             self._let_go()
             self._mesh.send(0, _RELEASED, self._sequence, _WHEN.pack(self.account.now()))
-
-    def _count(self, partials: Sequence[int]) -> None:
-        """What will cross between workers in this step: each reads the others' partial sums of its own slices."""
-        if self._mesh.others:
-            own = partials[self._group.rank]
-            buckets = self.layout.buckets
-            slices = sum(bucket.slice for bucket in buckets) * self._dtype.itemsize
-            sent, received = own * slices * len(self._mesh.others), (sum(partials) - own) * slices
-            self._reduces.call(sent=sent, received=received, calls=len(buckets))
 
     def _let_go(self) -> None:
         self._adopted.clear()
@@ -230,6 +223,10 @@ class HeapExchange:
     def post(self) -> None:
         when = self.account.posted(self._posted)
         self._mesh.broadcast(_READY, self._sequence + self._posted, _WHEN.pack(when))
+        if self._mesh.others:
+            size = self.layout.buckets[self._posted].slice * self._dtype.itemsize
+            sent, received = self._slices_moved
+            self._reduces.call(sent=sent * size, received=received * size)
         self._posted += 1
 
     def advance(self) -> None:
