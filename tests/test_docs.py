@@ -51,7 +51,7 @@ def test_the_recording_on_the_page_about_communication_counts_what_the_step_did(
     program = tmp_path / "program.py"
     program.write_text("\n".join(blocks("docs/communication.md", "python")))
     said = run(program)
-    assert said.count("reduce-scatter  shared memory") == 4, "one table a step"
+    assert said.count("reduce-scatter  shared memory") == 1, "the last step's"
     assert "0.131 MB" in said
 
 
