@@ -60,7 +60,8 @@ class Packing:
 
     def __str__(self) -> str:
         share = f"{self.bytes_per_s / 1e9:.4g} of at most {self.bound_bytes_per_s / 1e9:.4g} GB/s"
-        lines = [f"{self.collective} over {self.topology.size} ranks: {len(self.trees)} trees, {share}"]
+        trees = f"{len(self.trees)} tree{'' if len(self.trees) == 1 else 's'}"
+        lines = [f"{self.collective} over {self.topology.size} ranks: {trees}, {share}"]
         for tree in self.trees:
             links = [f"{link.source}>{link.target}" + (f"@{link.lane}" if link.lane else "")
                      for link in tree.down or tree.up]  # fmt: skip
