@@ -112,9 +112,9 @@ def shown(case: dict[str, Any]) -> str:
     lines = [f"{'reached' if case['reached'] else 'MISSED ':8} {case['case']:36} goal {goal}"]
     for row in case["measured"]:
         lines.append(
-            f"    {size_text(row['bytes']):>8}  {row['against']:5.1f}x gloo   best/best {row['against_best']:5.1f}x   "
-            f"{row['memcpy_share']:5.2f} of memcpy, best/best {row['memcpy_share_best']:5.2f}   CPU {row['against_cpu']:5.1f}x less   "
-            f"{interval(row['latency_s'])}, best {interval(row['min_s'])}"
+            f"    {size_text(row['bytes']):>8}  {row['against']:5.1f}x gloo, best/best {row['against_best']:5.1f}x;  "
+            f"{row['memcpy_share']:5.2f} of memcpy, best/best {row['memcpy_share_best']:5.2f};  "
+            f"CPU {row['against_cpu']:5.1f}x less;  {interval(row['latency_s'])}, best {interval(row['min_s'])}"
         )
     return "\n".join(lines)
 

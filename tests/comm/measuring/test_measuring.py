@@ -14,6 +14,7 @@ from shoal.comm.measuring.cases import OPS, Settings
 from shoal.comm.measuring.gate import gate
 from shoal.comm.measuring.operations import DIGITS, PERIOD, tensors
 from shoal.comm.measuring.rank import measure
+from shoal.comm.native import build
 from shoal.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -210,3 +211,23 @@ def test_without_dev_shm_there_is_none(tmp_path):
     free, all_of_it = checkup.dev_shm_bytes(tmp_path)
     assert 0 < free <= all_of_it
     assert checkup.dev_shm_bytes(tmp_path / "nothing") is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler to make shm with")
+def test_shm_is_measured_beside_gloo_staged_and_on_its_heap_and_by_the_algorithms_over_it():
+    made = {**QUICK, "transports": ("gloo", "shm", "hier"), "zero_copy": True, "algorithms": ("native", "ring")}
+    result = sweep.sweep(Settings(workers=3, ops=OPS, **{**made, "sizes": (4000, 300_000)}))
+    assert result["wrong"] == []
+    arms = {
+        (row["transport"], row["algorithm"], row["zero_copy"]) for row in result["rows"] if row["op"] == "all_reduce"
+    }
+    assert arms == {(t, a, False) for t in made["transports"] for a in made["algorithms"]} | {
+        ("shm", "native", True), ("hier", "native", True)
+    }  # fmt: skip
+    assert all((row["against"] is None) == (row is first) for row, first in _with_first_of_its_cell(result["rows"]))
+
+
+def _with_first_of_its_cell(rows):
+    first = {}
+    return [(row, first.setdefault((row["op"], row["bytes"]), row)) for row in rows]
