@@ -32,7 +32,8 @@ class Shared {
     memfd_ = static_cast<int>(syscall(SYS_memfd_create, "shoal-test", 1u));
     bytes_ = shoal::ShmGroup::total_bytes(world, options);
     CLAIM(memfd_ >= 0 && ftruncate(memfd_, static_cast<off_t>(bytes_)) == 0, "no memory file");
-    CLAIM(fallocate(memfd_, 0, 0, static_cast<off_t>(shoal::ShmGroup::reserved_bytes(world, options))) == 0, "no memory");
+    const auto reserved = static_cast<off_t>(shoal::ShmGroup::reserved_bytes(world, options));
+    CLAIM(fallocate(memfd_, 0, 0, reserved) == 0, "no memory");
     options_.mapping = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memfd_, 0);
     CLAIM(options_.mapping != MAP_FAILED, "no mapping");
   }
@@ -87,9 +88,11 @@ inline shoal::Failure failure_of(const std::function<void()>& call) {
   std::abort();
 }
 
-inline void claim_says(const shoal::Failure& failure, shoal::Failure::Kind kind, const std::vector<std::string>& parts) {
+inline void claim_says(const shoal::Failure& failure, shoal::Failure::Kind kind,
+                       const std::vector<std::string>& parts) {
   CLAIM(failure.kind == kind, "kind %d: %s", failure.kind, failure.what());
   for (const std::string& part : parts) {
-    CLAIM(std::string(failure.what()).find(part) != std::string::npos, "'%s' is not in: %s", part.c_str(), failure.what());
+    const bool said = std::string(failure.what()).find(part) != std::string::npos;
+    CLAIM(said, "'%s' is not in: %s", part.c_str(), failure.what());
   }
 }

@@ -5,8 +5,9 @@
 
 namespace {
 
-constexpr DType kAll[] = {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i8,  DType::u8,      DType::i16, DType::u16,
-                          DType::i32, DType::u32, DType::i64, DType::u64,  DType::c64, DType::boolean, DType::c128};
+constexpr DType kAll[] = {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i8,
+                          DType::u8,  DType::i16, DType::u16, DType::i32,  DType::u32,
+                          DType::i64, DType::u64, DType::c64, DType::c128, DType::boolean};
 
 constexpr DType kFew[] = {DType::f32, DType::bf16, DType::u8, DType::c128};
 
@@ -16,7 +17,8 @@ void every_collective(int world, Where where, const DType (&dtypes)[kCount]) {
   on_ranks(world, small_options(), [&](ShmGroup& group, int) {
     for (DType dtype : dtypes) {
       for (int op = 0; op < kReduceOps; ++op) {
-        if (can_reduce(dtype, static_cast<ReduceOp>(op))) check_reductions(group, dtype, static_cast<ReduceOp>(op), 129, where);
+        const auto reduce = static_cast<ReduceOp>(op);
+        if (can_reduce(dtype, reduce)) check_reductions(group, dtype, reduce, 129, where);
       }
       check_reductions(group, dtype, ReduceOp::sum, 4099, where);
       check_moves(group, dtype, 131, where);

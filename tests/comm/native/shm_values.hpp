@@ -61,7 +61,7 @@ inline Expected expected_of(DType dtype, ReduceOp op, int world, std::size_t ind
         total = dtype == DType::boolean ? Expected{total.re | x, 0} : Expected{total.re + x, total.im + y};
         break;
       case ReduceOp::product:
-        total = complex ? Expected{total.re * x - total.im * y, total.re * y + total.im * x} : Expected{total.re * x, 0};
+        total = {complex ? total.re * x - total.im * y : total.re * x, complex ? total.re * y + total.im * x : 0};
         break;
       case ReduceOp::min: total.re = x < total.re ? x : total.re; break;
       case ReduceOp::max: total.re = x > total.re ? x : total.re; break;
@@ -82,7 +82,9 @@ inline void put_expected(DType dtype, ReduceOp op, int world, void* to, std::siz
     const double twice[2] = {static_cast<double>(e.re) / world, static_cast<double>(e.im) / world};
     const float once[2] = {single, static_cast<float>(e.im) / static_cast<float>(world)};
     const bool is_double = dtype == DType::f64 || dtype == DType::c128;
-    const void* from = shoal::size_of(dtype) == 2 ? static_cast<const void*>(&half) : is_double ? static_cast<const void*>(twice) : once;
+    const void* from = once;
+    if (is_double) from = twice;
+    if (shoal::size_of(dtype) == 2) from = &half;
     std::memcpy(at, from, shoal::size_of(dtype));
   } else if (dtype == DType::c64) {
     const float parts[2] = {static_cast<float>(e.re), static_cast<float>(e.im)};

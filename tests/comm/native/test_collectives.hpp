@@ -37,8 +37,8 @@ inline void fill(DType dtype, char* to, std::size_t begin, std::size_t count, in
 
 inline void claim_same(const void* a, const void* b, std::size_t bytes, const char* what, int rank) {
   for (std::size_t i = 0; i < bytes; ++i) {
-    CLAIM(static_cast<const char*>(a)[i] == static_cast<const char*>(b)[i], "%s on rank %d, byte %zu of %zu", what, rank,
-          i, bytes);
+    const bool same = static_cast<const char*>(a)[i] == static_cast<const char*>(b)[i];
+    CLAIM(same, "%s on rank %d, byte %zu of %zu", what, rank, i, bytes);
   }
 }
 
@@ -128,7 +128,9 @@ inline void check_moves(ShmGroup& group, DType dtype, std::size_t count, Where w
   std::memset(all.data(), 0x11, world * bytes);
   for (int r = 0; r < world; ++r) counts[r] = count * r / world;
   group.all_gather(mine.data(), parts.data(), counts.data(), dtype);
-  for (int r = 0; r < world; ++r) claim_same(parts[r], numbers(r, 0, counts[r]).data(), counts[r] * size, "uneven all_gather", rank);
+  for (int r = 0; r < world; ++r) {
+    claim_same(parts[r], numbers(r, 0, counts[r]).data(), counts[r] * size, "uneven all_gather", rank);
+  }
 
   std::memset(all.data(), 0x11, world * bytes);
   group.gather(mine.data(), rank == root ? parts.data() : nullptr, count, dtype, root);

@@ -10,13 +10,16 @@
 
 using namespace shoal;
 
-inline void disagreement_raises_on_all_ranks(const char* what, const std::function<void(ShmGroup&, float*, float*)>& first,
-                                             const std::function<void(ShmGroup&, float*, float*)>& last,
+// What a rank calls, with an input of ones and an output.
+using Asked = std::function<void(ShmGroup&, float*, float*)>;
+
+inline void disagreement_raises_on_all_ranks(const char* what, const Asked& first, const Asked& last,
                                              const std::vector<std::string>& said) {
   on_ranks(3, small_options(), [&](ShmGroup& group, int rank) {
     std::vector<float> in(60000, 1.0f), out(60000, -7.0f);
     const Failure failure = failure_of([&] { (rank == 2 ? last : first)(group, in.data(), out.data()); });
-    claim_says(failure, Failure::mismatch, {"ranks 0, 1 want ", "rank 2 wants ", "'test'", "rank " + std::to_string(rank)});
+    const std::string own = "'test', rank " + std::to_string(rank);
+    claim_says(failure, Failure::mismatch, {"ranks 0, 1 want ", "rank 2 wants ", own});
     claim_says(failure, Failure::mismatch, said);
     for (float x : in) CLAIM(x == 1, "%s: the input was written", what);
     for (float x : out) CLAIM(x == -7, "%s: the output was written", what);
@@ -25,33 +28,43 @@ inline void disagreement_raises_on_all_ranks(const char* what, const std::functi
   });
 }
 
-inline void each_field_of_a_signature_is_compared() {
-  const auto all_reduce = [](std::size_t count, DType dtype, ReduceOp op) {
-    return [=](ShmGroup& group, float* in, float* out) { group.all_reduce(in, out, count, dtype, op); };
+inline Asked all_reduce(std::size_t count, DType dtype = DType::f32, ReduceOp op = ReduceOp::sum) {
+  return [=](ShmGroup& group, float* in, float* out) { group.all_reduce(in, out, count, dtype, op); };
+}
+inline Asked broadcast(std::size_t count, int root) {
+  return [=](ShmGroup& group, float* in, float*) { group.broadcast(in, count, DType::f32, root); };
+}
+inline Asked uneven_gather(std::size_t a, std::size_t b, std::size_t c) {
+  return [=](ShmGroup& group, float* in, float* out) {
+    void* outs[3] = {out, out + a, out + a + b};
+    const std::size_t counts[3] = {a, b, c};
+    group.all_gather(in, outs, counts, DType::f32);
   };
+}
+
+inline void each_field_of_a_signature_is_compared() {
   for (std::size_t count : {100ul, 50000ul}) {  // one-shot, and in pieces
     const std::string n = std::to_string(count) + " elements";
-    const auto usual = all_reduce(count, DType::f32, ReduceOp::sum);
-    disagreement_raises_on_all_ranks("dtype", usual, all_reduce(count, DType::bf16, ReduceOp::sum), {"sum, float32, " + n, "sum, bfloat16, " + n});
-    disagreement_raises_on_all_ranks("op", usual, all_reduce(count, DType::f32, ReduceOp::max), {"sum, float32", "max, float32"});
-    disagreement_raises_on_all_ranks("count", usual, all_reduce(count + 1, DType::f32, ReduceOp::sum), {n, std::to_string(count + 1) + " elements"});
-    disagreement_raises_on_all_ranks("small and large", usual, all_reduce(50001 - count, DType::f32, ReduceOp::sum), {n});
-    disagreement_raises_on_all_ranks("operation", usual, [&](ShmGroup& g, float* in, float*) { g.broadcast(in, count, DType::f32, 0); },
-                                     {"all_reduce(sum, float32, " + n, "broadcast(float32, " + n + ", root 0)"});
-    disagreement_raises_on_all_ranks("barrier", usual, [](ShmGroup& g, float*, float*) { g.barrier(); }, {"wants barrier"});
-    disagreement_raises_on_all_ranks("root", [&](ShmGroup& g, float* in, float*) { g.broadcast(in, count, DType::f32, 0); },
-                                     [&](ShmGroup& g, float* in, float*) { g.broadcast(in, count, DType::f32, 1); }, {"root 0", "root 1"});
-    disagreement_raises_on_all_ranks("gather and reduce_scatter", [&](ShmGroup& g, float* in, float* out) { g.all_gather(in, out, count / 3, DType::f32); },
-                                     [&](ShmGroup& g, float* in, float* out) { g.reduce_scatter(in, out, count / 3, DType::f32, ReduceOp::sum); },
-                                     {"all_gather(", "reduce_scatter("});
-    const auto uneven = [&](std::size_t a, std::size_t b, std::size_t c) {
-      return [=](ShmGroup& g, float* in, float* out) {
-        void* outs[3] = {out, out + a, out + a + b};
-        const std::size_t counts[3] = {a, b, c};
-        g.all_gather(in, outs, counts, DType::f32);
-      };
+    const Asked usual = all_reduce(count);
+    const auto differs = [&](const char* what, const Asked& other, const std::vector<std::string>& said) {
+      disagreement_raises_on_all_ranks(what, usual, other, said);
     };
-    disagreement_raises_on_all_ranks("shares", uneven(count / 2, count / 4, 1), uneven(count / 4, count / 2, 1), {"sizes "});
+    differs("dtype", all_reduce(count, DType::bf16), {"sum, float32, " + n, "sum, bfloat16, " + n});
+    differs("op", all_reduce(count, DType::f32, ReduceOp::max), {"sum, float32", "max, float32"});
+    differs("count", all_reduce(count + 1), {n, std::to_string(count + 1) + " elements"});
+    differs("small and large", all_reduce(50001 - count), {n, std::to_string(50001 - count) + " element"});
+    differs("operation", broadcast(count, 0), {"all_reduce(sum, float32, " + n, "broadcast(float32, " + n});
+    differs("barrier", [](ShmGroup& group, float*, float*) { group.barrier(); }, {"wants barrier"});
+    disagreement_raises_on_all_ranks("root", broadcast(count, 0), broadcast(count, 1), {"root 0", "root 1"});
+    const Asked scatter = [=](ShmGroup& group, float* in, float* out) {
+      group.reduce_scatter(in, out, count / 3, DType::f32, ReduceOp::sum);
+    };
+    const Asked gather = [=](ShmGroup& group, float* in, float* out) {
+      group.all_gather(in, out, count / 3, DType::f32);
+    };
+    disagreement_raises_on_all_ranks("direction", gather, scatter, {"all_gather(", "reduce_scatter("});
+    disagreement_raises_on_all_ranks("shares", uneven_gather(count / 2, count / 4, 1),
+                                     uneven_gather(count / 4, count / 2, 1), {"sizes "});
   }
 }
 
@@ -92,8 +105,9 @@ inline void who_is_late_is_named_and_all_hear_of_it() {
     }
     const Failure failure = failure_of([&] { group.all_reduce(&x, &x, 1, DType::f32, ReduceOp::sum, 0.05); });
     raised.fetch_add(1);
-    claim_says(failure, Failure::timeout, {"all_reduce(sum, float32, 1 element) of 4 bytes in group 'test'", "operation 2",
-                                           "rank 2 (pid " + std::to_string(getpid()) + ", last in operation 1, all_reduce"});
+    claim_says(failure, Failure::timeout, {"all_reduce(sum, float32, 1 element) of 4 bytes in group 'test'"});
+    const std::string pid = std::to_string(getpid());
+    claim_says(failure, Failure::timeout, {"operation 2", "rank 2 (pid " + pid + ", last in operation 1, all_reduce"});
     CLAIM(!group.why_aborted().empty(), "the group goes on");
     claim_says(failure_of([&] { group.barrier(); }), Failure::timeout, {"gave up"});
   });
@@ -125,12 +139,25 @@ inline void ranks_must_be_set_up_alike() {
   std::atomic<int> mismatches{0};
   for (int rank = 0; rank < 2; ++rank) {
     threads.emplace_back([&, rank] {
-      const Failure failure = failure_of([&] { ShmGroup(shared.memfd(), rank, 2, {}, rank ? other : shared.options()); });
+      const Options& its = rank ? other : shared.options();
+      const Failure failure = failure_of([&] { ShmGroup(shared.memfd(), rank, 2, {}, its); });
       mismatches += failure.kind == Failure::mismatch;
     });
   }
   for (std::thread& thread : threads) thread.join();
   CLAIM(mismatches == 2, "%d", mismatches.load());
+}
+
+inline void a_rank_that_exists_already_is_refused_and_the_first_goes_on() {
+  const Shared shared(1, small_options());
+  ShmGroup first(shared.memfd(), 0, 1, {}, shared.options());
+  bool refused = false;
+  try {
+    ShmGroup(shared.memfd(), 0, 1, {}, shared.options());
+  } catch (const std::invalid_argument& error) {
+    refused = std::string(error.what()).find("exists already") != std::string::npos;
+  }
+  CLAIM(refused && !first.positions()[0].left, "the second one hurt the first");
 }
 
 inline void the_arena_is_reused_and_has_an_end() {
@@ -166,8 +193,12 @@ inline void a_killed_process_is_named_by_all_survivors() {
   options.timeout_s = 600;
   const int memfd = static_cast<int>(syscall(SYS_memfd_create, "shoal-kill", 1u));
   CLAIM(ftruncate(memfd, static_cast<off_t>(ShmGroup::total_bytes(kWorld, options))) == 0, "no memory file");
-  struct Page { std::atomic<int> pids[kWorld]; std::atomic<int> rounds; };
-  auto* page = static_cast<Page*>(mmap(nullptr, sizeof(Page), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  struct Page {
+    std::atomic<int> pids[kWorld];
+    std::atomic<int> rounds;
+  };
+  void* shared = mmap(nullptr, sizeof(Page), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  auto* page = static_cast<Page*>(shared);
   for (int rank = 0; rank < kWorld; ++rank) {
     const int pid = fork();
     if (pid == 0) {
@@ -223,6 +254,7 @@ inline void test_failures() {
   abort_wakes_whoever_sleeps();
   who_has_left_is_not_waited_for();
   ranks_must_be_set_up_alike();
+  a_rank_that_exists_already_is_refused_and_the_first_goes_on();
   the_arena_is_reused_and_has_an_end();
   a_forked_child_may_not_use_the_group();
 }

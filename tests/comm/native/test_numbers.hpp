@@ -115,7 +115,9 @@ inline void a_nan_wins_from_whichever_rank() {
       for (float x : combined(DType::f32, op, ins)) CLAIM(std::isnan(x), "%s lost it", name_of(op));
       std::vector<std::vector<std::uint16_t>> brain(3, std::vector<std::uint16_t>(9, bf16_of_f32(1)));
       brain[where].assign(9, 0x7fff);  // all ones: rounding must not carry it over into a number
-      for (std::uint16_t x : combined(DType::bf16, op, brain)) CLAIM(std::isnan(f32_of_bf16(x)), "%s lost it", name_of(op));
+      for (std::uint16_t x : combined(DType::bf16, op, brain)) {
+        CLAIM(std::isnan(f32_of_bf16(x)), "%s lost it", name_of(op));
+      }
     }
   }
 }

@@ -21,7 +21,7 @@ SHOAL_INLINE float float_of(std::uint32_t bits) {
 
 SHOAL_INLINE float f32_of_bf16(std::uint16_t half) { return float_of(static_cast<std::uint32_t>(half) << 16); }
 
-// `yes` or `no` by a mask: with a branch, an addition that may raise a flag would be moved under it and the loop stay scalar.
+// `yes` or `no` by a mask: compilers move an addition (it may raise a flag) under a branch and do not vectorise.
 SHOAL_INLINE std::uint32_t choose(bool condition, std::uint32_t yes, std::uint32_t no) {
   const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
   return (yes & mask) | (no & ~mask);

@@ -1,12 +1,13 @@
 // The life of one collective: entering, comparing what the ranks ask for, and saying what went wrong.
 #include <cstdio>
 #include <cstring>
-#include <numeric>
 
 #include "shm_inside.hpp"
 
 namespace shoal {
 namespace {
+
+bool reduces(Op op) { return op == Op::all_reduce || op == Op::reduce || op == Op::reduce_scatter; }
 
 std::string ranks_text(const std::vector<int>& ranks) {
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";
@@ -24,7 +25,7 @@ std::string text_of(const Signature& s) {
   std::string text = name_of(s.op);
   if (s.op == Op::barrier) return text;
   text += "(";
-  if (s.op == Op::all_reduce || s.op == Op::reduce || s.op == Op::reduce_scatter) text += std::string(name_of(s.reduce)) + ", ";
+  if (reduces(s.op)) text += std::string(name_of(s.reduce)) + ", ";
   text += name_of(s.dtype);
   if (s.op != Op::all_to_all) text += ", " + std::to_string(s.count) + (s.count == 1 ? " element" : " elements");
   if (s.shape) text += ", sizes " + std::to_string(s.shape % 65536);
@@ -32,12 +33,12 @@ std::string text_of(const Signature& s) {
   return text + ")";
 }
 
-bool reduces(Op op) { return op == Op::all_reduce || op == Op::reduce || op == Op::reduce_scatter; }
 bool rooted(Op op) { return op == Op::reduce || op == Op::broadcast || op == Op::gather || op == Op::scatter; }
 
 double total(const std::vector<std::atomic<double>>& seconds) {
-  return std::accumulate(seconds.begin(), seconds.end(), 0.0,
-                         [](double sum, const std::atomic<double>& s) { return sum + s.load(std::memory_order_relaxed); });
+  double sum = 0;
+  for (const std::atomic<double>& s : seconds) sum += s.load(std::memory_order_relaxed);
+  return sum;
 }
 
 }  // namespace
@@ -61,7 +62,9 @@ Call::Call(ShmGroup::Inside& inside_, Signature signature_, std::size_t bytes, d
   const double most = 3.2e7;
   deadline_ = start_ + std::chrono::duration_cast<Clock::duration>(
                            std::chrono::duration<double>(timeout_s_ < most ? timeout_s_ : most));
-  if (inside.forked()) refuse(Failure::aborted, "this process was forked from the member; only the member may use the group");
+  if (inside.forked()) {
+    refuse(Failure::aborted, "this process was forked from the member; only the member may use the group");
+  }
   if (inside.segment.header().aborted.load(std::memory_order_acquire)) fail(Waiter::Outcome::aborted, 0, -1);
   if (inside.busy.exchange(true, std::memory_order_acquire)) {
     refuse(Failure::refused, "another thread is within a collective of this group; they go one after the other");

@@ -1,4 +1,4 @@
-// Blocks of 16-bit floats to f32 and back, by the machine's own instructions where it has them: the same bits either way.
+// Blocks of 16-bit floats to f32 and back, by the machine's own instructions where it has them, with the same bits.
 #pragma once
 
 #include <cstddef>

@@ -27,7 +27,8 @@ Layout checked(int rank, int world, const std::vector<int>& pidfds, const Option
     throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(world));
   }
   if (!pidfds.empty() && static_cast<int>(pidfds.size()) != world) {
-    throw std::invalid_argument(std::to_string(pidfds.size()) + " process descriptors for " + std::to_string(world) + " ranks");
+    throw std::invalid_argument(std::to_string(pidfds.size()) + " process descriptors for " + std::to_string(world) +
+                                " ranks");
   }
   return Layout(world, options);
 }
@@ -47,7 +48,7 @@ ShmGroup::Inside::Inside(int memfd, int rank_, int world_, const std::vector<int
 
 ShmGroup::Inside::~Inside() {
   watch.stop(forked());
-  if (forked()) return;
+  if (forked() || !joined) return;
   segment.control(rank).member.joined.store(2);
   waiter.ring_all();
 }
@@ -58,8 +59,8 @@ void ShmGroup::Inside::join() {
   const std::uint64_t digest = segment.layout().digest();
   std::uint64_t said = 0;
   if (!segment.header().layout.compare_exchange_strong(said, digest) && said != digest) {
-    const std::string why = "rank " + std::to_string(rank) +
-                            " of group '" + options.name + "' was made with another world size, slot_bytes or arena_bytes than the others";
+    const std::string why = "rank " + std::to_string(rank) + " of group '" + options.name +
+                            "' was made with another world size, slot_bytes or arena_bytes than the others";
     abort(Failure::mismatch, why);
     throw Failure(Failure::mismatch, why);
   }
@@ -67,8 +68,10 @@ void ShmGroup::Inside::join() {
   self.pid.store(static_cast<std::uint32_t>(getpid()), std::memory_order_relaxed);
   self.mapped.store(segment.mapped(), std::memory_order_relaxed);
   if (self.joined.exchange(1) != 0) {
-    throw std::invalid_argument("rank " + std::to_string(rank) + " of group '" + options.name + "' exists already: every rank once, and a new memory file for every group");
+    throw std::invalid_argument("rank " + std::to_string(rank) + " of group '" + options.name +
+                                "' exists already: every rank once, and a new memory file for every group");
   }
+  joined = true;
   Call(*this, signature_for(Op::barrier, DType::raw, 0), 0, options.timeout_s).open();
   for (Count& count : counts) count.calls.store(0), count.moving_s.store(0);
   for (auto& seconds : counts[static_cast<int>(Op::barrier)].waiting_s) seconds.store(0);

@@ -1,10 +1,10 @@
 // Collectives among the processes of one host, over one shared memory file.
 //
-// No torch in here. build.py compiles this folder's shm_*.cpp into the torch extension, whose files include this header;
-// nothing else is to be done.
+// No torch in here. build.py compiles this folder's shm_*.cpp into the torch extension, whose files include this.
 //
 // The file is an anonymous memory file (memfd, so nothing has a name and nothing can be left behind). Its maker calls
-//   ftruncate(fd, ShmGroup::total_bytes(world, options)) and fallocate(fd, 0, 0, ShmGroup::reserved_bytes(world, options))
+//   ftruncate(fd, ShmGroup::total_bytes(world, options))
+//   fallocate(fd, 0, 0, ShmGroup::reserved_bytes(world, options))
 // and passes it on to the others; each then constructs its ShmGroup, which waits until all have (options.timeout_s).
 // It must be new: all zeros. The constructor duplicates the descriptors it keeps: the caller may close its own.
 //
@@ -18,7 +18,9 @@
 // `in` may be `out` (for all_gather: out's own part; for reduce_scatter: in's own part); no other overlap.
 // Tensors that lie on the arenas (allocate) of all ranks are read and written in place, nothing else is asked for.
 //
-// Fork: the child must not use the object (its collectives raise, its destructor does nothing that others see).
+// Fork: the child must not use the object (its collectives raise, its destructor does nothing that others see). Memory
+// of the arena stays shared with the child: what it writes there, all ranks see. No process that a rank starts by exec
+// gets any of it. Destroy the object after its last collective has returned.
 #pragma once
 
 #include <memory>

@@ -32,6 +32,7 @@ struct ShmGroup::Inside {
   Arena arena;
   const std::uint64_t fork_generation;
   std::size_t arena_room = 0;
+  bool joined = false;
   std::atomic<double> timeout_s;
   std::atomic<bool> busy{false};
   std::uint64_t sequence = ~std::uint64_t{0};  // of the latest operation; joining is number 0

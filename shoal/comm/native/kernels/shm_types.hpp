@@ -10,11 +10,13 @@
 namespace shoal {
 
 // `f8` and `raw` can be moved and are not added up. `boolean`: sum and max are OR, product and min are AND.
-enum class DType : std::uint8_t { f32, f64, f16, bf16, i8, u8, i16, i32, i64, u16, u32, u64, boolean, c64, c128, f8, raw };
+enum class DType : std::uint8_t {
+  f32, f64, f16, bf16, i8, u8, i16, i32, i64, u16, u32, u64, boolean, c64, c128, f8, raw
+};
 enum class ReduceOp : std::uint8_t { sum, avg, product, min, max, band, bor, bxor };
 enum class Op : std::uint8_t {
   barrier, all_reduce, reduce, broadcast, all_gather, reduce_scatter, gather, scatter, all_to_all
-};  // clang-format skip
+};
 constexpr int kOps = 9;
 constexpr int kDTypes = 17;
 constexpr int kReduceOps = 8;
@@ -40,7 +42,7 @@ struct Options {
   std::string name = "group";          // in messages
   double timeout_s = 60.0;             // of a collective that names none
   int usable_cores = 1;                // of all ranks of this group together (affinity and quota); decides on spinning
-  std::size_t slot_bytes = 0;          // staging room of a rank; 0: chosen from the number of ranks. The same everywhere
+  std::size_t slot_bytes = 0;          // staging room of a rank; 0: the usual. The same everywhere
   std::size_t arena_bytes = 1ull << 36;  // symmetric heap of a rank: address space, sparse. The same everywhere
   void* mapping = nullptr;             // for ranks that are threads of one process: total_bytes mapped by the caller
 };
