@@ -286,7 +286,10 @@ class Gradients:
         unused = set(self.unused())
         for index, parameter in enumerate(self.parameters):
             mean = self.exchange.result_of(index).view(parameter.shape)
-            mean = mean.clone() if copy else mean
+            if mean.stride() != parameter.stride():  # fused optimisers take both in the order of memory
+                mean = torch.empty_like(parameter, dtype=mean.dtype).copy_(mean)
+            elif copy:
+                mean = mean.clone()
             parameter.grad = None if index in unused else mean.to(parameter.dtype)
         self._restore_state()
         for index, buffer in enumerate(self._state, start=len(self.parameters)):

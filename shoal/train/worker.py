@@ -272,6 +272,8 @@ class Worker:
         ``keep``: how many of the newest stay in ``folder``, beside the best; 0: all."""
         place = Path(folder).absolute()
         if self.rank == 0 and place not in self._writers:
+            if self._update is not None:
+                self._update.fetch()
             self._writers[place] = BackgroundWriter(place, self.tensors(), keep=keep)
 
     def save(self, folder: str | Path, *, best: bool = False, final: bool = False, **facts: Any) -> float:

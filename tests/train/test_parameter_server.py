@@ -19,6 +19,7 @@ from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Reporting, ScheduleSpec
 from shoal.run.run import Run
 from shoal.train.loop import Order, run_recipe
+from shoal.train.worker import Worker
 
 SCHEDULE = ScheduleSpec(kind="cosine", warmup_steps=3)
 
@@ -100,6 +101,23 @@ def test_a_model_of_low_precision_is_not_cut_inside_of_tensors(run):
     exact = run(wanted, 1, data=splits("mlp", 40), model=half)
     result = run(wanted, plan=served(4, 4, servers=3), data=splits("mlp", 40), model=half)
     assert result["weights_sha256"] == exact["weights_sha256"]
+
+
+def test_parameters_that_do_not_lie_in_rows_keep_their_strides_and_their_bits(run):
+    """A convolution in channels_last runs other kernels, which may sum in another order."""
+
+    def made():
+        torch.manual_seed(0)
+        body = [torch.nn.Conv2d(1, 6, 3), torch.nn.Conv2d(6, 8, 3), torch.nn.Flatten(), torch.nn.Linear(128, 5)]
+        return torch.nn.Sequential(*body).to(memory_format=torch.channels_last)
+
+    wanted, data = recipe("cnn", steps=6), splits("cnn", 40)
+    exact = run(wanted, 2, data=data, model=made)
+    for other in (served(4, 4, servers=2), served(8, servers=2, staleness=1)):
+        result = run(wanted, plan=other, data=data, model=made)
+        if not other.staleness:
+            assert result["weights_sha256"] == exact["weights_sha256"]
+        assert result["figures"]["accuracy"] == pytest.approx(exact["figures"]["accuracy"], abs=0.2)
 
 
 @pytest.mark.parametrize("kind", ["cnn", "gpt"])
@@ -235,3 +253,48 @@ def test_who_died_is_named(agent, tmp_path, victim, named, staleness):
     with pytest.raises(RunFailed) as failed:
         agent.run(run_recipe, (order,), workers=2, servers=2)
     assert re.match(rf"^{named} on \S+ \(pid \d+\) was killed by SIGKILL", str(failed.value))
+
+
+# --- asked to stop, and a loop of one's own -----------------------------------------------------------------------
+
+
+def _ask_to_stop(worker, step):
+    if step.number == 6 and worker.rank == 1:
+        worker.group.report.board.ask_stop()
+
+
+STOPPED = [served(3, 5), served(3, 5, servers=2, staleness=2), local(3, 5)]
+
+
+@pytest.mark.parametrize("wanted", STOPPED, ids=lambda p: f"{p.sync}-{p.staleness}")
+def test_a_run_that_is_asked_to_stop_ends_on_all_workers_after_the_same_step_and_saves(agent, tmp_path, wanted):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    long, data = recipe("mlp", steps=60), splits("mlp", 101)
+    order = Order(long, wanted, run_dir=tmp_path / "run", data=data, observe=_ask_to_stop)
+    results = agent.run(run_recipe, (order,), workers=2, servers=wanted.server_processes)
+    assert results[0]["interrupted"]
+    assert 6 <= results[0]["steps"] == results[1]["steps"] < 20
+    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+    assert results[0]["checkpoint"].endswith(f"step-{results[0]['steps']:08d}")
+
+
+def _own_loop(group, wanted):
+    worker = Worker(group, wanted, shards=8, seed=3)
+    model = worker.model(torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.Dropout(0.1), torch.nn.Linear(9, 2)))
+    worker.optimizer(torch.optim.AdamW(model.parameters(), lr=0.01))
+    data = torch.utils.data.TensorDataset(torch.arange(400.0).sin().view(100, 4), torch.arange(100) % 2)
+    seen = []
+    for step in worker.steps(data, batch=16, epochs=2):
+        for batch in step:
+            x, y = batch.values()
+            step.backward(torch.nn.functional.cross_entropy(model(x), y, reduction="sum"), count=len(y))
+        step.commit()
+        seen.append(worker.weights_sha256)  # right after commit: they have come
+    return seen
+
+
+def test_in_a_loop_of_ones_own_the_weights_are_there_after_each_commit(agent):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    exact = agent.run(_own_loop, (plan(4, 4),), workers=2)
+    results = agent.run(_own_loop, (served(3, 3, 2, servers=2),), workers=3, servers=2)
+    assert results == [exact[0]] * 3

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ class ParameterServer:
 
         ``gradients``: one a parameter, as given; None for one that has none; left out: those of ``.grad``. A sparse
         one travels by the rows that it has. ``share``: of the learning rate, in modes that apply each push by itself.
-        The gradients may be changed when this returns."""
+        The gradients may be changed when this returns, but for those of `hold_gradients`."""
         self._client.arrive()
         given = [p.grad for p in self._given] if gradients is None else list(gradients)
         if len(given) != len(self._given):
@@ -171,7 +171,7 @@ class ParameterServer:
                 rows = gradient.coalesce()
                 view.zero_()
                 view[rows.indices()[0]] = rows.values().to(view.dtype)
-            else:
+            elif gradient.data_ptr() != view.data_ptr():
                 view.copy_(gradient)
             if weight != 1.0 and gradient is not None:
                 view.mul_(weight)
@@ -179,6 +179,13 @@ class ParameterServer:
             self._client.push(self._clock, bucket, [self._flat], [float(count)], [1])
         self._client.commit(self._clock, optimizers.options_of(self.optimizer), share=share, unused=unused)
         self._clock += 1
+
+    def hold_gradients(self) -> list[Tensor]:
+        """Zeros, one a parameter, that need not be copied to be pushed: they lie where the servers of this host read
+        them. Set them as ``.grad``, and clear them with ``zero_grad(set_to_none=False)`` after `pull`, not before."""
+        for view in self._views:
+            view.zero_()
+        return self._views[::-1]
 
     def pull(self, min_version: int = 0) -> int:
         """Wait for weights that every server has updated ``min_version`` times at least, this worker's last push among
@@ -204,10 +211,7 @@ class ParameterServer:
 
     def close(self) -> None:
         """Let go of the connections; the servers notice."""
-        for link in self._roster.links:
-            close: Any = getattr(link, "close", None)
-            if close:
-                close()
+        self._roster.close()
 
     def __enter__(self) -> Self:
         return self

@@ -28,6 +28,7 @@ class Link(Protocol):
 
     def send(self, message: Message) -> None: ...
     def receive(self) -> Message: ...
+    def close(self) -> None: ...
 
 
 class Grant:
@@ -149,9 +150,9 @@ class Client:
             view = self.memory.parameter(slot, home)
             if not synchronous:
                 view.copy_(parameter.detach())
-            if parameter.is_contiguous():
+            if parameter.stride() == view.stride():
                 parameter.data = view
-            else:  # its kernels may sum in another order on a contiguous tensor
+            else:  # its kernels may sum in another order on a tensor that lies in rows
                 self._copied.append(slot)
         self._home = home
 

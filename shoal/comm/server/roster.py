@@ -33,6 +33,8 @@ class Roster:
     housed: list["ServerThread"] = field(default_factory=list)  # those that live in this worker's process
 
     def close(self) -> None:
+        for link in self.links:
+            link.close()
         for server in self.housed:
             server.close()
 
@@ -55,6 +57,8 @@ def reach(group: Group, servers: int) -> Roster:
     said = json.dumps({server: thread.address for server, thread in zip(mine, housed, strict=True)}).encode()
     addresses = {int(k): v for row in group.gather(said) for k, v in json.loads(row).items()}
     links = [TcpLink(addresses[server], server, token=token, report=group.report) for server in range(servers)]
+    for server, link in enumerate(links):
+        link.name = f"server {server} of rank {server % group.world} at {link.name.rpartition(' ')[2]}"
     return Roster(links, None, housed)
 
 

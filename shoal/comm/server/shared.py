@@ -32,6 +32,9 @@ class SharedLink:
         self.received_bytes += len(raw)
         return unpacked(raw)[0]
 
+    def close(self) -> None:
+        """The sockets are the group's."""
+
 
 def unpacked(raw: bytes) -> tuple[Message, int]:
     """A message that came in one run of bytes. Raises WireError."""

@@ -76,8 +76,10 @@ OPTIMIZERS = {
 def test_synchronous_rounds_give_the_bits_of_a_plain_optimiser_with_the_mean_gradient(name, servers):
     kind = getattr(torch.optim, "SGD" if name == "momentum" else name)
 
+    nets = [model(), model()]  # made here: threads share the random stream
+
     def worker(rank: int, served: Served):
-        net = model()
+        net = nets[rank]
         optimizer = kind(net.parameters(), **OPTIMIZERS[name])
         with ParameterServer(net.parameters(), optimizer, served, worker=rank, expected=2) as server:
             for number in range(ROUNDS):
@@ -106,6 +108,18 @@ def test_synchronous_rounds_give_the_bits_of_a_plain_optimiser_with_the_mean_gra
             assert own.keys() == plain.state[parameter].keys()
             for key, value in plain.state[parameter].items():
                 assert value is None or torch.equal(own[key], value), key
+
+
+def test_a_parameter_that_does_not_lie_in_rows_keeps_its_strides():
+    values = torch.arange(120.0).view(12, 10)
+    turned = torch.nn.Parameter(values.clone().t())
+    with serve(2) as served:
+        optimizer = torch.optim.SGD([turned], lr=1.0)
+        with ParameterServer([turned], optimizer, served, worker=0) as server:
+            server.push([torch.ones(10, 12)])
+            server.pull()
+    assert turned.stride() == (1, 10)
+    assert torch.equal(turned.detach(), values.t() - 1)
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
@@ -155,9 +169,10 @@ def test_a_fast_worker_waits_at_the_bound_and_goes_on_when_the_slow_one_moves():
     with serve(2) as served:
         slow_may_go, fast_is_held = threading.Event(), threading.Event()
         seen: list[int] = []
+        nets = [model(), model()]
 
         def fast():
-            net = model()
+            net = nets[0]
             options = {"worker": 0, "mode": "ssp", "staleness": bound, "expected": 2}
             with ParameterServer(net.parameters(), torch.optim.SGD(net.parameters(), lr=0.1), served, **options) as me:
                 for number in range(steps):
@@ -169,7 +184,7 @@ def test_a_fast_worker_waits_at_the_bound_and_goes_on_when_the_slow_one_moves():
                     assert number < bound or slow_may_go.is_set()
 
         def slow():
-            net = model()
+            net = nets[1]
             options = {"worker": 1, "mode": "ssp", "staleness": bound, "expected": 2}
             with ParameterServer(net.parameters(), torch.optim.SGD(net.parameters(), lr=0.1), served, **options) as me:
                 assert fast_is_held.wait(60)

@@ -113,6 +113,8 @@ class InProcess:
         for worker, answer in self.service.handle(self.worker, wire.decode(head, data, TOKEN)[0]):
             self.boxes.setdefault(worker, []).append(wire.decode(*framed(answer), TOKEN)[0])
 
+    def close(self) -> None: ...
+
     def receive(self) -> Message:
         message = self.boxes[self.worker].pop(0)
         return Message(**{**message.__dict__, "data": bytearray(message.data)})
