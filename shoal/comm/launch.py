@@ -12,6 +12,7 @@ from typing import Any, Self
 from shoal.comm.agent import END, STOP, Ended, Job, Said
 from shoal.errors import RunFailed, UserError
 
+MOST_SERVERS = 64  # processes of one host
 GRACE_S = 5.0  # how long an agent may take to leave before it is killed
 
 
@@ -63,6 +64,8 @@ class Agent:
 
         if workers < 1:
             raise UserError(f"a run needs at least 1 worker, got {workers}.")
+        if servers > MOST_SERVERS:
+            raise UserError(f"{servers} parameter servers on one host: use at most {MOST_SERVERS}, better 1 or 2.")
         program = cloudpickle.dumps((function, arguments))
         self._connection.send_bytes(cloudpickle.dumps(Job(program, workers, threads, hang_after_s, servers)))
         if on_start:

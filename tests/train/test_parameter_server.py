@@ -216,7 +216,8 @@ ADAFACTOR = OptimizerSpec(name="Adafactor", lr=0.1)
 @pytest.mark.parametrize(
     ("changes", "options", "line"),
     [
-        ({}, {"servers": 200}, r"^200 parameter servers for a model of \d+ runs of 16 elements: .* Use at most \d+ "),
+        ({}, {"servers": 60}, r"^60 parameter servers for a model of \d+ runs of 16 elements: .* Use at most \d+ "),
+        ({}, {"servers": 99999}, r"^99999 parameter servers on one host: use at most 64"),
         ({"optimizer": ADAFACTOR}, {"servers": 7}, r"^7 parameter servers for a model of 4 parameters: "),
         (
             {},
