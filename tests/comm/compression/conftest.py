@@ -18,10 +18,14 @@ def agent() -> Iterator[Agent]:
         yield agent
 
 
-def _joined(group: Any, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _joined(group: Any, kind: str, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", store=dist.FileStore(store, group.world), rank=group.rank, world_size=group.world)
+    import shoal.comm
+
+    if kind != "gloo":
+        shoal.comm.install()
+    dist.init_process_group(kind, store=dist.FileStore(store, group.world), rank=group.rank, world_size=group.world)
     try:
         return function(group.rank, group.world, *arguments)
     finally:
@@ -30,11 +34,12 @@ def _joined(group: Any, store: str, function: Callable[..., Any], arguments: tup
 
 @pytest.fixture
 def over_gloo(on_workers: Callable[..., list[Any]], tmp_path: Path) -> Callable[..., list[Any]]:
-    """Run ``function(rank, world, *arguments)`` of the test's module in a gloo group; the results, by rank."""
+    """Run ``function(rank, world, *arguments)`` of the test's module in a gloo group, or one of another ``kind``; the
+    results, by rank."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     calls = iter(range(1000))
 
-    def run(workers: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        return on_workers(workers, _joined, str(tmp_path / f"store-{next(calls)}"), function, arguments)
+    def run(workers: int, function: Callable[..., Any], *arguments: Any, kind: str = "gloo") -> list[Any]:
+        return on_workers(workers, _joined, kind, str(tmp_path / f"store-{next(calls)}"), function, arguments)
 
     return run

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import shoal.comm
 from shoal.comm.compression.compressor import COMPRESSORS
+from shoal.comm.native import build
 from shoal.errors import RunFailed
 
 NAMES = list(COMPRESSORS)
@@ -64,6 +65,15 @@ def test_ddp_learns_as_it_does_uncompressed_and_all_ranks_stay_equal(name: str, 
     wanted = [sum(rank[0][step] for rank in plain) / 2 for step in (0, 24)]
     assert losses[0] == pytest.approx(wanted[0], rel=1e-5)
     assert losses[1] < wanted[1] + 0.15 * (wanted[0] - wanted[1])  # it learns at least 85% of what the plain one does
+
+
+@pytest.mark.parametrize("kind", ["shm", "hier"])
+def test_the_same_bits_over_shoals_own_backends(kind: str, over_gloo) -> None:
+    if build.backend() is None:  # asked here, and not as the file is read: it may have to be compiled
+        pytest.skip(f"no backend: {build.why_not(['backend'])}")
+    for name in ("int8", "powersgd"):
+        options = {"force": True, "min_bytes": 0, **OPTIONS.get(name, {})}
+        assert over_gloo(2, trained, name, 4, options, kind=kind)[0][1] == over_gloo(2, trained, name, 4, options)[0][1]
 
 
 def exact(rank: int, world: int) -> tuple[bool, int]:

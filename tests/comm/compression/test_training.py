@@ -21,6 +21,9 @@ from shoal.comm.launch import Agent
 from shoal.comm.layout import BLOCK, flat_layout
 from shoal.errors import UserError
 from shoal.prove.api import prove
+from shoal.prove.fingerprint import StepPrint, TensorPrint
+from shoal.prove.trial import Ended, Trial
+from shoal.prove.verdict import verdict
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe, Reporting
 from shoal.train.api import train
@@ -154,6 +157,23 @@ def test_the_prover_calls_it_lossy_and_still_finds_workers_that_disagree(agent: 
     assert exact["error"] == 0.0
     assert not exact["lossy"]
     assert not fast["lossy"]
+
+
+def test_a_lossy_plan_fails_its_proof_where_workers_differ_or_begin_elsewhere_or_overflow() -> None:
+    """Planted: another weight on one worker, another first loss, a loss that is not finite."""
+
+    def steps(*losses: float, weight: str = "same") -> list[StepPrint]:
+        return [StepPrint(n, (loss,), {"model/w": TensorPrint(weight, 1.0)}) for n, loss in enumerate(losses, start=1)]
+
+    def ok(*workers: list[StepPrint]) -> bool:
+        ended = [Ended("hash") for _ in workers]
+        return verdict(plan_of("1bit"), Trial(list(workers), ended), reference, 1e-5)["ok"]
+
+    reference = Trial([steps(2.0, 1.0)], [Ended("hash")])
+    assert ok(steps(2.0, 1.3), steps(2.0, 1.3))
+    assert not ok(steps(2.0, 1.3), steps(2.0, 1.3, weight="another"))
+    assert not ok(steps(2.1, 1.3), steps(2.1, 1.3))
+    assert not ok(steps(2.0, math.inf), steps(2.0, math.inf))
 
 
 def test_compression_of_averages_and_of_double_precision_is_refused(run) -> None:
