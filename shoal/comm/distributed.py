@@ -224,6 +224,8 @@ class DistributedExchange:
         received = to_each if from_each is None else from_each
         far = self._group.world - 1 - self._near
         for link, peers in zip(self._links, (far, self._near) if len(self._links) > 1 else (self._near,), strict=True):
+            if not peers:
+                continue
             tally = self.account.tallies[self.account.form.operations.index((operation, link))]
             tally.call(sent=round(to_each * peers), received=round(received * peers))
 

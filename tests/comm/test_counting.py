@@ -11,6 +11,7 @@ from shoal.comm.exchange import Placement
 from shoal.comm.layout import BLOCK, flat_layout
 from shoal.comm.recording import record
 from shoal.comm.status import Phase
+from shoal.comm.telling import transport
 from shoal.comm.transport import make_exchange
 
 BURN_S = 0.02
@@ -149,7 +150,7 @@ def test_a_recording_holds_its_own_steps_and_no_others(on_workers, tmp_path):
 # --- over torch.distributed ----------------------------------------------------------------------------------------
 
 
-def _joined(group, fast, ownership, late, clocks):
+def _joined(group, fast, ownership, late, clocks, hosts=()):
     """The same workers, as torchrun would have started them."""
     import socket
 
@@ -163,6 +164,7 @@ def _joined(group, fast, ownership, late, clocks):
     if clocks:  # another name for the clock: its offset must be found
         module.clock_name = lambda: f"clock {group.rank}"
     joined = module.DistributedGroup(60.0, accelerator=False)
+    joined.host = hosts[group.rank] if hosts else joined.host
     joined.report.board = board = group.report.board
     exchange, passes = _exchange(joined, ownership, fast=fast)
 
@@ -178,14 +180,14 @@ def _joined(group, fast, ownership, late, clocks):
     offsets = {rank: (offset.seconds, offset.error_s) for rank, offset in exchange.account.offsets.items()}
     group.gather(b"")
     joined.close()
-    return totals, rows, offsets
+    return totals, rows, offsets, transport(exchange.account)
 
 
 def test_all_to_all_and_all_gather_count_what_they_send_to_each_peer(on_workers):
     ownership = (range(0, 5), range(5, 8))
     counts = Placement(ownership, 0, fast=False).partials((1,) * 8)
     slices = 4 * BUCKETS * BLOCK * 4
-    for rank, (totals, rows, _) in enumerate(on_workers(2, _joined, False, ownership, 1, False)):
+    for rank, (totals, rows, *_) in enumerate(on_workers(2, _joined, False, ownership, 1, False)):
         scatter, gather = totals["reduce-scatter", "tcp"], totals["all-gather", "tcp"]
         assert (scatter.sent_bytes, scatter.received_bytes) == (counts[rank] * slices, counts[1 - rank] * slices)
         assert (gather.sent_bytes, gather.received_bytes) == (slices, slices)
@@ -197,11 +199,22 @@ def test_all_to_all_and_all_gather_count_what_they_send_to_each_peer(on_workers)
 
 def test_an_all_reduce_counts_as_a_ring_and_clocks_of_other_hosts_are_told_together(on_workers):
     ownership = (range(0, 2), range(2, 4))
-    for rank, (totals, _, offsets) in enumerate(on_workers(2, _joined, True, ownership, 1, True)):
+    for rank, (totals, _, offsets, _) in enumerate(on_workers(2, _joined, True, ownership, 1, True)):
         of = totals["all-reduce", "tcp"]
         assert of.sent_bytes == of.received_bytes == 4 * BUCKETS * 2 * BLOCK * 4  # 2 (n - 1) / n of each bucket
         seconds, error_s = offsets[1 - rank]
         assert abs(seconds) <= error_s + 1e-6, "in truth it is one clock"
+
+
+def test_what_goes_to_other_hosts_is_told_from_what_stays(on_workers):
+    ownership = tuple(range(2 * rank, 2 * rank + 2) for rank in range(3))
+    for rank, (totals, *_, told) in enumerate(on_workers(3, _joined, False, ownership, 1, False, ("a", "b", "b"))):
+        far, near = (totals.get(("reduce-scatter", f"tcp {where}")) for where in ("between hosts", "in a host"))
+        each = 4 * 2 * BLOCK * 4  # of the own partial sum, in four steps: a third of six blocks for every worker
+        assert far.sent_bytes == (2 if rank == 0 else 1) * each
+        assert near.sent_bytes == (0 if rank == 0 else far.sent_bytes)
+        assert told["hosts"] == [0, 1, 1]
+        assert told["latency_s"] > 0
 
 
 def test_the_backend_of_a_group_counts_for_a_recording_too():
