@@ -56,6 +56,8 @@ def prove(
         plans = standard_plans(counts, recipe.shards)
     for plan in plans:
         plan.owned(recipe.shards)
+        if plan.sync == "local" or plan.staleness:
+            raise UserError(f"proofs compare steps that all workers share; in this plan {plan.lossy}: leave it out.")
         if plan.device == "cuda":
             raise UserError("a proof compares on the CPU, whose kernels the reference uses: leave device = 'cuda' out.")
     report = replace(recipe.report, checkpoint_every=0, evaluate_samples=recipe.batch, sample=False, tensorboard=False)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,11 @@ def step_print(step: int, losses: Sequence[float], module: nn.Module, optimizer:
     gradients = {f"gradient/{n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
     tensors = gradients | training_tensors(module, optimizer)
     return StepPrint(step, tuple(losses), {name: tensor_print(tensor) for name, tensor in tensors.items()})
+
+
+def weights_of(prints: StepPrint) -> StepPrint:
+    """The same without gradients and the optimiser's state."""
+    return replace(prints, tensors={n: p for n, p in prints.tensors.items() if n.startswith("model/")})
 
 
 def tensor_print(tensor: Tensor) -> TensorPrint:

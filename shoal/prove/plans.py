@@ -35,8 +35,8 @@ def label(plan: Plan) -> str:
     parts = [f"{axis}={size}" for axis, size in plan.mesh.items()]
     if plan.placement:
         parts.append(f"placement={'+'.join(map(str, plan.placement))}")
-    if plan.sync == "fast":
-        parts.append("fast")
+    if plan.sync != "exact":
+        parts.append(plan.sync)
     told = ("mesh", "rules", "placement", "sync", "device")
     others = [f for f in fields(Plan) if f.name not in told and getattr(plan, f.name) != f.default]
     return " ".join([*parts, *(f"{f.name}={getattr(plan, f.name)}" for f in others)])

@@ -170,6 +170,7 @@ def launch_plan(
             run_and_compare,
             (order, final),
             workers=plan.workers,
+            servers=plan.server_processes,
             threads=subject.recipe.threads,
             hang_after_s=plan.hang_after_s,
             listen=listen,

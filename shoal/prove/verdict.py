@@ -3,10 +3,11 @@
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from shoal.prove.closeness import deviations, first_beyond
-from shoal.prove.fingerprint import LOSS, Difference, StepPrint, first_difference
+from shoal.prove.fingerprint import LOSS, Difference, StepPrint, first_difference, weights_of
 from shoal.prove.plans import label
 from shoal.prove.trial import Trial
 from shoal.recipe.plan import Plan
@@ -18,7 +19,7 @@ def verdict(plan: Plan, trial: Trial, reference: Trial, fast_tolerance: float) -
     if plan.lossy:
         error, differs = _lossy(trial, reference.prints[0], fast_tolerance)
     else:
-        error, differs = _fast(trial, reference.prints[0], fast_tolerance) if fast else _exact(trial, reference)
+        error, differs = _fast(trial, reference.prints[0], fast_tolerance) if fast else _exact(plan, trial, reference)
     return {
         "plan": label(plan),
         "ok": differs is None and not trial.failure,
@@ -34,9 +35,13 @@ def verdict(plan: Plan, trial: Trial, reference: Trial, fast_tolerance: float) -
     }
 
 
-def _exact(trial: Trial, reference: Trial) -> tuple[float, Difference | None]:
+def _exact(plan: Plan, trial: Trial, reference: Trial) -> tuple[float, Difference | None]:
     error, tensor = max(((worker.error, worker.tensor) for worker in trial.ended), default=(math.inf, ""))
-    differs = first_difference(reference.prints[0], trial.prints)
+    expected = reference.prints[0]
+    if plan.server_processes:  # gradients and the optimiser's state are the servers': the workers hold the weights
+        expected = [weights_of(prints) for prints in expected]
+        trial = replace(trial, prints=[[weights_of(prints) for prints in worker] for worker in trial.prints])
+    differs = first_difference(expected, trial.prints)
     wanted = reference.ended[0].weights_sha256
     odd = tuple(rank for rank, worker in enumerate(trial.ended) if worker.weights_sha256 != wanted)
     if differs is None and odd:  # they changed after the last step's commit

@@ -44,6 +44,11 @@ class Plan:
             )
         if self.average_every < 1:
             raise UserError(f"plan: average_every must be at least 1 step, got {self.average_every}.")
+        for key, default, needs in (("servers", 1, "parameter-server"), ("staleness", 0, "parameter-server"),
+                                    ("average_every", 8, "local")):  # fmt: skip
+            value = getattr(self, key)
+            if value != default and self.sync != needs:
+                raise UserError(f"plan: {key} = {value} is for sync = {needs!r}, and sync is {self.sync!r}.")
         if self.compression != "none" and self.sync == "local":
             raise UserError("plan: sync = 'local' averages weights and sends no gradients: leave compression out.")
         if self.placement and (len(self.placement) != self.workers or min(self.placement) < 1):
@@ -64,9 +69,17 @@ class Plan:
     @property
     def lossy(self) -> str:
         """Which part of this plan changes the result beyond the order of sums, in a few words; "" for none."""
-        if self.compression == "none":
-            return ""
-        return f"gradients are compressed ({self.compression}): what a step leaves unsent goes out with later ones"
+        parts = []
+        if self.compression != "none":
+            parts.append(
+                f"gradients are compressed ({self.compression}): what a step leaves unsent goes out with later ones"
+            )
+        if self.sync == "local":
+            parts.append(f"workers go their own ways for {self.average_every} steps, then average their weights")
+        if self.staleness:
+            behind = f"up to {self.staleness} steps" if self.staleness > 0 else "any number of steps"
+            parts.append(f"a worker's weights may be {behind} old")
+        return "; ".join(parts)
 
     @property
     def server_processes(self) -> int:

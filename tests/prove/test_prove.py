@@ -77,6 +77,23 @@ def test_a_gradient_that_one_worker_doubles_is_named_with_its_step_and_only_wher
         assert verdict["error"] > 1e-5
 
 
+def test_synchronous_parameter_servers_have_the_bits_of_the_plain_loop_and_a_skipped_sample_shows(found, agent):
+    served = plan(2, sync="parameter-server", servers=2)
+    recipe = RECIPES["mlp"]
+    [sound] = prove(recipe, steps=STEPS, plans=[served], data=data_of("mlp"), agent=agent)["plans"]
+    assert (sound["ok"], sound["differs"], sound["error"]) == (True, None, 0.0)
+    [skipped] = found(Skipped(None), served)
+    assert not skipped["ok"]
+    assert skipped["differs"] == {"step": STEP, "tensor": FIRST.replace("gradient", "model")}
+    assert skipped["shards"] == [4]
+
+
+@pytest.mark.parametrize("apart", [{"sync": "local"}, {"sync": "parameter-server", "staleness": 2}])
+def test_a_plan_whose_workers_share_no_step_is_refused(apart):
+    with pytest.raises(UserError, match="proofs compare steps that all workers share"):
+        prove(RECIPES["mlp"], data=data_of("mlp"), plans=[plan(2, **apart)])
+
+
 def test_a_forgotten_addition_is_found_at_the_first_step(found):
     alone, two = found(Forgotten(), plan(1), plan(2), steps=1)
     assert alone["ok"]

@@ -75,3 +75,35 @@ def test_recipes_and_plans_load_from_files(tmp_path):
     assert Recipe.from_toml(file) == recipe
     file.write_text(Plan(sync="fast").to_toml())
     assert Plan.from_toml(str(file)) == Plan(sync="fast")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"servers": 2}, "servers = 2 is for sync = 'parameter-server'"),
+        ({"staleness": 3}, "staleness = 3 is for sync = 'parameter-server'"),
+        ({"average_every": 4}, "average_every = 4 is for sync = 'local'"),
+        ({"staleness": -2, "sync": "parameter-server"}, "staleness -2 is none"),
+        ({"servers": 0, "sync": "parameter-server"}, "servers must be at least 1"),
+    ],
+)
+def test_a_key_that_the_way_to_synchronise_does_not_have_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        Plan(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"sync": "local", "average_every": 4}, "for 4 steps"),
+        ({"sync": "parameter-server", "staleness": 3}, "up to 3 steps old"),
+        ({"sync": "parameter-server", "staleness": -1}, "any number of steps old"),
+        ({"compression": "int8"}, "int8"),
+    ],
+)
+def test_a_lossy_plan_says_which_part_is(given, part):
+    assert part in Plan(**given).lossy
+
+
+def test_a_plan_that_keeps_all_bits_is_not_lossy():
+    assert not any(Plan(sync=sync).lossy for sync in ("exact", "fast", "parameter-server"))
