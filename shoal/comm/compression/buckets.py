@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from shoal.comm.compression.links import TorchLinks
-from shoal.comm.compression.reduction import CodedReduction, Line, Reduction, Steps, slices
+from shoal.comm.compression.reduction import Division, Line, Steps, slices
 from shoal.comm.compression.worth import Verdict
 from shoal.errors import UserError
 
@@ -27,7 +28,7 @@ class _Bucket:
     parameters: tuple[Tensor, ...]  # kept alive, so that their ids stay theirs
     places: tuple[range, ...]  # of each parameter in the bucket's buffer
     elements: int
-    reduction: Reduction
+    division: Division
 
 
 class Buckets:
@@ -62,21 +63,24 @@ class Buckets:
         future: Future[Tensor] = Future(devices=[buffer.device]) if buffer.device.type != "cpu" else Future()
         small = buffer.nbytes < self._compressor.min_bytes
         if small or not self.verdict or not buffer.dtype.is_floating_point:
-            steps = _uncompressed(buffer, links)
+            self._line.start(_uncompressed(buffer, links), lambda: future.set_result(buffer))
         else:
-            steps = self._compressed(buffer, self._bucket_of(bucket, links), links)
-        self._line.start(steps, lambda: future.set_result(buffer))
+            self._start(buffer, self._bucket_of(bucket, links), links, future)
         self._line.advance()
         if bucket.is_last():
             self._line.finish()
         return future
 
-    @staticmethod
-    def _compressed(buffer: Tensor, bucket: _Bucket, links: TorchLinks) -> Steps:
+    def _start(self, buffer: Tensor, bucket: _Bucket, links: TorchLinks, future: Future[Tensor]) -> None:
         flat = buffer.float()  # the bucket's own memory, where it is float32
-        yield from bucket.reduction.steps(flat, lambda: float(links.world))
-        if flat is not buffer:
-            buffer.copy_(flat)
+
+        def ended() -> None:
+            if flat is not buffer:
+                buffer.copy_(flat)
+            future.set_result(buffer)
+
+        assert self._line is not None
+        bucket.division.start(self._line, flat, lambda: float(links.world), ended)
 
     def _bucket_of(self, bucket: GradBucket, links: TorchLinks) -> _Bucket:
         parameters = tuple(bucket.parameters())
@@ -96,20 +100,22 @@ class Buckets:
             shapes += [(place.start - at,), tuple(parameter.shape)]
             at = place.stop
         shapes.append((buffer.numel() - at,))
-        reduction = self._compressor.reduction(shapes, links, buffer.device)
-        made = _Bucket(parameters, places, buffer.numel(), reduction)
-        worker = reduction.state().get("worker")
+        division = self._compressor.division(shapes, links, buffer.device)
+        pending = torch.zeros(buffer.numel(), device=buffer.device)
         for place, parameter in zip(places, parameters, strict=True):
             kept = self._unsent.pop(self._name_of(parameter), None)
-            if kept is None or worker is None:
+            if kept is None:
                 continue
             if kept.numel() != len(place):
                 raise UserError(
                     f"the saved error of parameter {self._name_of(parameter)!r} has {kept.numel()} elements, "
                     f"the parameter {len(place)}: load what the same model saved."
                 )
-            worker[place.start : place.stop] = kept.view(-1)
-        return made
+            pending[place.start : place.stop] = kept.view(-1)
+        for cut, reduction in division.parts:
+            if (worker := reduction.state().get("worker")) is not None:
+                worker.copy_(pending[cut.start : cut.stop])
+        return _Bucket(parameters, places, buffer.numel(), division)
 
     def _name_of(self, parameter: Tensor) -> str:
         return self._names.setdefault(id(parameter), str(len(self._names)))
@@ -120,13 +126,15 @@ class Buckets:
             self._unsent |= self._errors(self._buckets.pop(key))
 
     def _errors(self, bucket: _Bucket) -> dict[str, Tensor]:
-        worker = bucket.reduction.state().get("worker")
-        if worker is None or self._links is None:
+        if not self._compressor.error_feedback or self._links is None:
             return {}
-        owed = worker.clone()
-        if isinstance(bucket.reduction, CodedReduction) and bucket.reduction.server is not None:
-            own = slices(bucket.elements, self._links.world)[self._links.rank]
-            owed[own.start : own.stop] += bucket.reduction.server * self._links.world  # an error of the mean
+        owed = torch.empty(bucket.elements, device=bucket.parameters[0].device)
+        for cut, reduction in bucket.division.parts:
+            part, state = owed[cut.start : cut.stop], reduction.state()
+            part.copy_(state["worker"])
+            if "server" in state:  # an error of the mean
+                own = slices(len(cut), self._links.world)[self._links.rank]
+                part[own.start : own.stop] += state["server"] * self._links.world
         pairs = zip(bucket.parameters, bucket.places, strict=True)
         return {self._name_of(p): owed[place.start : place.stop].clone() for p, place in pairs}
 

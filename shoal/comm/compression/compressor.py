@@ -16,12 +16,13 @@ from shoal.comm.compression.low_rank import LowRank, LowRankReduction, squarest
 from shoal.comm.compression.onebit import SignBits
 from shoal.comm.compression.reduction import (
     CodedReduction,
+    Division,
     Keeper,
-    Reduction,
+    Line,
     ScatterReduction,
     coded_bytes,
-    drain,
     load,
+    segments,
 )
 from shoal.comm.compression.topk import TopShare
 from shoal.comm.compression.worth import Verdict, agreed
@@ -54,7 +55,7 @@ class Compressor:
             raise UserError(f"{method.name}: min_bytes must be at least 0, got {min_bytes}.")
         self.method, self.error_feedback = method, error_feedback
         self.min_bytes, self.force = min_bytes, force
-        self._named: dict[str, Reduction] = {}
+        self._named: dict[str, Division] = {}
         self._scatters: dict[str, ScatterReduction] = {}
         self._verdicts: dict[TorchLinks, Verdict] = {}
         self._links: dict[Any, TorchLinks] = {}
@@ -68,12 +69,14 @@ class Compressor:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method}, error_feedback={self.error_feedback})"
 
-    def reduction(self, shapes: Shapes, links: Links, device: torch.device) -> Reduction:
+    def division(self, shapes: Shapes, links: Links, device: torch.device) -> Division:
         """For tensors of these shapes, one after the other in a float32 vector. Called by all ranks in one order."""
-        if isinstance(self.method, LowRank):
-            return LowRankReduction(self.method, shapes, links, device, feedback=self.error_feedback)
-        elements = sum(math.prod(shape) for shape in shapes)
-        return CodedReduction(self.method, elements, links, device, feedback=self.error_feedback)
+        method, feedback, elements = self.method, self.error_feedback, sum(math.prod(shape) for shape in shapes)
+        if isinstance(method, LowRank):
+            whole = LowRankReduction(method, shapes, links, device, feedback=feedback)
+            return Division([(range(elements), whole)])
+        cuts = segments(elements)
+        return Division([(cut, CodedReduction(method, len(cut), links, device, feedback=feedback)) for cut in cuts])
 
     def bytes_sent(self, elements: int, world: int, shapes: Shapes | None = None) -> int:
         """What one rank sends in one all-reduce of so many float32, to all others together."""
@@ -83,12 +86,12 @@ class Compressor:
 
     # --- one tensor -----------------------------------------------------------------------------------------------
 
-    def named(self, name: str, shapes: Shapes, group: "dist.ProcessGroup | None", device: torch.device) -> Reduction:
-        """The reduction that keeps its errors under a name."""
+    def named(self, name: str, shapes: Shapes, links: Links, device: torch.device) -> Division:
+        """The division that keeps its errors under a name."""
         elements = sum(math.prod(shape) for shape in shapes)
         key = f"{name}:{elements}"
         if key not in self._named:
-            self._named[key] = self.reduction(shapes, self.links(group, device), device)
+            self._named[key] = self.division(shapes, links, device)
             if key in self._loaded:
                 load(self._named[key], self._loaded.pop(key), repr(name))
         return self._named[key]
@@ -116,7 +119,7 @@ class Compressor:
     def links(self, group: "dist.ProcessGroup | None", device: torch.device) -> TorchLinks:
         key = (group, device)
         if key not in self._links:
-            self._links[key] = TorchLinks(group, device)
+            self._links[key] = TorchLinks(group, device, stages=2)
         return self._links[key]
 
     @property
@@ -217,10 +220,12 @@ def compressed_all_reduce(
     if not tensor.dtype.is_floating_point:
         raise UserError(f"compressed_all_reduce sums real floating-point numbers, got {tensor.dtype}.")
     shapes: Shapes = [tensor.shape] if tensor.dim() > 1 else squarest(tensor.numel())
-    reduction = compressor.named(name, shapes, group, tensor.device)
+    links = compressor.links(group, tensor.device)
+    division = compressor.named(name, shapes, links, tensor.device)
     flat = tensor.detach().reshape(-1).float()  # the tensor's own memory, where it is contiguous float32
-    world = compressor.links(group, tensor.device).world
-    drain(reduction.steps(flat, lambda: float(world) if average else 1.0))
+    line = Line(links)
+    division.start(line, flat, lambda: float(links.world) if average else 1.0)
+    line.finish()
     with torch.no_grad():
         if flat.data_ptr() != tensor.data_ptr():
             tensor.copy_(flat.view(tensor.shape))

@@ -18,7 +18,7 @@ from torch import Tensor
 from shoal.comm.account import Account, stand
 from shoal.comm.compression.compressor import COMPRESSORS, Compressor, Shapes
 from shoal.comm.compression.links import HostLinks, Links, TorchLinks
-from shoal.comm.compression.reduction import MOST_STAGES, Line, RawReduction, Reduction, Steps
+from shoal.comm.compression.reduction import MOST_STAGES, Division, Line, RawReduction, Steps
 from shoal.comm.compression.worth import Verdict, agreed, on_one_host
 from shoal.comm.counters import Kind
 from shoal.comm.distributed import DistributedExchange, DistributedGroup
@@ -105,7 +105,7 @@ class _Piece:
     start: int  # in the flat buffer
     stop: int
     of_gradients: bool
-    reduction: Reduction
+    division: Division
 
 
 class _Pieces:
@@ -120,10 +120,10 @@ class _Pieces:
             pieces = []
             for start, stop in cuts(layout, bucket.start, bucket.stop):
                 if start < layout.state_start:
-                    reduction = compressor.reduction(shapes_between(layout, shapes, start, stop), links, device)
-                    pieces.append(_Piece(start, stop, True, reduction))
+                    division = compressor.division(shapes_between(layout, shapes, start, stop), links, device)
                 else:
-                    pieces.append(_Piece(start, stop, False, RawReduction(stop - start, links, device)))
+                    division = Division([(range(stop - start), RawReduction(stop - start, links, device))])
+                pieces.append(_Piece(start, stop, start < layout.state_start, division))
             self._of_bucket.append(pieces)
         self.line = Line(links)
 
@@ -133,8 +133,10 @@ class _Pieces:
         """Begin with what lies in ``result``, which becomes the mean."""
         for piece in self._of_bucket[bucket]:
             divisor = (lambda: denominators()[0]) if piece.of_gradients else (lambda: denominators()[1])
-            steps = piece.reduction.steps(result[piece.start : piece.stop], divisor)
-            self.line.start(_metered(steps, bucket, self._links, meter))
+            for cut, reduction in piece.division.parts:
+                numbers = result[piece.start + cut.start : piece.start + cut.stop]
+                self.line.start(_metered(reduction.steps(numbers, divisor), bucket, self._links, meter))
+                self.line.advance()
 
 
 @dataclass(frozen=True)

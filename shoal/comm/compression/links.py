@@ -97,7 +97,7 @@ class TorchLinks:
         return work
 
     def _group(self, stage: int) -> "dist.ProcessGroup | None":
-        return self._groups[stage if len(self._groups) > 1 else 0]
+        return self._groups[min(stage, len(self._groups) - 1)]
 
 
 class HostLinks:

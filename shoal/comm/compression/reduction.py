@@ -18,6 +18,7 @@ from shoal.errors import UserError
 Steps = Generator[Handle, None, None]
 Divisor = Callable[[], float]  # asked when the sum is complete
 ALIGNMENT = 64  # elements
+SEGMENT = 1 << 20  # elements; of a longer vector, one part is compressed while another travels
 MOST_STAGES = 4  # transfers of a reduction, one after the other
 
 
@@ -31,9 +32,15 @@ def slices(elements: int, world: int) -> list[range]:
     return [range(min(elements, rank * size), min(elements, (rank + 1) * size)) for rank in range(world)]
 
 
+def segments(elements: int) -> list[range]:
+    """Parts that are reduced each by itself; one for an empty vector."""
+    return [range(start, min(elements, start + SEGMENT)) for start in range(0, max(1, elements), SEGMENT)]
+
+
 def coded_bytes(codec: Codec, elements: int, world: int) -> int:
-    """What each rank sends: a payload to each other rank, twice."""
-    return 2 * (world - 1) * codec.payload_bytes(slice_size(elements, world))
+    """What each rank sends: for each segment, a payload to each other rank, twice."""
+    sizes = [codec.payload_bytes(slice_size(len(cut), world)) for cut in segments(elements)]
+    return 2 * (world - 1) * sum(sizes)
 
 
 def raw_bytes(elements: int, world: int) -> int:
@@ -190,6 +197,30 @@ def load(reduction: Keeper, state: Mapping[str, Tensor], what: str) -> None:
         )
     for name, tensor in own.items():
         tensor.copy_(state[name])
+
+
+class Division:
+    """A vector in parts, each a reduction of its own."""
+
+    def __init__(self, parts: Sequence[tuple[range, Reduction]]) -> None:
+        self.parts = tuple(parts)
+
+    def start(self, line: "Line", flat: Tensor, divisor: Divisor, ended: Callable[[], None] = lambda: None) -> None:
+        """Put the parts on a line; ``ended`` is called when the last one is done."""
+        left = len(self.parts)
+
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                ended()
+
+        for cut, reduction in self.parts:
+            line.start(reduction.steps(flat[cut.start : cut.stop], divisor), done)
+            line.advance()
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{i}/{k}": v for i, (_, part) in enumerate(self.parts) for k, v in part.state().items()}
 
 
 # --- running them ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import shoal.comm
 from shoal.comm.compression.compressor import COMPRESSORS
 from shoal.comm.compression.low_rank import Cut, cuts_of, orthonormal, squarest
-from shoal.comm.compression.reduction import slice_size, slices
+from shoal.comm.compression.reduction import SEGMENT, segments, slice_size, slices
 from shoal.errors import RunFailed, UserError
 
 NAMES = list(COMPRESSORS)
@@ -21,12 +21,18 @@ def numbers(rank: int, elements: int, step: int = 0) -> torch.Tensor:
 
 def by_hand(name: str, elements: int, world: int) -> torch.Tensor:
     """What `CodedReduction` is to give in its first step, written down plainly."""
-    codec = COMPRESSORS[name]().method
+    operands = [numbers(rank, elements) for rank in range(world)]
+    parts = [_segment_by_hand(name, [o[cut.start : cut.stop] for o in operands]) for cut in segments(elements)]
+    return torch.cat(parts)
+
+
+def _segment_by_hand(name: str, operands: list[torch.Tensor]) -> torch.Tensor:
+    codec, elements, world = COMPRESSORS[name]().method, len(operands[0]), len(operands)
     out = torch.zeros(elements)
     for owner, own in enumerate(slices(elements, world)):
         total = torch.zeros(len(own))
         for rank in range(world):
-            piece = numbers(rank, elements)[own.start : own.stop].clone()
+            piece = operands[rank][own.start : own.stop].clone()
             if rank != owner:
                 payload = torch.zeros(codec.payload_bytes(len(own)), dtype=torch.uint8)
                 codec.compress(piece, torch.zeros(len(own)), payload)
@@ -65,7 +71,7 @@ def reduced(rank: int, world: int, sizes: list[int]) -> list[tuple[str, int, byt
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_rank_gets_the_same_bits_for_the_bytes_of_the_formula(world: int, over_gloo) -> None:
-    rows = over_gloo(world, reduced, [0, 1, 63, 1000, 20_011])
+    rows = over_gloo(world, reduced, [0, 1, 63, 1000, 20_011, SEGMENT + 777])
     for cases in zip(*rows, strict=True):
         name, elements, first, formula, counted, handed = cases[0]
         assert all(case[2] == first for case in cases), (name, elements)
