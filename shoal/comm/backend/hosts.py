@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+MOST_RANKS = 256  # of a host's group: ShmGroup::kMostRanks
+
 
 @dataclass(frozen=True)
 class Card:
@@ -35,7 +37,9 @@ def may_share(one: Card, other: Card) -> bool:
     return bool(one.boot) and one.boot == other.boot and one.user == other.user
 
 
-def hosts_of(cards: Sequence[Card], reached: Sequence[frozenset[int]], most: int) -> tuple[tuple[int, ...], ...]:
+def hosts_of(
+    cards: Sequence[Card], reached: Sequence[frozenset[int]], most: int = MOST_RANKS
+) -> tuple[tuple[int, ...], ...]:
     """The ranks by host, hosts in the order of their lowest ranks.
 
     ``reached[r]`` are the lower ranks whose socket rank r could connect to: containers of one machine that cannot see

@@ -259,7 +259,6 @@ def meet(
     why: str,
     refuse: Callable[[Sequence[Card], Sequence[Sequence[int]]], str],
     sizes: Callable[[int], tuple[int, int]],
-    most: int,
     attach: Callable[[int, int, Sequence[int], Sequence[int], Sequence[Card]], Any],
 ) -> Meeting:
     """Find the ranks of this host and share memory with them.
@@ -281,7 +280,7 @@ def meet(
                     if reached:
                         connections[other] = reached
             said = _all_say(store, "reached", rank, size, " ".join(map(str, connections)), timeout_s)
-            hosts = hosts_of(cards, [frozenset(map(int, text.split())) for text in said], most)
+            hosts = hosts_of(cards, [frozenset(map(int, text.split())) for text in said])
             refusal = refuse(cards, hosts)
             if refusal:
                 return Meeting(cards, hosts, None, watches, refusal)

@@ -10,13 +10,14 @@ import socket
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from shoal.comm.backend.groups import backend_of
 from shoal.comm.backend.hosts import Card, rank_list
 from shoal.comm.backend.meeting import NotMet, accepted, connected, greet, listener, read_exactly
-from shoal.comm.backend.registration import Membership
+from shoal.comm.backend.registration import KINDS, Membership
 from shoal.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 PAUSE_S = 0.005  # between two looks whether the others have come
 LOOK_S = 0.1  # so often the one who waits for the others looks whether one of them has died meanwhile
+MARGIN_S = 2.0  # until who waited for the others has said what came of it
 _LENGTH = struct.Struct("<I")
 
 
@@ -57,8 +59,8 @@ def reform(
         left, store = _meet_on_host(membership, ranks, deadline)
     else:
         left, store = _meet_in_store(membership, old.get_group_store(), ranks, deadline)
-    config = str(dist.distributed_c10d._world.pg_backend_config[old])
-    timeout: timedelta = backend.options._timeout
+    config = plain_name(str(dist.distributed_c10d._world.pg_backend_config[old]))
+    timeout: timedelta = backend.timeout
     rank = left.index(membership.rank)
     if whole:
         dist.destroy_process_group()
@@ -68,6 +70,12 @@ def reform(
     dist.destroy_process_group(old)
     name = f"reformed-{_address(membership.meeting.cards, left[0])[0]}"
     return _new_group(config, store, rank, [of_job[r] for r in left], name, timeout)
+
+
+def plain_name(config: str) -> str:
+    """What the user had written: torch knows "shm" as "cpu:shm", and warns about the latter."""
+    device, _, name = config.partition(":")
+    return name if device == "cpu" and name in KINDS else config
 
 
 def abort(backend: Any) -> None:
@@ -111,8 +119,8 @@ def _meet_on_host(membership: Membership, ranks: Sequence[int] | None, deadline:
         with connection:
             try:
                 greet(connection, rank, token, lowest)
-                (length,) = _LENGTH.unpack(read_exactly(connection, _LENGTH.size, deadline))
-                told = json.loads(read_exactly(connection, length, deadline))
+                (length,) = _LENGTH.unpack(read_exactly(connection, _LENGTH.size, deadline + MARGIN_S))
+                told = json.loads(read_exactly(connection, length, deadline + MARGIN_S))
             except (OSError, EOFError, NotMet):
                 if time.monotonic() > deadline:
                     raise RunFailed(f"reform: rank {lowest} of {membership.name} does not go on.") from None
@@ -142,11 +150,11 @@ def _lead(
         said = (
             {"ranks": left, "port": store.port}
             if store
-            else {"why": f"reform: {rank_list(sorted(missing))} of {membership.name} did not come, and are not dead."}
+            else {"why": f"reform: {rank_list(sorted(missing))} of {membership.name} lives and did not come."}
         )
         text = json.dumps(said).encode()
         for connection in came.values():
-            with connection:
+            with connection, suppress(OSError):  # who has died since is missed in the new group
                 connection.sendall(_LENGTH.pack(len(text)) + text)
     if store is None:
         raise RunFailed(str(said["why"]))
@@ -180,7 +188,7 @@ def _meet_in_store(
         store.set(f"came/{rank}", json.dumps(alive))
         if store.compare_set("first", "", str(rank)) == str(rank).encode():
             store.set("said", json.dumps(_await_members(membership, store, ranks, deadline)))
-        store.wait(["said"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + 5.0))
+        store.wait(["said"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + MARGIN_S))
         told = json.loads(store.get("said"))
     except (DistStoreError, DistNetworkError) as error:
         first = str(error).splitlines()[0]
@@ -207,7 +215,7 @@ def _await_members(
         late = time.monotonic() > deadline
         if absent and late:
             return {
-                "why": f"reform: {rank_list(absent)} of {membership.name} did not come, and are not known to be dead."
+                "why": f"reform: {rank_list(absent)} of {membership.name} did not come, and nobody knows it to be dead."
             }
         if not absent and (late or not gone):
             return {"ranks": sorted(came if ranks is None else ranks)}

@@ -71,7 +71,8 @@ def _create(kind: str, options: Any, _: Any) -> Any:
 
 
 def group_name(group_id: str, ranks: Sequence[int]) -> str:
-    return f"group {group_id!r} ({rank_list(ranks)} of the job)" if ranks else "the default group"
+    """As error messages call it."""
+    return f"{group_id}, {rank_list(ranks)} of the job" if ranks else "default"
 
 
 @cache
@@ -91,13 +92,13 @@ def make_backend(
     def refuse(cards: Sequence[Card], hosts: Sequence[Sequence[int]]) -> str:
         if kind == "shm" and len(hosts) > 1:
             raise UserError(
-                f"backend 'shm' is for ranks of one host, and {name} has {host_list(hosts, cards)}: use 'hier'."
+                f"backend 'shm' is for ranks of one host, and group {name!r} has {host_list(hosts, cards)}: use 'hier'."
             )
         return without_library(cards)
 
     def attach(file: int, place: int, host: Sequence[int], descriptors: Sequence[int], cards: Sequence[Card]) -> Any:
         assert module is not None  # `refuse` saw to it
-        note = "" if len(host) == size else f", the host of {rank_list(host)}, called here 0-{len(host) - 1}"
+        note = "" if len(host) == size else f", on the host of its {rank_list(host)}, called here 0-{len(host) - 1}"
         try:
             return module.ShmGroup(
                 memfd=file,
@@ -120,7 +121,6 @@ def make_backend(
         "" if module else build.why_not(("backend",)),
         refuse,
         partial(_sizes, module),
-        module.most_ranks if module else 1,
         attach,
     )
     one_host = len(meeting.hosts) == 1
@@ -131,16 +131,17 @@ def make_backend(
         gloo._set_sequence_number_for_group()
         return gloo
     assert module is not None
-    hosts = [list(host) for host in meeting.hosts]
-    membership = Membership(kind, name, rank, meeting)
+    between = None if one_host else ProcessGroupGloo(PrefixStore("between", store), rank, size, timeout)
+    membership = Membership(kind, f"group {name!r}", rank, meeting)
     return module.ShoalBackend(
         local=meeting.memory,
         gloo=gloo,
-        hosts=hosts,
+        between=between,
+        hosts=[list(host) for host in meeting.hosts],
         rank=rank,
         size=size,
         kind=kind,
-        name=name,
+        name=membership.name,
         timeout=timeout,
         membership=membership,
     )

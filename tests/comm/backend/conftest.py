@@ -1,6 +1,7 @@
 """Process groups in forked workers: the agent has everything imported, so that a group costs milliseconds."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -85,4 +86,55 @@ def in_group(backend_agent: Agent, request: pytest.FixtureRequest, tmp_path: Pat
     return run
 
 
-cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_inside"]))
+def _parent_of(
+    group: Any, workers: int, kind: str, file: str, timeout_s: float, function: Any, *rest: Any
+) -> list[Any]:
+    """Fork the ranks: an agent ends them all when one of them is killed. Results, or how a rank ended."""
+    import signal
+    import types
+
+    readers, pids = [], []
+    for rank in range(workers):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            from shoal.comm.agent import _die_with_parent
+
+            _die_with_parent(os.getppid())
+            try:
+                place = types.SimpleNamespace(rank=rank, world=workers)
+                result: Any = _inside(place, kind, file, timeout_s, None, function, *rest)
+            except BaseException as error:
+                result = f"{type(error).__name__}: {error}"
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(cloudpickle.dumps(result))
+            os._exit(0)
+        os.close(writer)
+        readers.append(reader)
+        pids.append(pid)
+    results = []
+    for reader, pid in zip(readers, pids, strict=True):
+        with os.fdopen(reader, "rb") as pipe:
+            data = pipe.read()
+        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        results.append(cloudpickle.loads(data) if data else signal.Signals(-code).name)
+    return results
+
+
+@pytest.fixture
+def in_mortal_group(backend_agent: Agent, request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., list[Any]]:
+    """As `in_group`, for ranks that die: a rank's entry is then the name of the signal."""
+    cloudpickle.register_pickle_by_value(request.module)
+    count = iter(range(10**6))
+
+    def run(
+        workers: int, function: Callable[..., Any], *arguments: Any, kind: str = "shm", timeout_s: float = 60.0
+    ) -> Any:
+        file = str(tmp_path / f"mortal{next(count)}-{os.getpid()}")
+        return backend_agent.run(_parent_of, (workers, kind, file, timeout_s, function, *arguments), workers=1)[0]
+
+    return run
+
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -1,5 +1,6 @@
 """Every collective, type, size and number of ranks: equal to whole-number sums, and to what gloo gives."""
 
+import hashlib
 from functools import reduce
 
 import pytest
@@ -63,8 +64,8 @@ def operations(dtype: torch.dtype) -> list[str]:
     return ["SUM", "PRODUCT", "MIN", "MAX", *(["AVG"] if dtype.is_floating_point else ["BAND", "BOR", "BXOR"])]
 
 
-def _reductions(rank: int, world: int) -> None:
-    for dtype in EVERY:
+def _reductions(rank: int, world: int, types: list[torch.dtype] = EVERY) -> None:
+    for dtype in types:
         for name in operations(dtype):
             op = getattr(dist.ReduceOp, name)
             for size in SIZES if name == "SUM" else SIZES[2:5]:
@@ -92,9 +93,9 @@ def _reductions(rank: int, world: int) -> None:
                 same(out, wanted, ("reduce_scatter", *what))
 
 
-def _moves(rank: int, world: int) -> None:
-    for dtype in MOVED:
-        for size in SIZES:
+def _moves(rank: int, world: int, types: list[torch.dtype] = MOVED, sizes: list[int] = SIZES) -> None:
+    for dtype in types:
+        for size in sizes:
             what = (world, dtype, size)
             mine, everyones = numbers(rank, size, dtype), [numbers(r, size, dtype) for r in range(world)]
             out = torch.empty(size * world, dtype=dtype)
@@ -135,11 +136,88 @@ def test_what_is_moved_arrives(in_group, world):
     in_group(world, _moves)
 
 
-@pytest.mark.parametrize("hosts", [[0, 1], [0, 0, 1, 1], [0, 1, 1], [0, 1, 0, 1], [0, 1, 2]], ids=str)
+HOSTS = [[0, 1], [0, 0, 1, 1], [0, 1, 1], [0, 1, 0, 1], [0, 1, 2]]  # equal, unequal, interleaved; more than two
+FEW = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+
+
+@pytest.mark.parametrize("hosts", HOSTS, ids=str)
 def test_reductions_between_hosts_are_exact(in_group, hosts):
-    in_group(len(hosts), _reductions, kind="hier", hosts=hosts)
+    in_group(len(hosts), _reductions, FEW, kind="hier", hosts=hosts)
 
 
-@pytest.mark.parametrize("hosts", [[0, 1], [0, 0, 1, 1], [0, 1, 1], [0, 1, 0, 1], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("hosts", HOSTS, ids=str)
 def test_what_is_moved_between_hosts_arrives(in_group, hosts):
-    in_group(len(hosts), _moves, kind="hier", hosts=hosts)
+    in_group(len(hosts), _moves, [*FEW, torch.float8_e5m2, torch.uint16], [0, 3, 4099], kind="hier", hosts=hosts)
+
+
+def _large_sums(rank: int, world: int) -> str:
+    torch.manual_seed(rank)
+    digests = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch.randn(3_000_001).to(dtype)  # many chunks of a pipeline
+        parts = [torch.empty_like(tensor) for _ in range(world)]
+        dist.all_gather(parts, tensor)
+        dist.all_reduce(tensor)
+        assert torch.allclose(
+            tensor.double(), sum(p.double() for p in parts), atol=0.1 if dtype.itemsize == 2 else 1e-5
+        )
+        digests.append(hashlib.sha256(bits(tensor).numpy()).hexdigest())
+    return " ".join(digests)
+
+
+@pytest.mark.parametrize(("kind", "hosts"), [("shm", None), ("hier", [0, 0, 1]), ("hier", [0, 1, 2])])
+def test_rounded_sums_have_the_same_bits_on_all_ranks_and_in_every_run(in_group, kind, hosts):
+    runs = [in_group(3, _large_sums, kind=kind, hosts=hosts) for _ in range(2)]
+    assert len({digest for run in runs for digest in run}) == 1
+
+
+def _beside_gloo(rank: int, world: int) -> None:
+    gloo = dist.new_group(backend="gloo")
+    torch.manual_seed(rank)
+    for shape in ((5, 7), (1000,), ()):
+        tensor = torch.randn(shape)
+        ours, theirs = tensor.clone(), tensor.clone()
+        dist.all_reduce(ours)
+        dist.all_reduce(theirs, group=gloo)
+        assert torch.allclose(ours, theirs, rtol=1e-6)  # float32: gloo adds in another order
+    for strided in (torch.arange(12.0).view(3, 4).t(), torch.arange(12.0)[::2], torch.arange(3.0).expand(4, 3)):
+        ours, theirs = strided.clone(memory_format=torch.preserve_format) + rank, strided.contiguous() + rank
+        dist.all_reduce(ours)
+        dist.all_reduce(theirs, group=gloo)
+        assert torch.equal(ours, theirs)
+        out = torch.zeros(2, *strided.shape).transpose(0, 1).contiguous().transpose(0, 1)
+        dist.all_gather([out[r] for r in range(2)], strided)
+        assert torch.equal(out[1], strided)
+    # what shared memory cannot do goes through gloo
+    sparse = torch.sparse_coo_tensor([[rank, 4]], [1.0, 2.0], (6,))
+    dist.all_reduce(sparse)
+    assert sparse.to_dense().tolist() == [1, 1, 0, 0, 4, 0]
+    odd = torch.tensor([1 + 2j], dtype=torch.complex32)
+    dist.broadcast(odd, 0)
+
+
+def test_other_layouts_and_what_only_gloo_can_do_give_what_gloo_gives(in_group):
+    in_group(2, _beside_gloo)
+
+
+def _point_to_point(rank: int, world: int) -> None:
+    tensor = torch.full((1000,), float(rank))
+    if rank == 0:
+        dist.send(tensor, 1, tag=3)
+        dist.recv(tensor, 1)
+        assert tensor[0] == 1
+    else:
+        got = torch.ones(1000)
+        dist.recv(got, 0, tag=3)
+        assert got[0] == 0
+        dist.send(tensor, 0)
+    work = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, torch.ones(3) * rank, 1 - rank), dist.P2POp(dist.irecv, tensor[:3], 1 - rank)]
+    )
+    for one in work:
+        one.wait()
+    assert tensor[0] == 1 - rank
+
+
+def test_messages_between_two_ranks_arrive(in_group):
+    in_group(2, _point_to_point)

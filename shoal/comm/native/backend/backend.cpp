@@ -25,8 +25,8 @@ class WithoutInterpreter {
 
 }  // namespace
 
-ShoalBackend::ShoalBackend(std::shared_ptr<ShmGroup> local, c10::intrusive_ptr<c10d::Backend> gloo, Hosts hosts,
-                           int rank, int size, std::string kind, std::string name, std::chrono::milliseconds timeout,
+ShoalBackend::ShoalBackend(std::shared_ptr<ShmGroup> local, c10::intrusive_ptr<c10d::Backend> gloo,
+                           c10::intrusive_ptr<c10d::Backend> between, Hosts hosts, int rank, int size, std::string kind, std::string name, std::chrono::milliseconds timeout,
                            Maker maker)
     : Backend(rank, size),
       local_(std::move(local)),
@@ -37,7 +37,7 @@ ShoalBackend::ShoalBackend(std::shared_ptr<ShmGroup> local, c10::intrusive_ptr<c
       options_(c10::make_intrusive<Options>(kind_, timeout)),
       maker_(std::move(maker)) {
   if (!one_host()) {
-    between_ = std::make_unique<BetweenHosts>(*local_, gloo_, hosts_, name_, seconds_of(timeout));
+    between_ = std::make_unique<BetweenHosts>(*local_, std::move(between), hosts_, name_, seconds_of(timeout));
   }
   local_->set_timeout(seconds_of(timeout));
   init();
@@ -71,6 +71,9 @@ void ShoalBackend::abort() {
   const WithoutInterpreter released;
   local_->abort("rank " + std::to_string(rank_) + " aborted " + name_);
   gloo_->abort();
+  if (!between_) return;
+  between_->interrupt();
+  queue_->run_here([this] { between_->leave(); });  // a call under way sees to it itself
 }
 
 void ShoalBackend::shutdown() {
@@ -99,17 +102,21 @@ void ShoalBackend::explained(const Act& act, Doing doing) {
       refusal.request.type = doing.request.type;
       refusal.request.unusable = 1;
       agree(refusal);
-    } catch (const std::exception&) {
-      if (between_) gloo_->abort();  // they have failed, as this one does
+    } catch (const Failure& failure) {  // they have failed, as this one does
+      give_up(failure.what());
     }
     throw c10::ValueError(error.what(), nullptr, nullptr);
   } catch (const Failure& failure) {
-    if (between_) {  // a host that gives up takes the others with it: its connections tell them
-      local_->abort(failure.what());
-      gloo_->abort();
-    }
+    give_up(failure.what());
     throw c10::DistBackendError(failure.what(), nullptr, nullptr);
   }
+}
+
+// Between hosts, whatever fails ends the group: the own host learns it by its memory, the others by the connections.
+void ShoalBackend::give_up(const std::string& why) {
+  if (!between_) return;
+  local_->abort(why);
+  between_->leave();
 }
 
 // All ranks ask for the same, or all raise. Only for what ShmGroup does not compare itself.

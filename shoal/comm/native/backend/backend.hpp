@@ -22,8 +22,10 @@ class ShoalBackend : public c10d::Backend {
   using Maker = std::function<c10::intrusive_ptr<c10d::Backend>(const c10::intrusive_ptr<c10d::Store>&, int, int,
                                                                 const c10::intrusive_ptr<c10d::Backend::Options>&)>;
 
-  ShoalBackend(std::shared_ptr<ShmGroup> local, c10::intrusive_ptr<c10d::Backend> gloo, Hosts hosts, int rank, int size,
-               std::string kind, std::string name, std::chrono::milliseconds timeout, Maker maker);
+  // gloo: for point-to-point and the rest; between: for slices, null on one host
+  ShoalBackend(std::shared_ptr<ShmGroup> local, c10::intrusive_ptr<c10d::Backend> gloo,
+               c10::intrusive_ptr<c10d::Backend> between, Hosts hosts, int rank, int size, std::string kind,
+               std::string name, std::chrono::milliseconds timeout, Maker maker);
   ~ShoalBackend() override;
 
   const std::string getBackendName() const override { return kind_; }
@@ -73,6 +75,7 @@ class ShoalBackend : public c10d::Backend {
   void explained(const Act&, Doing);
   bool one_host() const { return hosts_.ranks.size() == 1; }
   void agree(const Doing&);
+  void give_up(const std::string& why);
 
   void all_reduce(Doing&, const at::Tensor&, const c10d::ReduceOp&);
   void all_gather(Doing&, const at::Tensor& in, const Tensors& outs);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 
 #include <ATen/OpMathType.h>
 
@@ -16,11 +17,13 @@ constexpr std::size_t kWholeBytes = 64u << 10;  // a slice up to here goes to al
 constexpr std::size_t kStages = 3;
 constexpr double kLastWordS = 2.0;
 
-at::Tensor memory_at(const void* data, std::size_t bytes) {
-  return at::from_blob(const_cast<void*>(data), {static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));
-}
-
 std::size_t cut(std::size_t count, int index, int parts) { return count * index / parts; }
+
+std::string seconds_text(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3g s", seconds);
+  return text;
+}
 
 }  // namespace
 
@@ -38,38 +41,6 @@ std::vector<int> Hosts::place_of(int rank) const {
   throw Unusable("there is no rank " + std::to_string(rank) + " in the group");
 }
 
-void Exchange::send(int to, const void* data, std::size_t bytes, int tag) {
-  if (!bytes) return;
-  Message message{to, true, nullptr, {memory_at(data, bytes)}};
-  message.work = gloo_.send(message.memory, to, tag);
-  messages_.push_back(std::move(message));
-}
-
-void Exchange::receive(int from, void* data, std::size_t bytes, int tag) {
-  if (!bytes) return;
-  Message message{from, false, nullptr, {memory_at(data, bytes)}};
-  message.work = gloo_.recv(message.memory, from, tag);
-  messages_.push_back(std::move(message));
-}
-
-void Exchange::wait(const Doing& doing, double timeout_s) {
-  for (auto& message : messages_) {
-    try {
-      message.work->wait(std::chrono::milliseconds(static_cast<int64_t>(timeout_s * 1e3) + 1));
-    } catch (const std::exception& error) {
-      std::string text = error.what();
-      text = text.substr(0, text.find('\n'));
-      const bool late = text.find("imed out") != std::string::npos;
-      throw Failure(late ? Failure::timeout : Failure::dead_peer,
-                    doing.request.text() + ": " + (message.sent ? "sending to" : "receiving from") + " rank " +
-                        std::to_string(message.rank) + " on another host " +
-                        (late ? "took longer than " + std::to_string(timeout_s).substr(0, 5) + " s" : "failed") + ": " +
-                        text);
-    }
-  }
-  messages_.clear();
-}
-
 struct BetweenHosts::Asked {
   std::vector<Request> theirs;
   bool compared = false;
@@ -78,8 +49,12 @@ struct BetweenHosts::Asked {
 
 BetweenHosts::BetweenHosts(ShmGroup& local, c10::intrusive_ptr<c10d::Backend> gloo, Hosts hosts, std::string name,
                            double timeout_s)
-    : local_(local), gloo_(std::move(gloo)), hosts_(std::move(hosts)), carriers_(hosts_.carriers()),
-      name_(std::move(name)), timeout_s_(timeout_s) {}
+    : local_(local),
+      wire_(std::move(gloo), [&local] { return !local.why_aborted().empty(); }),
+      hosts_(std::move(hosts)),
+      carriers_(hosts_.carriers()),
+      name_(std::move(name)),
+      timeout_s_(timeout_s) {}
 
 int BetweenHosts::world() const {
   int all = 0;
@@ -90,20 +65,29 @@ int BetweenHosts::world() const {
 // Sends this rank's request and asks for those of other hosts; `compare` waits for them.
 template <typename Act>
 void BetweenHosts::asking(const Doing& doing, Act&& act) {
-  Asked asked{std::vector<Request>(hosts()), false, Exchange(*gloo_)};
-  for (int h = 0; h < hosts() && carrier(); ++h) {
-    if (h == hosts_.host) continue;
-    asked.exchange.send(peer(h), &doing.request, sizeof(Request), kRequestTag);
-    asked.exchange.receive(peer(h), &asked.theirs[h], sizeof(Request), kRequestTag);
-  }
+  if (const std::string why = local_.why_aborted(); !why.empty()) throw Failure(Failure::aborted, why);
+  Asked asked{std::vector<Request>(hosts()), false, Exchange(wire_)};
   try {
+    for (int h = 0; h < hosts() && carrier(); ++h) {
+      if (h == hosts_.host) continue;
+      asked.exchange.send(peer(h), &doing.request, sizeof(Request), kRequestTag);
+      asked.exchange.receive(peer(h), &asked.theirs[h], sizeof(Request), kRequestTag);
+    }
     act(asked);
+  } catch (const Exchange::Lost& lost) {
+    if (const std::string why = local_.why_aborted(); !why.empty()) throw Failure(Failure::aborted, why);
+    const int self = hosts_.ranks[hosts_.host][hosts_.local];
+    const std::string where = doing.request.text() + " in " + name_ + ", rank " + std::to_string(self) + ": ";
+    throw Failure(lost.late ? Failure::timeout : Failure::dead_peer,
+                  where + "rank " + std::to_string(lost.rank) + " on another host " +
+                      (lost.late ? "is not there after " + seconds_text(limit(doing))
+                                 : std::string("has gone, or has given up (") + lost.what() + ")"));
   } catch (const Failure& failure) {
     if (failure.kind == Failure::mismatch && !asked.compared) {
       // Ranks of this host disagree: the others must get to see both requests before the connections go.
       try {
-        asked.exchange.wait(doing, std::min(limit(doing), kLastWordS));
-      } catch (const Failure&) {
+        asked.exchange.wait(std::min(limit(doing), kLastWordS));
+      } catch (const Exchange::Lost&) {
         throw failure;
       }
     }
@@ -113,7 +97,7 @@ void BetweenHosts::asking(const Doing& doing, Act&& act) {
 
 void BetweenHosts::compare(const Doing& doing, Asked& asked) {
   if (asked.compared || !carrier()) return;
-  asked.exchange.wait(doing, limit(doing));
+  asked.exchange.wait(limit(doing));
   asked.compared = true;
   asked.theirs[hosts_.host] = doing.request;
   const bool agree = std::all_of(asked.theirs.begin(), asked.theirs.end(),
@@ -152,7 +136,7 @@ void BetweenHosts::combine_hosts(const std::vector<const void*>& parts, void* ou
 
 // A part of the buffer on its way: elements begin .. end of it, of which this rank carries one slice.
 struct BetweenHosts::Chunk {
-  explicit Chunk(c10d::Backend& gloo) : exchange(gloo) {}
+  explicit Chunk(Wire& wire) : exchange(wire) {}
   std::size_t begin = 0, end = 0;
   std::size_t slice = 0;  // elements that this rank carries
   bool pieces = false;    // each host sums up a piece of the slice; else every host all of it
@@ -196,7 +180,7 @@ void BetweenHosts::middle(const Doing& doing, Chunk& chunk, DType dtype, at::Sca
   compare(doing, asked);
   if (!carrier()) return;
   const std::size_t each = size_of(dtype);
-  chunk.exchange.wait(doing, limit(doing));
+  chunk.exchange.wait(limit(doing));
   char* mine = static_cast<char*>(chunk.mine.data_ptr());
   const std::size_t from = chunk.pieces ? cut(chunk.slice, hosts_.host, hosts()) : 0;
   const std::size_t to = chunk.pieces ? cut(chunk.slice, hosts_.host + 1, hosts()) : chunk.slice;
@@ -214,7 +198,7 @@ void BetweenHosts::middle(const Doing& doing, Chunk& chunk, DType dtype, at::Sca
 }
 
 void BetweenHosts::finish(const Doing& doing, Chunk& chunk, char* data, DType dtype) {
-  if (carrier()) chunk.exchange.wait(doing, limit(doing));
+  if (carrier()) chunk.exchange.wait(limit(doing));
   const std::size_t each = size_of(dtype), count = chunk.end - chunk.begin;
   std::vector<void*> outs(local_.world(), data);
   std::vector<std::size_t> counts(local_.world(), 0);
@@ -234,7 +218,7 @@ void BetweenHosts::all_reduce(const Doing& doing, void* data, std::size_t count,
     char* bytes = static_cast<char*>(data);
     for (std::size_t k = 0; k < chunks + kStages - 1; ++k) {
       if (k < chunks) {
-        auto& chunk = ring[k % kStages] = std::make_unique<Chunk>(*gloo_);
+        auto& chunk = ring[k % kStages] = std::make_unique<Chunk>(wire_);
         chunk->begin = k * room;
         chunk->end = std::min(count, chunk->begin + room);
         begin(doing, *chunk, bytes, dtype, op);
@@ -260,7 +244,7 @@ void BetweenHosts::broadcast(const Doing& doing, void* data, std::size_t count, 
     }
     void* mine = outs[hosts_.local];
     const std::size_t bytes = counts[hosts_.local] * each;
-    Exchange exchange(*gloo_);
+    Exchange exchange(wire_);
     if (carrier() && here) {
       for (int h = 0; h < hosts(); ++h) {
         if (h != hosts_.host) exchange.send(peer(h), mine, bytes, kDataTag);
@@ -268,7 +252,7 @@ void BetweenHosts::broadcast(const Doing& doing, void* data, std::size_t count, 
     } else if (carrier()) {
       exchange.receive(peer(place[0]), mine, bytes, kDataTag);
     }
-    exchange.wait(doing, limit(doing));
+    exchange.wait(limit(doing));
     if (!here) local_.all_gather(mine, outs.data(), counts.data(), dtype, doing.timeout_s);
   });
 }
@@ -295,7 +279,7 @@ void BetweenHosts::all_gather(const Doing& doing, const void* in, const std::vec
       sizes[i] = counts[hosts_.ranks[hosts_.host][i]];
     }
     gather(in, to, sizes);
-    Exchange sending(*gloo_);
+    Exchange sending(wire_);
     std::vector<std::unique_ptr<Exchange>> receiving;
     for (int h = 0; h < hosts(); ++h) {
       for (std::size_t first = 0; first < hosts_.ranks[h].size(); first += carriers_) {
@@ -305,7 +289,7 @@ void BetweenHosts::all_gather(const Doing& doing, const void* in, const std::vec
             if (h == hosts_.host && g != h) sending.send(peer(g), outs[rank], counts[rank] * each, kDataTag);
           }
           if (h != hosts_.host) {
-            receiving.push_back(std::make_unique<Exchange>(*gloo_));
+            receiving.push_back(std::make_unique<Exchange>(wire_));
             receiving.back()->receive(peer(h), outs[rank], counts[rank] * each, kDataTag);
           }
         });
@@ -324,11 +308,11 @@ void BetweenHosts::all_gather(const Doing& doing, const void* in, const std::vec
           sizes[j] = counts[rank];
           if (j == hosts_.local) carries = true, own = outs[rank];
         });
-        if (carries) receiving[next++]->wait(doing, limit(doing));
+        if (carries) receiving[next++]->wait(limit(doing));
         gather(own, to, sizes);
       }
     }
-    sending.wait(doing, limit(doing));
+    sending.wait(limit(doing));
   });
 }
 
@@ -342,7 +326,7 @@ void BetweenHosts::reduce_scatter(const Doing& doing, const std::vector<void*>& 
     std::vector<at::Tensor> sums(counts.size());
     const auto& own = hosts_.ranks[hosts_.host];
     std::vector<std::vector<at::Tensor>> theirs(hosts());
-    Exchange sending(*gloo_), receiving(*gloo_);  // go before the memory that they read and write
+    Exchange sending(wire_), receiving(wire_);  // go before the memory that they read and write
     for (int h = 0; h < hosts(); ++h) {
       const auto& ranks = hosts_.ranks[h];
       for (std::size_t first = 0; first < ranks.size(); first += carriers_) {
@@ -369,7 +353,7 @@ void BetweenHosts::reduce_scatter(const Doing& doing, const std::vector<void*>& 
       }
     }
     compare(doing, asked);
-    receiving.wait(doing, limit(doing));
+    receiving.wait(limit(doing));
     // Every result is at its carrier; to its rank it goes by the host's shared memory.
     std::vector<const void*> send(local_.world(), ins[0]);
     std::vector<std::size_t> send_counts(local_.world(), 0), receive_counts(local_.world(), 0);
@@ -385,7 +369,7 @@ void BetweenHosts::reduce_scatter(const Doing& doing, const std::vector<void*>& 
     }
     receive_counts[hosts_.local % carriers_] = counts[own[hosts_.local]];
     local_.all_to_all(send.data(), send_counts.data(), outs.data(), receive_counts.data(), dtype, doing.timeout_s);
-    sending.wait(doing, limit(doing));
+    sending.wait(limit(doing));
   });
 }
 
@@ -404,12 +388,12 @@ void BetweenHosts::all_to_all(const Doing& doing, const std::vector<void*>& ins,
         }
       }
     };
-    Exchange sizes(*gloo_), data(*gloo_);
+    Exchange sizes(wire_), data(wire_);
     elsewhere([&](int rank) {
       sizes.send(rank, &sent[rank], sizeof(std::uint64_t), kRequestTag);
       sizes.receive(rank, &told[rank], sizeof(std::uint64_t), kRequestTag);
     });
-    sizes.wait(doing, limit(doing));
+    sizes.wait(limit(doing));
     elsewhere([&](int rank) {
       if (told[rank] == out_counts[rank]) return;
       throw Failure(Failure::mismatch, "collective mismatch in " + name_ + ": " + doing.request.text() + ": rank " +
@@ -430,7 +414,7 @@ void BetweenHosts::all_to_all(const Doing& doing, const std::vector<void*>& ins,
       to_counts.push_back(out_counts[rank]);
     }
     local_.all_to_all(from.data(), from_counts.data(), to.data(), to_counts.data(), dtype, doing.timeout_s);
-    data.wait(doing, limit(doing));
+    data.wait(limit(doing));
   });
 }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "shm_group.hpp"
+#include "wire.hpp"
 #include "words.hpp"
 
 namespace shoal {
@@ -29,25 +30,6 @@ struct Hosts {
 struct Doing {
   Request request;
   double timeout_s;  // 0: the group's
-};
-
-// Messages under way to and from ranks of other hosts.
-class Exchange {
- public:
-  explicit Exchange(c10d::Backend& gloo) : gloo_(gloo) {}
-  void send(int to, const void* data, std::size_t bytes, int tag);
-  void receive(int from, void* data, std::size_t bytes, int tag);
-  void wait(const Doing& doing, double timeout_s);  // raises Failure, naming the rank
-
- private:
-  struct Message {
-    int rank;
-    bool sent;
-    c10::intrusive_ptr<c10d::Work> work;
-    std::vector<at::Tensor> memory;
-  };
-  c10d::Backend& gloo_;
-  std::vector<Message> messages_;
 };
 
 class BetweenHosts {
@@ -68,6 +50,8 @@ class BetweenHosts {
   void all_to_all(const Doing&, const std::vector<void*>& ins, const std::vector<std::size_t>& in_counts,
                   const std::vector<void*>& outs, const std::vector<std::size_t>& out_counts, DType);
   void set_timeout(double timeout_s) { timeout_s_ = timeout_s; }
+  void interrupt() { wire_.interrupt(); }  // by any thread
+  void leave() { wire_.leave(); }          // by the one that calls the collectives
 
  private:
   struct Asked;  // the comparison of requests, under way
@@ -87,7 +71,7 @@ class BetweenHosts {
                      ReduceOp) const;
 
   ShmGroup& local_;
-  c10::intrusive_ptr<c10d::Backend> gloo_;
+  Wire wire_;
   const Hosts hosts_;
   const int carriers_;
   const std::string name_;

@@ -71,6 +71,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<Bound, c10d::Backend, c10::intrusive_ptr<Bound>>(m, "ShoalBackend")
       .def(py::init([](std::shared_ptr<ShmGroup> local, const c10::intrusive_ptr<c10d::Backend>& gloo,
+                       const std::optional<c10::intrusive_ptr<c10d::Backend>>& between,
                        std::vector<std::vector<int>> hosts, int rank, int size, std::string kind, std::string name,
                        std::chrono::milliseconds timeout, py::object membership) {
              Hosts all{std::move(hosts), 0, 0};
@@ -83,11 +84,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                const py::gil_scoped_acquire acquired;
                return member->attr("make")(store, rank, size, options).cast<c10::intrusive_ptr<c10d::Backend>>();
              };
-             return c10::make_intrusive<Bound>(member, std::move(local), gloo, std::move(all), rank, size,
+             return c10::make_intrusive<Bound>(member, std::move(local), gloo,
+                                               between.value_or(nullptr), std::move(all), rank, size,
                                                std::move(kind), std::move(name), timeout, maker);
            }),
-           py::arg("local"), py::arg("gloo"), py::arg("hosts"), py::arg("rank"), py::arg("size"), py::arg("kind"),
+           py::arg("local"), py::arg("gloo"), py::arg("between"), py::arg("hosts"), py::arg("rank"), py::arg("size"), py::arg("kind"),
            py::arg("name"), py::arg("timeout"), py::arg("membership"))
+      .def_property_readonly("timeout", [](Bound& b) { return b.getBackendOptions()->timeout; })
       .def_property_readonly("membership", [](const Bound& b) { return *b.membership; })
       .def("counters", [](const Bound& b) { return counters_of(b); })
       .def("why_aborted", [](const Bound& b) { return b.local()->why_aborted(); })

@@ -46,22 +46,20 @@ ShoalBackend::WorkPtr ShoalBackend::gather(Lists& outs, Tensors& ins, const c10d
                   same_count(lists[0][r].numel(), in.numel(), "gather's output for rank " + std::to_string(r));
                 }
                 const Elements elements(in);
-                if (!one_host()) {
-                  ask_for(doing.request, in, elements.count);
-                  doing.request.root = static_cast<int>(root);
-                  agree(doing);
-                  c10d::GatherOptions options;
-                  options.rootRank = root;
-                  auto to = lists;
-                  std::vector<at::Tensor> from{in};
-                  gloo_->gather(to, from, options)->wait();
-                  return;
-                }
                 const Row row(in);
                 const auto rows = here ? rows_of(lists[0], false) : std::vector<Row>();
                 const auto places = places_of(rows);
-                local_->gather(row.data(), here ? places.data() : nullptr, elements.count, elements.dtype,
-                               static_cast<int>(root), doing.timeout_s);
+                if (one_host()) {
+                  local_->gather(row.data(), here ? places.data() : nullptr, elements.count, elements.dtype,
+                                 static_cast<int>(root), doing.timeout_s);
+                } else {  // an all-to-all in which only the root gets anything
+                  ask_for(doing.request, in, elements.count);
+                  doing.request.root = static_cast<int>(root);
+                  std::vector<std::size_t> counts(size_, 0), all(size_, here ? elements.count : 0);
+                  counts[root] = elements.count;
+                  between_->all_to_all(doing, std::vector<void*>(size_, row.data()), counts,
+                                       here ? places : std::vector<void*>(size_, row.data()), all, elements.dtype);
+                }
                 back(rows);
               });
 }
@@ -82,22 +80,20 @@ ShoalBackend::WorkPtr ShoalBackend::scatter(Tensors& outs, Lists& ins, const c10
                   same_count(lists[0][r].numel(), out.numel(), "scatter's input for rank " + std::to_string(r));
                 }
                 const Elements elements(out);
-                if (!one_host()) {
-                  ask_for(doing.request, out, elements.count);
-                  doing.request.root = static_cast<int>(root);
-                  agree(doing);
-                  c10d::ScatterOptions options;
-                  options.rootRank = root;
-                  std::vector<at::Tensor> to{out};
-                  auto from = lists;
-                  gloo_->scatter(to, from, options)->wait();
-                  return;
-                }
                 const auto rows = here ? rows_of(lists[0], true) : std::vector<Row>();
                 const auto places = places_of(rows);
                 const Row mine(out, false);
-                local_->scatter(here ? places.data() : nullptr, mine.data(), elements.count, elements.dtype,
-                                static_cast<int>(root), doing.timeout_s);
+                if (one_host()) {
+                  local_->scatter(here ? places.data() : nullptr, mine.data(), elements.count, elements.dtype,
+                                  static_cast<int>(root), doing.timeout_s);
+                } else {
+                  ask_for(doing.request, out, elements.count);
+                  doing.request.root = static_cast<int>(root);
+                  std::vector<std::size_t> counts(size_, 0), all(size_, here ? elements.count : 0);
+                  counts[root] = elements.count;
+                  between_->all_to_all(doing, here ? places : std::vector<void*>(size_, mine.data()), all,
+                                       std::vector<void*>(size_, mine.data()), counts, elements.dtype);
+                }
                 mine.back();
               });
 }

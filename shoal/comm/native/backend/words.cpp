@@ -74,6 +74,33 @@ std::vector<void*> places_of(const std::vector<Row>& rows) {
   return places;
 }
 
+namespace {
+
+const char* name_of(c10d::OpType type) {  // as torch.distributed calls it
+  switch (type) {
+    case c10d::OpType::ALLREDUCE: return "all_reduce";
+    case c10d::OpType::ALLREDUCE_COALESCED: return "all_reduce_coalesced";
+    case c10d::OpType::_ALLREDUCE_SPARSE: return "all_reduce of a sparse tensor";
+    case c10d::OpType::BROADCAST: return "broadcast";
+    case c10d::OpType::REDUCE: return "reduce";
+    case c10d::OpType::ALLGATHER:
+    case c10d::OpType::_ALLGATHER_BASE: return "all_gather";
+    case c10d::OpType::ALLGATHER_COALESCED:
+    case c10d::OpType::COALESCED: return "all_gather_coalesced";
+    case c10d::OpType::REDUCE_SCATTER:
+    case c10d::OpType::_REDUCE_SCATTER_BASE: return "reduce_scatter";
+    case c10d::OpType::REDUCE_SCATTER_TENSOR_COALESCED: return "reduce_scatter_coalesced";
+    case c10d::OpType::GATHER: return "gather";
+    case c10d::OpType::SCATTER: return "scatter";
+    case c10d::OpType::ALLTOALL:
+    case c10d::OpType::ALLTOALL_BASE: return "all_to_all";
+    case c10d::OpType::BARRIER: return "barrier";
+    default: return "another collective";
+  }
+}
+
+}  // namespace
+
 bool Request::agrees(const Request& o) const {
   return sequence == o.sequence && count == o.count && shape == o.shape && root == o.root && type == o.type &&
          dtype == o.dtype && reduce == o.reduce && unusable == o.unusable;
@@ -81,14 +108,16 @@ bool Request::agrees(const Request& o) const {
 
 std::string Request::text() const {
   std::string text = "call " + std::to_string(sequence) + ", ";
-  for (const char c : c10d::opTypeToString(static_cast<c10d::OpType>(type))) text += static_cast<char>(std::tolower(c));
+  text += name_of(static_cast<c10d::OpType>(type));
   if (unusable) return text + " with arguments that cannot be used";
   if (dtype == 255) return text;
   text += "(";
   if (reduce != 255) {
     text += std::string(reduce < kReduceOps ? name_of(static_cast<ReduceOp>(reduce)) : "another reduction") + ", ";
   }
-  text += std::string(at::toString(static_cast<at::ScalarType>(dtype))) + ", " + std::to_string(count) + " elements";
+  const auto element = static_cast<at::ScalarType>(dtype);
+  text += dtype_of(element) == DType::raw ? at::toString(element) : name_of(dtype_of(element));
+  text += ", " + std::to_string(count) + " elements";
   if (shape) text += ", sizes " + std::to_string(shape % 65536);
   if (root >= 0) text += ", root " + std::to_string(root);
   return text + ")";
