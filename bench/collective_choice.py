@@ -3,7 +3,7 @@
     python bench/collective_choice.py [--workers 2 3 4] [--rounds 7]
 
 In one set of processes: probe, choose for every collective and size, then measure all algorithms in turns, round by
-round. A time is the lower quartile over rounds of the slowest rank. The best of one half of the rounds is held against
+round. A time is the shortest over rounds of the slowest rank. The best of one half of the rounds is held against
 the chosen one in the other half, both ways: the least of many noisy times is too small, and would make any choice look
 bad. A choice is good when it takes at most 1.1 times as long as the best. Beside it: the choice without the corrections
 that tuning measures; gloo's own collective always (the control); and how far the two halves differ for one and the
@@ -36,7 +36,7 @@ from shoal.comm.collectives.actions import Program, block_sizes
 from shoal.comm.collectives.choose import Choice, Option, choose
 from shoal.comm.collectives.execute import carry_out
 from shoal.comm.layout import ALIGNMENT
-from shoal.comm.probing import Probed, usual
+from shoal.comm.probing import Probed, undisturbed
 from shoal.comm.transports.contract import Transport, drive
 from shoal.comm.transports.loopback import Loopback
 from shoal.comm.transports.torch_group import TorchGroup
@@ -97,7 +97,7 @@ def case(transport: TorchGroup, collective: str, nbytes: int, found: Probed, rou
             dist.all_reduce(spent, dist.ReduceOp.MAX)
             if number:
                 times[name].append(float(spent))
-    halves = [{name: usual(each[first::2]) for name, each in times.items()} for first in (0, 1)]
+    halves = [{name: undisturbed(each[first::2]) for name, each in times.items()} for first in (0, 1)]
     best = [min(half, key=lambda name: half[name]) for half in halves]
 
     def regret(name: str) -> float:
@@ -118,14 +118,14 @@ def case(transport: TorchGroup, collective: str, nbytes: int, found: Probed, rou
         "regret_own": regret(found.backend) if found.backend in names else None,
         "noise": max(halves[0][best[0]] / halves[1][best[0]], halves[1][best[0]] / halves[0][best[0]]),
         "predicted_s": tuned.predicted_s,
-        "measured_s": {name: usual(each) for name, each in times.items()},
+        "measured_s": {name: undisturbed(each) for name, each in times.items()},
     }
 
 
 def rank_main(rank: int, world: int, port: int, rounds: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    found = comm.probe(curves=COLLECTIVES, tune=COLLECTIVES)
+    found = comm.probe(tune=COLLECTIVES, seconds=4.0)
     transport = TorchGroup()
     even = [nbytes // (4 * world) * 4 * world for nbytes in SIZES]  # torch's own collectives want equal blocks
     cases = [case(transport, name, nbytes, found, rounds) for name in COLLECTIVES for nbytes in even]

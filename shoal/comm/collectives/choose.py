@@ -22,6 +22,7 @@ from shoal.errors import UserError, unknown_name
 
 MOST_SEGMENTS = 128
 SMALLEST_SEGMENT = 4096  # bytes
+OWN = 0.9  # a backend's own collective is left only for a program that is predicted to take less than this of its time
 PACKED, RINGS, MULTIPATH = "packed_trees", "rings", "multipath"
 
 
@@ -103,10 +104,12 @@ def choose(
             times = factor.seconds(nbytes) if factor else 1.0
             option = replace(option, predicted_s=option.predicted_s * times)
             found.append(_Candidate(option, partial(makers[name][0], option.segments)))
-    found.sort(key=lambda candidate: candidate.option.predicted_s)
+    found.sort(
+        key=lambda candidate: candidate.option.predicted_s * (OWN if candidate.option.algorithm in native else 1)
+    )
     if MULTIPATH in wanted:
         split = _over_lanes(asked, [each for each in found if each.option.algorithm in makers][:2])
-        found = split if wanted == several else sorted([*found, *split], key=lambda each: each.option.predicted_s)
+        found = split if wanted == several else [*split, *found] if _sooner(split, found) else [*found, *split]
     if not found:
         raise UserError(f"{collective}: no algorithm to choose from: a second lane gains less than 5 % here.")
     first, others = found[0].option, tuple(candidate.option for candidate in found[1:])
@@ -153,6 +156,10 @@ def _makers(collective: str, topology: Topology, root: int, target: int) -> dict
 class _Candidate:
     option: Option
     make: Callable[[], Program | None]
+
+
+def _sooner(split: Sequence[_Candidate], found: Sequence[_Candidate]) -> bool:
+    return bool(split) and split[0].option.predicted_s < found[0].option.predicted_s
 
 
 def _nothing() -> None:
