@@ -28,7 +28,7 @@ char* map(int memfd, std::size_t offset, std::size_t bytes) {
 Layout::Layout(int world_, const Options& options) : world(world_) {
   constexpr std::size_t kPage = 4096, kArenaAlign = 2ull << 20, kUsualSlot = 2ull << 20;
   const std::size_t slot = options.slot_bytes ? options.slot_bytes : kUsualSlot;
-  // Measured with 2 ranks and 1 to 64 MiB: slots of 1 MiB cost up to 15 % more time (waiting), of 256 KiB 40 %; with
+  // Measured with 2 ranks and 1 to 64 MiB: slots of 1 MiB cost up to 10 % more time (waiting), of 256 KiB 30 %; with
   // 4 MiB nothing is gained. With 4 ranks on 2 cores 2 MiB is best too. A line for every rank's part at least.
   opening_bytes = std::max(up(slot / 8, kLine), kLine * world);
   pipe_bytes = std::max(up(slot / 4 * 3, kLine), 4 * kLine * world);
