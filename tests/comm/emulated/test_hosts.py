@@ -12,6 +12,7 @@ from shoal.cluster.topology import Topology
 from shoal.comm.collectives.choose import choose
 from shoal.comm.collectives.cost import cost
 from shoal.comm.collectives.registry import build
+from shoal.comm.native import build as build_native
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "bench"))
 import hosts as bench
@@ -48,6 +49,13 @@ def test_two_levels_send_out_of_a_host_what_they_claim_and_gloos_ring_half_more(
     assert ring == NBYTES * 3 // 2
     assert within_headers(bench.sent(found, "gloo", "eth0"), ring)
     assert bench.sent(found, "two_level", "eth1") < CONTROL
+
+
+def test_the_hier_backend_sends_out_of_a_host_what_two_levels_do(two_hosts):
+    if build_native.backend() is None:
+        pytest.skip(f"hier is not here: {build_native.why_not(('backend',))}")
+    found = two_hosts.run("hosts:by_hier", PLACES, places=list(PLACES), nbytes=NBYTES, rounds=3)
+    assert within_headers(bench.sent(found, "hier", "eth0"), NBYTES)
 
 
 def test_two_interfaces_carry_the_shares_that_end_together(two_hosts):
