@@ -16,7 +16,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -106,9 +105,8 @@ def _inside(holder: int, *command: str) -> None:
 @contextmanager
 def emulated_hosts(count: int, gbit_per_s: Sequence[float]) -> Iterator[EmulatedHosts]:
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-hosts-")))
-        switch = _holder(stack, scratch, "switch")
-        holders = tuple(_holder(stack, scratch, f"h{host}") for host in range(count))
+        switch = _holder(stack, "switch")
+        holders = tuple(_holder(stack, f"h{host}") for host in range(count))
         for interface, rate in enumerate(gbit_per_s):
             _inside(switch, "ip", "link", "add", f"net{interface}", "type", "bridge")
             _inside(switch, "ip", "link", "set", f"net{interface}", "up")
@@ -117,15 +115,15 @@ def emulated_hosts(count: int, gbit_per_s: Sequence[float]) -> Iterator[Emulated
         yield EmulatedHosts(count, tuple(gbit_per_s), holders)
 
 
-def _holder(stack: ExitStack, scratch: Path, name: str) -> int:
-    """A process with namespaces of its own, which ends when its standard input does."""
-    boot = scratch / f"{name}-boot"
-    boot.write_text(f"{uuid.uuid4()}\n")
+def _holder(stack: ExitStack, name: str) -> int:
+    """A process with namespaces of its own, which ends when its standard input does. Its boot id lies in its own
+    memory, and has no name once it stands in the kernel's place."""
     script = (
-        "mount -t tmpfs none /dev/shm && mount --bind $1 /proc/sys/kernel/random/boot_id"
+        "mount -t tmpfs none /dev/shm && echo $1 > /dev/shm/boot"
+        " && mount --bind /dev/shm/boot /proc/sys/kernel/random/boot_id && rm /dev/shm/boot"
         " && hostname $2 && ip link set lo up && echo ready && exec cat"
     )
-    command = ["unshare", *(f"--{space}" for space in SPACES), "sh", "-c", script, "sh", str(boot), name]
+    command = ["unshare", *(f"--{space}" for space in SPACES), "sh", "-c", script, "sh", str(uuid.uuid4()), name]
     holder = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     stack.callback(holder.kill)
     assert holder.stdout is not None
