@@ -36,7 +36,7 @@ from shoal.comm.collectives.actions import Program, block_sizes
 from shoal.comm.collectives.choose import Choice, Option, choose
 from shoal.comm.collectives.execute import carry_out
 from shoal.comm.layout import ALIGNMENT
-from shoal.comm.probing import Probed, undisturbed
+from shoal.comm.measuring.probing import Probed, undisturbed
 from shoal.comm.transports.contract import Transport, drive
 from shoal.comm.transports.loopback import Loopback
 from shoal.comm.transports.torch_group import TorchGroup

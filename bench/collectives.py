@@ -100,7 +100,16 @@ def judged(goal: Goal, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "measured": [
             {
                 key: row[key]
-                for key in ("bytes", "against", "against_best", "memcpy_share", "against_cpu", "latency_s", "min_s")
+                for key in (
+                    "bytes",
+                    "against",
+                    "against_best",
+                    "memcpy_share",
+                    "memcpy_share_best",
+                    "against_cpu",
+                    "latency_s",
+                    "min_s",
+                )
             }
             for row in found
         ],

@@ -69,6 +69,18 @@ def join(transport: str, rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group(transport, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
 
 
+def await_files(files: list[Path], processes: list[tuple[int, int]]) -> None:
+    """Returns when all files are there; ends the program, and the ranks, when one of them has ended before."""
+    while not all(file.exists() for file in files):
+        for pid, _ in processes:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                for other, _ in processes:
+                    if other != pid:
+                        os.kill(other, signal.SIGKILL)
+                raise SystemExit("a rank ended before it had joined")
+        time.sleep(0.005)
+
+
 def kill_once(transport: str, ranks: int, victim: int, waiting: bool, delay_s: float) -> tuple[float, str]:
     """(seconds until the last survivor knew, what one of them was told)."""
     with tempfile.TemporaryDirectory(prefix="shoal-death-") as folder:
@@ -91,11 +103,9 @@ def kill_once(transport: str, ranks: int, victim: int, waiting: bool, delay_s: f
                 tensor.fill_(1.0)
 
         processes = forked(work, ranks)
-        while not all(Path(folder, f"ready{rank}").exists() for rank in range(ranks)):
-            time.sleep(0.005)
+        await_files([Path(folder, f"ready{rank}") for rank in range(ranks)], processes)
         if waiting:
-            while not stopped.exists():
-                time.sleep(0.005)
+            await_files([stopped], processes)
             time.sleep(0.1)  # the others are in their calls, long since
         else:
             time.sleep(delay_s)

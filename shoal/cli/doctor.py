@@ -13,7 +13,7 @@ from shoal.cli.exit_codes import DONE
 from shoal.cli.output import json_line, table
 from shoal.cluster.cluster import Cluster, counted, gibibytes
 
-HELP = "what this machine has: cores, memory, accelerators, speed of arithmetic and of collectives"
+HELP = "what this machine has: cores, memory, accelerators, speeds, extras"
 EXTRAS = {  # extra -> (its module, what it is for)
     "images": ("PIL", "image folders"),
     "parquet": ("pyarrow", "Parquet files"),

@@ -14,9 +14,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", nargs="+", metavar="RUN", help="run directories ('latest': the newest)")
     parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="more runs to lay over the first")
     parser.add_argument("--output", type=Path, metavar="FILE", help="report.html inside RUN if unset")
-    parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="also its sampled steps, for Perfetto"
-    )
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="also its sampled steps, for Perfetto")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object")
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from shoal.comm.account import Account
-from shoal.comm.clocks import clock_name
-from shoal.comm.counters import Counters, Kind, Place
+from shoal.comm.accounting.account import Account
+from shoal.comm.accounting.clocks import clock_name
+from shoal.comm.accounting.counters import Counters, Kind, Place
+from shoal.comm.accounting.moments import Moments
 from shoal.comm.exchange import Denominators, Placement, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat, global_norm
 from shoal.comm.layout import Bucket, Layout
-from shoal.comm.moments import Moments
 from shoal.comm.status import Phase, Reporter
 from shoal.errors import RunFailed
 

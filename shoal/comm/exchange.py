@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from shoal.comm.account import Account, stand
+from shoal.comm.accounting.account import Account, stand
+from shoal.comm.accounting.counters import Tally
 from shoal.comm.arena import OwnMemory
-from shoal.comm.counters import Tally
 from shoal.comm.finishing import Slice, fast_path, finish_flat, finish_pieces, global_norm, slice_of
 from shoal.comm.layout import BLOCK, Layout
 from shoal.comm.tree import Accumulation, Add, accumulation, completion, covering, row

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shoal.comm.account import stand
+from shoal.comm.accounting.account import stand
+from shoal.comm.accounting.counters import Counters
 from shoal.comm.arena import Arenas
-from shoal.comm.counters import Counters
 from shoal.comm.heap import Heap
 from shoal.comm.mesh import Mesh
 from shoal.comm.status import Reporter

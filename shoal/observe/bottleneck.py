@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from shoal.comm.counters import Kind
+from shoal.comm.accounting.counters import Kind
 from shoal.observe.communication import Communication
 from shoal.observe.units import duration, share, size
 

@@ -6,8 +6,8 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from shoal.comm.counters import Kind, Place, Total, total
-from shoal.comm.remedies import Measured
+from shoal.comm.accounting.counters import Kind, Place, Total, total
+from shoal.comm.accounting.remedies import Measured
 from shoal.observe.curves import Event, number
 
 WARM_UP = 3  # first steps of a session, which allocate and compile

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from shoal.comm.counters import Kind
-from shoal.comm.remedies import remedies, ways
+from shoal.comm.accounting.counters import Kind
+from shoal.comm.accounting.remedies import remedies, ways
 from shoal.observe.bottleneck import bottleneck, evidence
 from shoal.observe.communication import Communication, read_communication
 from shoal.observe.units import duration, share

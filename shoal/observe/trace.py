@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from shoal.comm import chrome
-from shoal.comm.counters import Span
+from shoal.comm.accounting import chrome
+from shoal.comm.accounting.counters import Span
 from shoal.errors import UserError
 from shoal.observe.communication import Communication, read_communication
 from shoal.run.run import Run

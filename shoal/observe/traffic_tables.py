@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from statistics import fmean
 
-from shoal.comm.counters import Kind, Total
-from shoal.comm.remedies import CODEC_BYTES_PER_S, Remedy, Way, remedies, ways
+from shoal.comm.accounting.counters import Kind, Total
+from shoal.comm.accounting.remedies import CODEC_BYTES_PER_S, Remedy, Way, remedies, ways
 from shoal.observe.bottleneck import evidence
 from shoal.observe.communication import Communication
 from shoal.observe.units import duration, share, size

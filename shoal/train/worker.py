@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from shoal.comm.accounting.telling import Teller, transport
 from shoal.comm.group import Group
 from shoal.comm.server.optimizer import check as check_optimizer
 from shoal.comm.status import Phase
-from shoal.comm.telling import Teller, transport
 from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.comm.account import Account, Times, sampled, stand, sweep
-from shoal.comm.clocks import WINDOW, Offset
-from shoal.comm.counters import Counters, Kind, Tally, Total, since, total
+from shoal.comm.accounting.account import Account, Times, sampled, stand, sweep
+from shoal.comm.accounting.clocks import WINDOW, Offset
+from shoal.comm.accounting.counters import Counters, Kind, Tally, Total, since, total
 from shoal.comm.status import Phase, Reporter
 
 small = st.floats(0.0, 1.0)

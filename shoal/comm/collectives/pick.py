@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from shoal.comm.accounting.counters import Counters, Tally
 from shoal.comm.collectives import torch_own
 from shoal.comm.collectives.actions import REDUCING, Program
 from shoal.comm.collectives.execute import HALVES, carry_out
 from shoal.comm.collectives.registry import ALGORITHMS, algorithms, build
-from shoal.comm.counters import Counters, Tally
 from shoal.comm.transports.contract import Transport, drive
 from shoal.comm.transports.counting import Counting
 from shoal.comm.transports.torch_group import TorchGroup

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.comm.account import Account, stand
+from shoal.comm.accounting.account import Account, stand
+from shoal.comm.accounting.counters import Kind
 from shoal.comm.compression.compressor import COMPRESSORS, Compressor, Shapes
 from shoal.comm.compression.links import HostLinks, Links, TorchLinks
 from shoal.comm.compression.reduction import MOST_STAGES, Division, Line, RawReduction, Steps
 from shoal.comm.compression.worth import Verdict, agreed, on_one_host
-from shoal.comm.counters import Kind
 from shoal.comm.distributed import DistributedExchange, DistributedGroup
 from shoal.comm.exchange import Denominators, Exchange, Placement, cuts
 from shoal.comm.finishing import block_squares, global_norm

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.comm.account import Account
-from shoal.comm.clocks import clock_name
-from shoal.comm.counters import Kind
+from shoal.comm.accounting.account import Account
+from shoal.comm.accounting.clocks import clock_name
+from shoal.comm.accounting.counters import Kind
+from shoal.comm.accounting.moments import Moments
 from shoal.comm.exchange import Denominators, Placement
 from shoal.comm.finishing import finish_flat, global_norm
 from shoal.comm.group import Group
 from shoal.comm.layout import BLOCK, Layout
-from shoal.comm.moments import Moments
 from shoal.comm.server.client import Client, Grant
 from shoal.comm.status import Phase
 from shoal.comm.tree import Add

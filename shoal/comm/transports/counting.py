@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from shoal.comm.counters import Kind, Tally
+from shoal.comm.accounting.counters import Kind, Tally
 from shoal.comm.transports.contract import Message, Pending, Steps, Transport, drive
 
 

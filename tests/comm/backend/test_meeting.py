@@ -96,24 +96,20 @@ def test_ranks_of_other_machines_have_memories_of_their_own(monkeypatch):
 
 
 def test_a_stranger_who_does_not_know_the_token_is_sent_away_and_the_ranks_meet(monkeypatch):
-    answers = []
-    real = meeting.accepted
+    strangers = []
 
-    def with_a_stranger(door, token, user, wanted, deadline):
-        stranger = socket.socket(socket.AF_UNIX)
-        stranger.connect(door.getsockname())
-        greet(stranger, min(wanted, default=0), "0" * 32, 0)
-        found = real(door, token, user, wanted, deadline)
-        stranger.settimeout(5)
-        if wanted:
-            answers.append(stranger.recv(1))
-        stranger.close()
-        return found
+    def door_with_a_stranger(address: str, backlog: int) -> socket.socket:
+        door = listener(address, backlog)
+        strangers.append(connected(address, os.geteuid()))  # before anybody else
+        greet(strangers[-1], 1, "0" * 32, 0)
+        return door
 
-    monkeypatch.setattr(meeting, "accepted", with_a_stranger)
+    monkeypatch.setattr(meeting, "listener", door_with_a_stranger)
     found = meetings(2)
     assert found[0].memory[0] == found[1].memory[0]
-    assert answers == [b""]
+    for stranger in strangers:
+        with stranger, contextlib.suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -15,7 +15,7 @@ from shoal.comm.collectives.check import check
 from shoal.comm.collectives.choose import choose, plan
 from shoal.comm.collectives.cost import cost
 from shoal.comm.collectives.curves import Curve
-from shoal.comm.probing import Probed
+from shoal.comm.measuring.probing import Probed
 from shoal.errors import UserError
 
 MiB = 1 << 20

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shoal.cluster.topology import Capacity, Speed, Topology
 from shoal.comm.collectives.cost import cost
 from shoal.comm.collectives.registry import build
-from shoal.comm.link_fit import Observation, fit, misses
+from shoal.comm.measuring.link_fit import Observation, fit, misses
 
 SIZES = (1 << 10, 1 << 16, 1 << 21)
 CALIBRATION = [("all_gather", "ring"), ("all_gather", "direct"), ("reduce_scatter", "ring"), ("broadcast", "binomial")]

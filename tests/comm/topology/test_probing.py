@@ -9,7 +9,7 @@ import torch.distributed as dist
 import shoal.comm as comm
 from shoal.cluster.topology import Topology
 from shoal.comm.collectives.curves import Curve
-from shoal.comm.probing import Probed, undisturbed
+from shoal.comm.measuring.probing import Probed, undisturbed
 from shoal.errors import UserError
 from shoal.recipe.typed import from_mapping, to_mapping
 

@@ -31,7 +31,7 @@ from shoal.comm.collectives.execute import carry_out
 from shoal.comm.collectives.pick import hosts_of
 from shoal.comm.collectives.registry import ALGORITHMS, build
 from shoal.comm.layout import ALIGNMENT
-from shoal.comm.link_fit import Fitted, Observation, fit
+from shoal.comm.measuring.link_fit import Fitted, Observation, fit
 from shoal.comm.transports.contract import Message, drive
 from shoal.comm.transports.torch_group import TorchGroup
 from shoal.errors import UserError

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from shoal.comm.counters import Span
+from shoal.comm.accounting.counters import Span
 from shoal.errors import UserError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from shoal.comm import chrome
-from shoal.comm.counters import Counters, Kind, Place, Total, since, total
+from shoal.comm.accounting import chrome
+from shoal.comm.accounting.counters import Counters, Kind, Place, Total, since, total
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shoal.comm.account import Account
-from shoal.comm.clocks import Offset
+from shoal.comm.accounting.account import Account
+from shoal.comm.accounting.clocks import Offset
 
 
 class Moments:

@@ -12,9 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from shoal.comm.chrome import bucket_spans, phase_spans
-from shoal.comm.clocks import Offset
-from shoal.comm.counters import Counters, Kind, Place, Tally, Total
+from shoal.comm.accounting.chrome import bucket_spans, phase_spans
+from shoal.comm.accounting.clocks import Offset
+from shoal.comm.accounting.counters import Counters, Kind, Place, Tally, Total
 from shoal.comm.status import Phase, Reporter
 
 SHOWN_PHASES = 64  # spans of a sampled step that travel; of more, the longest

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from shoal.comm.account import Account, Form, Sample, Told, sampled
-from shoal.comm.clocks import Offset
-from shoal.comm.counters import Kind
+from shoal.comm.accounting.account import Account, Form, Sample, Told, sampled
+from shoal.comm.accounting.clocks import Offset
+from shoal.comm.accounting.counters import Kind
 from shoal.comm.status import Phase
 
 EVERY_STEP_UP_TO = 10  # after that, one event tells of TOGETHER steps
