@@ -37,9 +37,8 @@ class Membership:
 
     def make(self, store: Store, rank: int, size: int, options: Any) -> Any:
         """The backend of a part of this group (`split_group`)."""
-        return make_backend(
-            self.kind, store, rank, size, options._timeout, options.group_name, options.global_ranks_in_group
-        )
+        name = f"{options.group_name or 'part'} of {self.name.removeprefix('group ')}"
+        return make_backend(self.kind, store, rank, size, options._timeout, name)
 
     @property
     def host(self) -> tuple[int, ...]:
@@ -65,8 +64,7 @@ def _create(kind: str, options: Any, _: Any) -> Any:
         options.group_rank,
         options.group_size,
         timeout,
-        options.group_id,
-        options.global_ranks_in_group,
+        group_name(options.group_id, options.global_ranks_in_group),
     )
 
 
@@ -80,14 +78,11 @@ def _say_once(line: str) -> None:
     print(f"shoal: {line}", file=sys.stderr, flush=True)
 
 
-def make_backend(
-    kind: str, store: Store, rank: int, size: int, timeout: timedelta, group_id: str, ranks: Sequence[int]
-) -> Any:
+def make_backend(kind: str, store: Store, rank: int, size: int, timeout: timedelta, name: str) -> Any:
     """The backend of one rank of a new group; called by all of its ranks at the same time.
 
-    ``ranks``: of the job, [] for all. Raises UserError when ranks of an "shm" group are on several hosts."""
+    Raises UserError when ranks of an "shm" group are on several hosts."""
     module = build.backend()
-    name = group_name(group_id, ranks)
 
     def refuse(cards: Sequence[Card], hosts: Sequence[Sequence[int]]) -> str:
         if kind == "shm" and len(hosts) > 1:

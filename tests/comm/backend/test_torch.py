@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
@@ -191,6 +192,20 @@ def test_sub_groups_inherit_the_backend_or_have_one_of_their_own(in_group):
     in_group(4, _sub_groups)
     in_group(4, _sub_groups, kind="hier")
     in_group(4, _sub_groups, kind="cpu:hier")
+
+
+def _split(rank: int, world: int) -> tuple[float, str]:
+    mine = [0, 2] if rank in (0, 2) else [1]
+    part = dist.group.WORLD.split_group(mine, timeout=timedelta(seconds=30), group_name=f"part{mine[0]}")
+    tensor = torch.tensor([float(rank)])
+    part.allreduce([tensor]).wait()
+    return tensor.item(), part._get_backend(torch.device("cpu")).membership.name
+
+
+def test_a_group_is_split_without_the_help_of_those_who_are_not_in_the_part(in_group):
+    found = in_group(3, _split, kind="hier")
+    assert [total for total, _ in found] == [2, 1, 2]
+    assert all("of 'default'" in name for _, name in found)
 
 
 def _two_at_once(rank: int, world: int) -> None:
