@@ -7,6 +7,7 @@ import pytest
 from made_up_run import committed
 
 from shoal.cli.doctor import communication
+from shoal.comm.measuring.checkup import SIZES
 from shoal.recipe.layers import assemble
 from shoal.recipe.plan import Plan
 from shoal.run.run import Run
@@ -170,3 +171,11 @@ def test_doctor_tells_what_ranks_talk_by_and_what_is_missing(changed, lines):
     said = "\n".join(f"{what}: {found}" for what, found in communication({**CHECKUP, **changed}))
     for line in lines:
         assert line in said
+
+
+def test_what_doctor_says_of_a_missing_backend_stands_in_the_figures():
+    """Where shm is not there, doctor says that it would take less than half of gloo's time."""
+    rows = json.loads((Path(__file__).parents[2] / "bench/results/collectives.json").read_text())["rows"]
+    staged = [row for row in rows if row["transport"] == "shm" and not row["zero_copy"] and row["op"] == "all_reduce"]
+    assert {row["bytes"] for row in staged} >= set(SIZES)
+    assert all(row["against"] > 2 for row in staged)
