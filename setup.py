@@ -42,9 +42,11 @@ class BuildPy(build_py):
 class BdistWheel(bdist_wheel):
     """The wheel's tag says what its libraries need: nothing, this kind of machine, or this Python too."""
 
+    found: tuple[str, ...] = ()  # the compiled parts; an editable installation asks for the tag without building
+
     def run(self) -> None:
         self.run_command("build")
-        self.found = sorted(file.name for file in (self._build_lib() / NATIVE / "prebuilt").glob("*.so"))
+        self.found = tuple(file.name for file in (self._build_lib() / NATIVE / "prebuilt").glob("*.so"))
         if self.found:
             self.root_is_pure = False
             self.distribution.has_ext_modules = lambda: True  # so that all of it goes where a machine's own files lie
