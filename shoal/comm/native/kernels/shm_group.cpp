@@ -85,7 +85,8 @@ void ShmGroup::Inside::join() {
 void ShmGroup::Inside::abort(Failure::Kind kind, const std::string& why) {
   Header& header = segment.header();
   std::uint32_t living = 0;
-  if (!header.aborted.compare_exchange_strong(living, 1)) return;  // the first cause is the one to report
+  // The first cause is the one to report; but who reported it may have gone before it rang.
+  if (!header.aborted.compare_exchange_strong(living, 1)) return waiter.ring_all();
   header.abort_kind.store(kind);
   header.text_length = static_cast<std::int32_t>(why.size() < sizeof header.text ? why.size() : sizeof header.text);
   std::memcpy(header.text, why.data(), header.text_length);
