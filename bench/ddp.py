@@ -35,7 +35,7 @@ from shoal.train.worker import Worker
 RESULTS = Path(__file__).parent / "results"
 SAMPLES, CLASSES, EACH = 2048, 10, 32  # samples of the set; classes; samples of a worker in a step
 SIZES = {"10M": (784, 2048, 2048, 2048), "tiny": (16, 32, 32, 32)}
-CONTROL = "no communication"
+CONTROL, ALONE, GLOO = "no communication", "ddp alone", "ddp over gloo"
 
 
 class Synthetic:
@@ -67,10 +67,18 @@ def sgd(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
 
 
-def plain_arm(group, size: str, process_group) -> Iterator[float]:
+def do_nothing(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def plain_arm(group, size: str, process_group, hook=None) -> Iterator[float]:
     """A hand-written loop; over ``process_group`` as DDP, or alone. Yields the loss of the worker's own samples."""
     net = mlp(size)
     called = net if process_group is None else DistributedDataParallel(net, process_group=process_group)
+    if hook:
+        called.register_comm_hook(None, hook)
     optimizer, source = sgd(net), Synthetic(SIZES[size][0])
     for step in range(10**9):
         ids = (np.arange(EACH) + (step * group.world + group.rank) * EACH) % len(source)
@@ -101,8 +109,9 @@ def measure(group, size: str, rounds: int, steps: int, file: str) -> dict:
     over_shm, over_gloo = dist.new_group(backend="shm"), dist.new_group(backend="gloo")
     arms: dict[str, Callable[[], Iterator[float]]] = {
         CONTROL: lambda: plain_arm(group, size, None),
+        ALONE: lambda: plain_arm(group, size, over_shm, do_nothing),
         "ddp over shm": lambda: plain_arm(group, size, over_shm),
-        "ddp over gloo": lambda: plain_arm(group, size, over_gloo),
+        GLOO: lambda: plain_arm(group, size, over_gloo),
         "shoal exact": lambda: shoal_arm(group, size),
     }
     running = {name: arm() for name, arm in arms.items()}
@@ -129,23 +138,25 @@ def measure(group, size: str, rounds: int, steps: int, file: str) -> dict:
 
 def summary(ranks: list[dict]) -> dict[str, dict]:
     """The slower worker's time of each round, and its ratio to the same round of the control."""
-    arms = {}
     rounds = range(len(ranks[0][CONTROL]["wall"]))
-    for name in ranks[0]:
-        wall = [max(rank[name]["wall"][i] for rank in ranks) for i in rounds]
-        cpu = [sum(rank[name]["cpu"][i] for rank in ranks) for i in rounds]
-        control = [max(rank[CONTROL]["wall"][i] for rank in ranks) for i in rounds]
-        control_cpu = [sum(rank[CONTROL]["cpu"][i] for rank in ranks) for i in rounds]
-        gloo = [max(rank["ddp over gloo"]["wall"][i] for rank in ranks) for i in rounds]
-        arms[name] = {
-            "step_ms": statistics.median(wall) * 1e3,
-            "overhead": statistics.median(a / b for a, b in zip(wall, control, strict=True)) - 1,
-            "cpu_overhead": statistics.median(a / b for a, b in zip(cpu, control_cpu, strict=True)) - 1,
-            "steps_against_gloo": statistics.median(b / a for a, b in zip(wall, gloo, strict=True)),
-            "wall": wall,
-            "cpu": cpu,
+    wall = {name: [max(rank[name]["wall"][i] for rank in ranks) for i in rounds] for name in ranks[0]}
+    cpu = {name: [sum(rank[name]["cpu"][i] for rank in ranks) for i in rounds] for name in ranks[0]}
+
+    def ratio(of: list[float], to: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+    return {
+        name: {
+            "step_ms": statistics.median(wall[name]) * 1e3,
+            "overhead": ratio(wall[name], wall[CONTROL]) - 1,
+            "overhead_of_transport": ratio(wall[name], wall[ALONE]) - 1,
+            "cpu_overhead": ratio(cpu[name], cpu[CONTROL]) - 1,
+            "steps_against_gloo": ratio(wall[GLOO], wall[name]),
+            "wall": wall[name],
+            "cpu": cpu[name],
         }
-    return arms
+        for name in wall
+    }
 
 
 def main() -> None:
@@ -172,14 +183,15 @@ def main() -> None:
     out["median"] = {
         name: {
             key: statistics.median(run[name][key] for run in out["runs"])
-            for key in ("step_ms", "overhead", "cpu_overhead", "steps_against_gloo")
+            for key in ("step_ms", "overhead", "overhead_of_transport", "cpu_overhead", "steps_against_gloo")
         }
         for name in out["runs"][0]
     }
     for name, row in out["median"].items():
         print(
-            f"{name:18} {row['step_ms']:8.2f} ms   over no communication {row['overhead']:+7.1%}   "
-            f"cpu {row['cpu_overhead']:+7.1%}   steps against gloo {row['steps_against_gloo']:5.2f}"
+            f"{name:18} {row['step_ms']:8.2f} ms   over no communication {row['overhead']:+7.1%}   over ddp alone "
+            f"{row['overhead_of_transport']:+7.1%}   cpu {row['cpu_overhead']:+7.1%}   "
+            f"steps against gloo {row['steps_against_gloo']:5.2f}"
         )
     if not args.quick:
         RESULTS.mkdir(exist_ok=True)
