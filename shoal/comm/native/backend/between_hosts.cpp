@@ -145,7 +145,8 @@ struct BetweenHosts::Chunk {
   Exchange exchange;
 };
 
-void BetweenHosts::begin(const Doing& doing, Chunk& chunk, const char* data, DType dtype, ReduceOp op) {
+void BetweenHosts::begin(const Doing& doing, Chunk& chunk, const char* data, DType dtype, ReduceOp op,
+                         Asked& asked) {
   const std::size_t each = size_of(dtype), count = chunk.end - chunk.begin;
   std::vector<const void*> ins(local_.world(), data);
   std::vector<std::size_t> counts(local_.world(), 0);
@@ -158,6 +159,7 @@ void BetweenHosts::begin(const Doing& doing, Chunk& chunk, const char* data, DTy
   local_.reduce_scatter(ins.data(), chunk.mine.data_ptr(), counts.data(), dtype,
                         op == ReduceOp::avg ? ReduceOp::sum : op, doing.timeout_s);
   if (!carrier()) return;
+  compare(doing, asked);  // before data goes out: gloo ends the process that is sent more than it expects
   chunk.pieces = hosts() > 2 && chunk.slice * each > kWholeBytes;
   chunk.theirs.assign(hosts(), at::Tensor());
   const char* mine = static_cast<const char*>(chunk.mine.data_ptr());
@@ -221,7 +223,7 @@ void BetweenHosts::all_reduce(const Doing& doing, void* data, std::size_t count,
         auto& chunk = ring[k % kStages] = std::make_unique<Chunk>(wire_);
         chunk->begin = k * room;
         chunk->end = std::min(count, chunk->begin + room);
-        begin(doing, *chunk, bytes, dtype, op);
+        begin(doing, *chunk, bytes, dtype, op, asked);
       }
       if (k >= 1 && k - 1 < chunks) middle(doing, *ring[(k - 1) % kStages], dtype, type, op, asked);
       if (k >= 2) finish(doing, *ring[(k - 2) % kStages], bytes, dtype);
@@ -342,6 +344,7 @@ void BetweenHosts::reduce_scatter(const Doing& doing, const std::vector<void*>& 
                               op == ReduceOp::avg ? ReduceOp::sum : op, doing.timeout_s);
         if (!carrier() || first + hosts_.local >= ranks.size()) continue;
         sums[ranks[first + hosts_.local]] = sum;
+        compare(doing, asked);
         if (h != hosts_.host) sending.send(peer(h), sum.data_ptr(), mine * each, kDataTag);
       }
     }

@@ -64,7 +64,7 @@ class BetweenHosts {
   int hosts() const { return static_cast<int>(hosts_.ranks.size()); }
   int world() const;
   void compare(const Doing&, Asked&);
-  void begin(const Doing&, Chunk&, const char* data, DType, ReduceOp);
+  void begin(const Doing&, Chunk&, const char* data, DType, ReduceOp, Asked&);
   void middle(const Doing&, Chunk&, DType, at::ScalarType, ReduceOp, Asked&);
   void finish(const Doing&, Chunk&, char* data, DType);
   void combine_hosts(const std::vector<const void*>& parts, void* out, std::size_t count, DType, at::ScalarType,
