@@ -1,4 +1,4 @@
-"""Shoal's shared-memory collectives against gloo, in the same processes, in turns: each figure that issue 2 asks for.
+"""Shoal's shared-memory collectives against gloo, in the same processes, in turns: each figure beside its goal.
 
     python bench/collectives.py [--rounds 3] [--seconds 200] [--quick] [--out bench/results/collectives.json]
 
