@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from shoal.comm.arena import Arenas, arena_files
 from shoal.comm.group import HostGroup
-from shoal.comm.heap import Heap, anonymous_file
+from shoal.comm.heap import Heap, anonymous_file, heap_file
 from shoal.comm.mesh import Mesh, PeerLost
 from shoal.comm.native import build
 from shoal.comm.status import SERVERS, Phase, Position, Reporter, StatusBoard
@@ -101,7 +101,7 @@ class Crew:
 
     def fork(self, launcher: Connection) -> None:
         workers, count = self.job.workers, self.job.processes
-        heap_file, server_file, own_files = anonymous_file(0), anonymous_file(0), arena_files(workers)
+        heap, server_heap, own_files = heap_file(), heap_file(), arena_files(workers)
         pairs = {(a, b): socket.socketpair() for a in range(workers) for b in range(a + 1, count)}
         pipes = [socket.socketpair() for _ in range(count)]
         parent = os.getpid()
@@ -124,7 +124,7 @@ class Crew:
                     ours.close()
                     if other != rank:
                         theirs.close()
-                shared = Shared(heap_file, server_file, own_files, self.board)
+                shared = Shared(heap, server_heap, own_files, self.board)
                 _work(self.job, rank, peers, pipes[rank][1], shared)
             self.pids[rank] = pid
         for left, right in pairs.values():
@@ -133,7 +133,7 @@ class Crew:
         for rank, (ours, theirs) in enumerate(pipes):
             theirs.close()
             self.connections[Connection(ours.detach())] = rank
-        for file in (heap_file, server_file, *own_files):
+        for file in (heap, server_heap, *own_files):
             os.close(file)
 
     def position(self, rank: int) -> str:

@@ -11,6 +11,7 @@ import os
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING
 
 from shoal.comm.heap import anonymous_file
@@ -46,6 +47,15 @@ class Arenas:
         self._library = build.allocator() if self._maps and build.kernels() else None
         if self._library:
             self._library.shoal_arena_install(ctypes.c_void_p(self.bases[rank]), ctypes.c_size_t(self._size))
+
+    def part(self, ranks: Sequence[int]) -> "Arenas":
+        """Those of some of the workers, numbered anew in this order."""
+        made = copy(self)
+        made.rank = ranks.index(self.rank)
+        if self._maps:
+            made._maps = [self._maps[rank] for rank in ranks]
+            made.bases = [self.bases[rank] for rank in ranks]
+        return made
 
     @contextmanager
     def inside(self) -> Iterator[None]:

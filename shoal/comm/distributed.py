@@ -4,11 +4,13 @@ Each owner gets its slice of every partial sum by an all-to-all, finishes the tr
 between processors, NCCL between GPUs. With aligned placements this moves what reduce-scatter + all-gather move.
 """
 
+import json
 import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from copy import copy
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +24,7 @@ from shoal.comm.accounting.counters import Counters, Kind, Place
 from shoal.comm.accounting.moments import Moments
 from shoal.comm.exchange import Denominators, Placement, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat, global_norm
+from shoal.comm.group import Partition
 from shoal.comm.layout import Bucket, Layout
 from shoal.comm.status import Phase, Reporter
 from shoal.errors import RunFailed
@@ -32,13 +35,16 @@ PRESENCE_S = 1.0  # how often a worker writes down where it is
 
 
 class DistributedGroup:
-    """A Group over torch.distributed's default process group."""
+    """A Group over torch.distributed: its default process group, or a part of it."""
 
     def __init__(self, hang_after_s: float, *, accelerator: bool) -> None:
         backend = "cpu:gloo,cuda:nccl" if accelerator else "gloo"
         self.patience = timedelta(seconds=hang_after_s)
         dist.init_process_group(backend, timeout=self.patience)
+        self.pg: dist.ProcessGroup | None = None  # None: the default one
+        self._whole = self
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.names = tuple(range(self.world))  # what its ranks are called among all workers of the run
         self.host = socket.gethostname()
         self.report = Reporter(self.rank, os.getpid(), None)
         self.counters = Counters.of_workers(self.rank, self.world)
@@ -63,18 +69,38 @@ class DistributedGroup:
         begun = self.counters.clock()
         with self.explained("a gather"):
             sizes = torch.zeros(self.world, dtype=torch.int64)
-            _all_gather(sizes, torch.tensor([len(payload)]))
+            _all_gather(sizes, torch.tensor([len(payload)]), group=self.pg)
             longest = int(sizes.max())
             padded = torch.zeros(max(1, longest), dtype=torch.uint8)
             if payload:
                 padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
             rows = torch.zeros(self.world * len(padded), dtype=torch.uint8)
-            _all_gather(rows, padded)
+            _all_gather(rows, padded, group=self.pg)
             moved = (self.world - 1) * (len(padded) + 8)
             self._gathers.call(sent=moved, received=moved)
             self._gathers.spend(Kind.transferring, self.counters.clock() - begun, exposed=True)
             table = rows.view(self.world, -1)
             return [bytes(table[rank, : int(sizes[rank])].numpy()) for rank in range(self.world)]
+
+    def split(self, partition: Partition) -> "DistributedGroup":
+        """See Group. torch.distributed wants every worker of the run to take part: parts are split alike."""
+        made = copy(self)
+        for part in self._all_parts(partition):
+            pg = dist.new_group(list(part), timeout=self.patience)
+            if self.names[self.rank] in part:
+                made.pg, made.names = pg, part
+        made.rank, made.world = made.names.index(self.names[self.rank]), len(made.names)
+        made.counters = Counters(made.rank, [f"rank {name}" for name in made.names])
+        made._gathers = made.counters.tally("gather", "tcp")
+        return made
+
+    def _all_parts(self, partition: Partition) -> list[tuple[int, ...]]:
+        """The parts of this group and of those that were made with it, by the names of their ranks."""
+        mine = [tuple(self.names[rank] for rank in part) for part in partition]
+        if self.pg is None:
+            return mine
+        told = [json.loads(row) for row in self._whole.gather(json.dumps(mine).encode())]
+        return list(dict.fromkeys(tuple(part) for parts in told for part in parts))
 
     def listen(self, listener: Callable[[Any], None]) -> None:
         """What this worker emits goes to ``listener``, in this process."""
@@ -98,7 +124,7 @@ class DistributedGroup:
 
         def read() -> list[list[str]]:
             rows = []
-            for rank in range(self.world):
+            for rank in self.names:
                 try:
                     rows.append(self._store.get(str(rank)).decode().split("|", 3))
                 except Exception:
@@ -108,8 +134,8 @@ class DistributedGroup:
         before = read()
         self._leave.wait(2 * PRESENCE_S)
         lines = []
-        for rank, (old, new) in enumerate(zip(before, read(), strict=True)):
-            silent = rank != self.rank and old[0] == new[0]
+        for rank, old, new in zip(self.names, before, read(), strict=True):
+            silent = rank != self.names[self.rank] and old[0] == new[0]
             lines.append(f"rank {rank} on {new[1]} (pid {new[2]}) {'is silent, last' if silent else 'is'} at {new[3]}")
         return sorted(lines, key=lambda line: "silent" not in line)
 
@@ -133,8 +159,8 @@ class _Explained:
             me = self._group
             cause = " ".join(str(error).split())[:200]
             raise RunFailed(
-                f"rank {me.rank} on {me.host} lost its peers at step {me.report.position.step} in {self._action}: "
-                f"{'; '.join(me.positions())} ({cause})"
+                f"rank {me.names[me.rank]} on {me.host} lost its peers at step {me.report.position.step} in "
+                f"{self._action}: {'; '.join(me.positions())} ({cause})"
             ) from error
 
 
@@ -162,7 +188,8 @@ class DistributedExchange:
         self._group = group
         # Collectives of one group are matched by their order. When a result can go out depends on what has come in, so
         # that workers start these in another order among the scatters: they need a group of their own.
-        self._results = dist.new_group(timeout=group.patience)
+        self._pg = group.pg
+        self._results = group.split([range(group.world)]).pg
         self._eager = group.world > 1 and device.type == "cpu"  # NCCL's own order must be equal on all workers too
         named = [row.decode().split("|", 1) for row in group.gather(f"{group.host}|{clock_name()}".encode())]
         hosts = [host for host, _ in named]
@@ -201,7 +228,7 @@ class DistributedExchange:
         best = float("inf")
         for _ in range(PROBES):
             begun = self.account.now()
-            _all_gather(all_ones, one)
+            _all_gather(all_ones, one, group=self._pg)
             float(all_ones[0])  # on a GPU: wait for it
             best = min(best, self.account.now() - begun)
         return best
@@ -251,7 +278,7 @@ class DistributedExchange:
             self._posted += 1
 
     def _gather_facts(self, into: torch.Tensor, row: torch.Tensor) -> "dist.Work | None":
-        work: dist.Work | None = _all_gather(into.view(-1), row.clone(), async_op=True)
+        work: dist.Work | None = _all_gather(into.view(-1), row.clone(), async_op=True, group=self._pg)
         self._count("facts", row.nbytes)
         return work
 
@@ -271,6 +298,7 @@ class DistributedExchange:
                 [size if rank in origins else 0 for rank in range(world)],
                 [size if sends else 0] * world,
                 async_op=True,
+                group=self._pg,
             )
             assert work is not None
             works.append(work)
@@ -357,7 +385,7 @@ class ReducingExchange(DistributedExchange):
             piece.copy_(self.partials[0][bucket.start : bucket.stop])
         else:
             piece.zero_()
-        work = dist.all_reduce(piece, async_op=True)
+        work = dist.all_reduce(piece, async_op=True, group=self._pg)
         assert work is not None
         self._count("all-reduce", 2 * piece.nbytes / self._group.world)
         self._scatters.append([work])

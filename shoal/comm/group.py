@@ -1,8 +1,9 @@
 """The Group: what a worker knows of the others, and the small collectives over it."""
 
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, Protocol
 
 from shoal.comm.accounting.account import stand
@@ -11,6 +12,8 @@ from shoal.comm.arena import Arenas
 from shoal.comm.heap import Heap
 from shoal.comm.mesh import Mesh
 from shoal.comm.status import Reporter
+
+Partition = Sequence[Sequence[int]]  # of the ranks of a group: each is in one part
 
 _GATHER = 1  # message kind; the exchange uses the kinds above
 
@@ -26,6 +29,11 @@ class Group(Protocol):
 
     def gather(self, payload: bytes) -> list[bytes]:
         """Every worker's payload, by rank, on every worker."""
+
+    def split(self, partition: "Partition") -> "Group":
+        """The part that this worker is in, as a group of its own: ranks are places in the part.
+
+        Called by all workers of the group, with the same partition, as often as each other."""
 
     def emit(self, message: Any) -> None:
         """Hand a message to whoever started the workers (rank 0's listener)."""
@@ -49,10 +57,13 @@ class HostGroup:
     host: str = field(default_factory=socket.gethostname)
     servers: Mesh | None = None  # sockets to parameter servers, in runs that have some
     server_heap: Heap | None = None  # memory shared with them
+    parts: "count[int]" = field(default_factory=lambda: count(1))  # numbers of heaps and channels that are still free
+    names: tuple[int, ...] = ()  # what its ranks are called among all workers of the run; () for all of them
     _sequence: int = 0
 
     def __post_init__(self) -> None:
-        self.counters = Counters.of_workers(self.rank, self.world)
+        self.names = self.names or tuple(range(self.world))
+        self.counters = Counters(self.rank, [f"rank {name}" for name in self.names])
         self._gathers = self.counters.tally("gather", "sockets")
 
     def gather(self, payload: bytes) -> list[bytes]:
@@ -68,6 +79,22 @@ class HostGroup:
         received = sum(map(len, found)) - len(payload)
         self._gathers.call(sent=len(payload) * (self.world - 1), received=received)
         return found
+
+    def split(self, partition: Partition) -> "HostGroup":
+        numbers = [next(self.parts) for _ in partition]  # all count alike, also those that are in another part
+        part, number = next((p, n) for p, n in zip(partition, numbers, strict=True) if self.rank in p)
+        return replace(
+            self,
+            rank=part.index(self.rank),
+            world=len(part),
+            mesh=self.mesh.part(part, number),
+            heap=self.heap.part(number),
+            arenas=self.arenas.part(part),
+            names=tuple(self.names[rank] for rank in part),
+            servers=None,
+            server_heap=None,
+            _sequence=0,
+        )
 
     @property
     def stop_asked(self) -> bool:

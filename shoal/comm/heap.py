@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     import torch
 
 PAGE = mmap.ALLOCATIONGRANULARITY
+PART_BYTES = (
+    1 << 40
+)  # of the address range that the heap of a part of the workers has; what is not touched costs nothing
+MOST_PARTS = 1 << 20
 
 
 def anonymous_file(size: int) -> int:
@@ -22,12 +26,23 @@ def anonymous_file(size: int) -> int:
     return file
 
 
-class Heap:
-    """A symmetric heap: every worker makes the same calls in the same order and so knows every offset."""
+def heap_file() -> int:
+    """What a `Heap` lies on: as large as the address range of all of its parts, so that nobody has to make it grow."""
+    return anonymous_file(MOST_PARTS * PART_BYTES)
 
-    def __init__(self, file: int) -> None:
+
+class Heap:
+    """A symmetric heap: every worker makes the same calls in the same order and so knows every offset.
+
+    A part of the workers has a heap of its own, further on in the same file."""
+
+    def __init__(self, file: int, number: int = 0) -> None:
         self._file = file
-        self._end = 0
+        self._end = self._start = number * PART_BYTES
+
+    def part(self, number: int) -> "Heap":
+        """The heap of some of the workers; ``number`` (from 1) is theirs alone."""
+        return Heap(self._file, number)
 
     def tensor(self, elements: int, dtype: "torch.dtype") -> "torch.Tensor":
         """A zeroed tensor [elements] that is the same memory in every worker. Aligned to a page."""
@@ -36,7 +51,5 @@ class Heap:
         size = max(1, elements) * dtype.itemsize
         start = self._end
         self._end = start + -(-size // PAGE) * PAGE
-        if os.fstat(self._file).st_size < self._end:
-            os.ftruncate(self._file, self._end)  # all workers ask for the same growth, so the order does not matter
         memory = mmap.mmap(self._file, size, offset=start)
         return torch.frombuffer(memory, dtype=dtype, count=elements) if elements else torch.empty(0, dtype=dtype)

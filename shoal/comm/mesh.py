@@ -3,13 +3,14 @@
 import select
 import socket
 import struct
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from copy import copy
 
 from shoal.comm.status import Phase, Reporter, peer_name
 from shoal.errors import ShoalError
 
-_HEAD = struct.Struct("<IBq")  # payload bytes, kind, sequence
+_HEAD = struct.Struct("<IHBq")  # payload bytes, channel, kind, sequence
 LARGEST = 64 << 20  # bytes of one message
 
 
@@ -21,6 +22,57 @@ class OutOfStep(ShoalError):
     """Two workers are not at the same place of the same program."""
 
 
+class _Wire:
+    """The sockets of one process, and what has come over them: by peer and channel, in order."""
+
+    def __init__(self, peers: Sequence[socket.socket | None]) -> None:
+        self.peers = peers
+        self._bytes: list[bytearray] = [bytearray() for _ in peers]
+        self._inbox: dict[tuple[int, int], deque[tuple[int, int, bytes]]] = defaultdict(deque)
+        for peer in peers:
+            if peer is not None:
+                peer.setblocking(False)
+
+    def socket_of(self, peer: int) -> socket.socket:
+        found = self.peers[peer]
+        assert found is not None
+        return found
+
+    def inbox(self, origin: int, channel: int) -> deque[tuple[int, int, bytes]]:
+        return self._inbox[origin, channel]
+
+    def drain(self, origin: int) -> bool:
+        """Take in what a peer has sent; False when it has gone."""
+        data, alive = self._bytes[origin], True
+        try:
+            while chunk := self.socket_of(origin).recv(1 << 18):
+                data += chunk
+            alive = False
+        except BlockingIOError:
+            pass
+        except ConnectionResetError:
+            alive = False
+        self._split(origin)
+        return alive
+
+    def drain_all(self) -> None:
+        for origin, peer in enumerate(self.peers):
+            if peer is not None:
+                self.drain(origin)
+
+    def _split(self, origin: int) -> None:
+        """Move whole messages to their inboxes."""
+        data = self._bytes[origin]
+        while len(data) >= _HEAD.size:
+            size, channel, kind, sequence = _HEAD.unpack_from(data)
+            if size > LARGEST:
+                raise OutOfStep(f"rank {origin} sent a message of {size} bytes; the limit is {LARGEST}")
+            if len(data) < _HEAD.size + size:
+                break
+            self._inbox[origin, channel].append((kind, sequence, bytes(data[_HEAD.size : _HEAD.size + size])))
+            del data[: _HEAD.size + size]
+
+
 class Mesh:
     """``peers[r]`` is the socket to rank r; the entry of the own rank is None.
 
@@ -28,15 +80,20 @@ class Mesh:
     called where waiting is told."""
 
     def __init__(self, rank: int, peers: Sequence[socket.socket | None], report: Reporter, *, first: int = 0) -> None:
-        self.rank, self._first = rank, first
+        self.rank = rank
         self.world = len(peers)
-        self._peers = peers
-        self._report = report
-        self._bytes: list[bytearray] = [bytearray() for _ in peers]
-        self._inbox: list[deque[tuple[int, int, bytes]]] = [deque() for _ in peers]
-        for peer in peers:
-            if peer is not None:
-                peer.setblocking(False)
+        self._wire, self._channel, self._report = _Wire(peers), 0, report
+        self._places = tuple(range(len(peers)))  # rank -> where its socket stands
+        self._names = tuple(range(first, first + len(peers)))
+
+    def part(self, ranks: Sequence[int], channel: int) -> "Mesh":
+        """Some of the ranks, numbered anew in this order, with messages of their own: ``channel`` is theirs alone."""
+        made = copy(self)
+        made.rank, made.world = ranks.index(self.rank), len(ranks)
+        made._channel = channel
+        made._places = tuple(self._places[rank] for rank in ranks)
+        made._names = tuple(self._names[rank] for rank in ranks)
+        return made
 
     @property
     def others(self) -> list[int]:
@@ -44,17 +101,16 @@ class Mesh:
 
     def send(self, to: int, kind: int, sequence: int, payload: bytes = b"") -> None:
         """Messages to one peer arrive in order. Raises PeerLost."""
-        peer = self._peers[to]
-        assert peer is not None
-        data = memoryview(_HEAD.pack(len(payload), kind, sequence) + payload)
+        peer = self._wire.socket_of(self._places[to])
+        data = memoryview(_HEAD.pack(len(payload), self._channel, kind, sequence) + payload)
         while data:
             try:
                 data = data[peer.send(data) :]
             except BlockingIOError:
-                self._drain()  # both sides may be sending: reading is what makes room
+                self._wire.drain_all()  # both sides may be sending: reading is what makes room
                 select.select([peer], [peer], [], 1.0)
             except (BrokenPipeError, ConnectionResetError):
-                raise PeerLost(f"{peer_name(self._first + to)} has gone") from None
+                raise PeerLost(f"{peer_name(self._names[to])} has gone") from None
 
     def broadcast(self, kind: int, sequence: int, payload: bytes = b"") -> None:
         for rank in self.others:
@@ -62,7 +118,7 @@ class Mesh:
 
     def take(self, origin: int, kind: int, sequence: int) -> bytes | None:
         """The next message of a peer when it has come, else None. Raises OutOfStep, PeerLost."""
-        if not self._inbox[origin]:
+        if not self._wire.inbox(self._places[origin], self._channel):
             self._drain(origin)
         return self._pop(origin, kind, sequence)
 
@@ -71,9 +127,8 @@ class Mesh:
         found = self.take(origin, kind, sequence)
         if found is not None:
             return found
-        peer, before = self._peers[origin], self._report.position
-        assert peer is not None
-        self._report(Phase.waiting, peer=self._first + origin)
+        peer, before = self._wire.socket_of(self._places[origin]), self._report.position
+        self._report(Phase.waiting, peer=self._names[origin])
         while found is None:
             select.select([peer], [], [])
             found = self.take(origin, kind, sequence)
@@ -82,42 +137,21 @@ class Mesh:
 
     def wait(self, origins: Sequence[int]) -> None:
         """Wait until one of these peers has said something or has gone."""
-        select.select([peer for origin in origins if (peer := self._peers[origin]) is not None], [], [])
+        select.select([self._wire.socket_of(self._places[origin]) for origin in origins], [], [])
 
     def _pop(self, origin: int, kind: int, sequence: int) -> bytes | None:
-        if not self._inbox[origin]:
+        inbox = self._wire.inbox(self._places[origin], self._channel)
+        if not inbox:
             return None
-        got_kind, got_sequence, payload = self._inbox[origin].popleft()
+        got_kind, got_sequence, payload = inbox.popleft()
         if (got_kind, got_sequence) != (kind, sequence):
             raise OutOfStep(
-                f"rank {origin} is at message {got_kind}/{got_sequence} where rank {self.rank} is at "
-                f"{kind}/{sequence}: the workers do not run the same program"
+                f"{peer_name(self._names[origin])} is at message {got_kind}/{got_sequence} where rank {self.rank} is "
+                f"at {kind}/{sequence}: the workers do not run the same program"
             )
         return payload
 
-    def _drain(self, only: int | None = None) -> None:
-        for origin in self.others if only is None else [only]:
-            peer, data = self._peers[origin], self._bytes[origin]
-            assert peer is not None
-            try:
-                while chunk := peer.recv(1 << 18):
-                    data += chunk
-                if not self._split(origin):
-                    raise PeerLost(f"{peer_name(self._first + origin)} has gone")
-            except BlockingIOError:
-                self._split(origin)
-            except ConnectionResetError:
-                raise PeerLost(f"{peer_name(self._first + origin)} has gone") from None
-
-    def _split(self, origin: int) -> int:
-        """Move whole messages to the inbox; how many there are now."""
-        data = self._bytes[origin]
-        while len(data) >= _HEAD.size:
-            size, kind, sequence = _HEAD.unpack_from(data)
-            if size > LARGEST:
-                raise OutOfStep(f"rank {origin} sent a message of {size} bytes; the limit is {LARGEST}")
-            if len(data) < _HEAD.size + size:
-                break
-            self._inbox[origin].append((kind, sequence, bytes(data[_HEAD.size : _HEAD.size + size])))
-            del data[: _HEAD.size + size]
-        return len(self._inbox[origin])
+    def _drain(self, origin: int) -> None:
+        place = self._places[origin]
+        if not self._wire.drain(place) and not self._wire.inbox(place, self._channel):
+            raise PeerLost(f"{peer_name(self._names[origin])} has gone")

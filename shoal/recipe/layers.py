@@ -86,6 +86,9 @@ def _displaced(below: Mapping[str, Any], above: Mapping[str, Any]) -> set[str]:
         for one, other in (pair, pair[::-1])
         if above.get(one) and not above.get(other)  # both in one layer stay, for the Recipe to refuse
     }
+    if any(key.startswith("mesh.") for key in above):  # a mesh is one value: its axes are not mixed with another's
+        gone |= {key for key in below if key.startswith("mesh.")}
+        gone |= {"placement"} - set(above)
     named = set(dotted_keys(Recipe))
     for table, chooser in CHOOSERS.items():
         key = f"{table}.{chooser}"
@@ -149,10 +152,14 @@ def assemble_plan(
     plan, origins = build(Plan, [_with_workers(given, shards, cores, world_size)])
     if world_size is not None and plan.workers != world_size:
         raise UserError(
-            f"{plan.workers} workers ({origins['mesh.data']}), but torchrun started {world_size}: leave the number out."
+            f"{plan.workers} workers ({mesh_origin(origins)}), but torchrun started {world_size}: leave the number out."
         )
     plan.owned(shards)
     return plan, origins
+
+
+def mesh_origin(origins: Origins) -> str:
+    return next(origin for key, origin in origins.items() if key.startswith("mesh."))
 
 
 def _with_workers(given: Layer, shards: int, cores: int, world_size: int | None) -> Layer:

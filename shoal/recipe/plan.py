@@ -5,15 +5,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shoal.errors import UserError
+from shoal.errors import UserError, unknown_name
+from shoal.recipe.axes import AXES, Axes
+from shoal.recipe.pipeline_plan import PipelinePlan
 from shoal.recipe.typed import from_mapping, read_toml, to_toml
+
+DEFAULT_RULES = {
+    "batch": "data",
+    "layers": "pipe",
+    "heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "channels": "tensor",
+    "experts": "expert",
+    "sequence": "context",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    mesh: Mapping[str, int] = field(default_factory=lambda: {"data": 1})  # axis -> workers along it
-    rules: Mapping[str, str] = field(default_factory=lambda: {"batch": "data"})  # named dimension -> mesh axis
-    placement: tuple[int, ...] = ()  # shards of each worker, in order; () spreads them evenly
+    mesh: Mapping[str, int] = field(default_factory=lambda: {"data": 1})  # axis -> workers along it, outermost first
+    rules: Mapping[str, str] = field(default_factory=dict)  # over the usual ones: dimension -> axis, "" for whole
+    placement: tuple[int, ...] = ()  # shards of each data replica, in order; () spreads them evenly
     sync: Literal["exact", "fast", "parameter-server", "local"] = "exact"
     # fast: sums in an order that depends on the number of workers; local: workers average their weights now and then
     servers: int = 1  # parameter-server: processes that hold the parameters, split by bytes
@@ -21,6 +34,10 @@ class Plan:
     average_every: int = 8  # local: steps between two averages of the weights
     compression: Literal["none", "fp16", "bf16", "int8", "topk", "1bit", "powersgd"] = "none"  # lossy: of gradients
     compression_force: bool = False  # compress although a measurement says that it does not pay
+    states: Literal["replicated", "zero1", "zero2", "zero3"] = "replicated"
+    # what each data replica holds a slice of: optimiser states; gradients too; parameters too (Rajbhandari et al., 2020)
+    state_group: int = 0  # zero1-3: replicas that share one copy of the states; 0: all of them
+    pipeline: PipelinePlan = field(default_factory=PipelinePlan)
     bucket_bytes: int = 4 << 20  # gradients are reduced in pieces of this size, while backward still runs
     prefetch: int = 2  # steps whose batches each worker's loaders make ahead; 0 loads in line
     loaders: int = 1  # background loading threads of each worker
@@ -30,12 +47,28 @@ class Plan:
     )
 
     def __post_init__(self) -> None:
-        if set(self.mesh) != {"data"}:
-            raise UserError(f"plan: mesh axes {sorted(self.mesh)} are not known here: the only axis is 'data'.")
-        if self.workers < 1:
-            raise UserError(f"plan: mesh axis 'data' must have at least 1 worker, got {self.workers}.")
-        if self.rules != {"batch": "data"}:
-            raise UserError("plan: the only rule known here is batch = 'data'.")
+        axes = self.axes
+        for dimension, axis in self.rules.items():
+            if axis and axis not in AXES:
+                raise unknown_name("axis", axis, AXES, f"plan.rules.{dimension}")
+        if self.splits_model and self.sync not in ("exact", "fast"):
+            raise UserError(
+                f"plan: sync = {self.sync!r} is for whole models, and the mesh splits this one "
+                f"({', '.join(f'{a} = {n}' for a, n in axes.sizes if a != 'data' and n > 1)}): use sync = 'exact'."
+            )
+        if self.splits_model and self.compression != "none":
+            raise UserError(
+                "plan: compression is for whole models so far: leave it out, or use mesh axis 'data' alone."
+            )
+        if self.states != "replicated" and self.sync != "exact":
+            raise UserError(f"plan: states = {self.states!r} needs sync = 'exact', and sync is {self.sync!r}.")
+        if self.state_group and (self.states == "replicated" or axes.size("data") % self.state_group):
+            raise UserError(
+                f"plan: state_group = {self.state_group} must divide the {axes.size('data')} data replicas, "
+                f"with states = 'zero1', 'zero2' or 'zero3'."
+            )
+        if self.pipeline.chunks > 1 and axes.size("pipe") == 1:
+            raise UserError(f"plan: pipeline.chunks = {self.pipeline.chunks} is for a mesh with an axis 'pipe'.")
         if self.servers < 1:
             raise UserError(f"plan: servers must be at least 1, got {self.servers}.")
         if self.staleness < -1:
@@ -51,15 +84,40 @@ class Plan:
                 raise UserError(f"plan: {key} = {value} is for sync = {needs!r}, and sync is {self.sync!r}.")
         if self.compression != "none" and self.sync == "local":
             raise UserError("plan: sync = 'local' averages weights and sends no gradients: leave compression out.")
-        if self.placement and (len(self.placement) != self.workers or min(self.placement) < 1):
+        if self.placement and (len(self.placement) != self.replicas or min(self.placement) < 1):
             raise UserError(
-                f"plan: placement {list(self.placement)} must give each of the {self.workers} workers "
+                f"plan: placement {list(self.placement)} must give each of the {self.replicas} data replicas "
                 f"at least one shard."
             )
 
     @property
+    def axes(self) -> Axes:
+        return Axes.of(self.mesh)
+
+    @property
     def workers(self) -> int:
-        return self.mesh["data"]
+        return self.axes.world
+
+    @property
+    def replicas(self) -> int:
+        """Workers, or groups of workers, that have shards of their own: experts are spread over some of them."""
+        return self.axes.size("data") * self.axes.size("expert")
+
+    @property
+    def splits_model(self) -> bool:
+        """No worker holds the whole model."""
+        return self.workers > self.axes.size("data")
+
+    @property
+    def exact(self) -> bool:
+        """The plan keeps every bit: sums inside of a tensor operation are not split, and nothing is lossy."""
+        split = any(self.axes.size(axis) > 1 for axis in ("expert", "context", "tensor"))
+        return self.sync != "fast" and not split and not self.lossy
+
+    def axis_of(self, dimension: str) -> str | None:
+        """The mesh axis with more than one worker that a named dimension is split over, if there is one."""
+        axis = self.rules.get(dimension, DEFAULT_RULES.get(dimension, ""))
+        return axis if axis and self.axes.size(axis) > 1 else None
 
     @property
     def compresses(self) -> bool:
@@ -87,18 +145,18 @@ class Plan:
         return self.servers if self.sync == "parameter-server" else 0
 
     def owned(self, shards: int) -> tuple[range, ...]:
-        """The contiguous run of shards of each worker. Raises UserError when they cannot be placed."""
-        if self.workers > shards:
+        """The contiguous run of shards of each data replica. Raises UserError when they cannot be placed."""
+        count = self.replicas
+        if count > shards:
+            who = "workers" if count == self.workers else "data replicas"
             raise UserError(
-                f"{self.workers} workers for {shards} shards: each worker needs one. Use at most {shards} workers, "
+                f"{count} {who} for {shards} shards: each {who[:-1]} needs one. Use at most {shards} {who}, "
                 f"or raise shards in the recipe (that changes the recipe's arithmetic)."
             )
-        counts = self.placement or tuple(
-            shards // self.workers + (rank < shards % self.workers) for rank in range(self.workers)
-        )
+        counts = self.placement or tuple(shards // count + (each < shards % count) for each in range(count))
         if sum(counts) != shards:
             raise UserError(f"plan: placement {list(counts)} places {sum(counts)} shards, the recipe has {shards}.")
-        starts = [sum(counts[:rank]) for rank in range(self.workers)]
+        starts = [sum(counts[:each]) for each in range(count)]
         return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
 
     @staticmethod

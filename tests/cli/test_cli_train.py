@@ -100,7 +100,7 @@ def test_a_recipe_file_stands_alone(calls, shoal):
         (["--workers", "0"], "at least 1 worker, got 0"),
         (["--workers", "2", "--mesh", "data=2"], "give --workers or --mesh, not both"),
         (["--mesh", "data"], "--mesh 'data': write it as axis=workers"),
-        (["--mesh", "pipe=2"], "the only axis is 'data'"),
+        (["--mesh", "pip=2"], "unknown axis 'pip' in plan.mesh: did you mean 'pipe'?"),
         (["--placement", "5;3"], "--placement '5;3': write whole numbers with commas between"),
         (["--placement", "5,4"], "places 9 shards, the recipe has 8"),
         (["--plan", "gone.toml"], "no file 'gone.toml'"),

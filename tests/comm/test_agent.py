@@ -7,6 +7,7 @@ import socket
 import threading
 
 import pytest
+import torch
 
 from shoal.comm.launch import Agent
 from shoal.comm.status import Phase
@@ -188,3 +189,23 @@ def test_jobs_leave_no_file_open(on_workers):
     for _ in range(5):
         on_workers(3, _file_descriptors)
     assert on_workers(3, _file_descriptors) == first
+
+
+def _in_parts(group, elements):
+    rows, columns = group.split([(0, 1), (2, 3)]), group.split([(0, 2), (1, 3)])
+    heard = [part.gather(str(group.rank).encode()) for part in (columns, rows)]
+    tensors = [part.heap.tensor(elements, torch.int64) for part in (group, rows, columns)]
+    for part, tensor in zip((group, rows, columns), tensors, strict=True):
+        tensor[part.rank] = 1 + group.rank
+    group.gather(b"")
+    inner = rows.split([(0,), (1,)])
+    return [b"".join(words).decode() for words in heard], [t.tolist() for t in tensors], inner.world, inner.names
+
+
+def test_parts_of_a_group_have_words_and_memory_of_their_own(on_workers):
+    told = on_workers(4, _in_parts, 4)
+    assert [heard for heard, *_ in told] == [["02", "01"], ["13", "01"], ["02", "23"], ["13", "23"]]
+    whole, first_row, last_column = [1, 2, 3, 4], [1, 2, 0, 0], [2, 4, 0, 0]
+    assert told[0][1][:2] == [whole, first_row]
+    assert told[3][1] == [whole, [3, 4, 0, 0], last_column]
+    assert [(world, names) for *_, world, names in told] == [(1, (rank,)) for rank in range(4)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.comm.heap import PAGE, Heap, anonymous_file
+from shoal.comm.heap import PAGE, Heap, anonymous_file, heap_file
 
 
 def _write_own_part(group, elements):
@@ -29,7 +29,7 @@ def test_every_worker_sees_what_the_others_wrote(on_workers, elements):
 
 
 def test_tensors_start_on_a_page_are_zero_and_do_not_overlap():
-    heap = Heap(anonymous_file(0))
+    heap = Heap(heap_file())
     tensors = [heap.tensor(n, torch.float32) for n in (1, 0, 3000, 1024)]
     for number, tensor in enumerate(tensors):
         assert tensor.numel() == 0 or tensor.data_ptr() % PAGE == 0

@@ -19,7 +19,7 @@ def pair() -> tuple[Mesh, Mesh]:
 
 
 def hang_up(mesh: Mesh) -> None:
-    for peer in mesh._peers:
+    for peer in mesh._wire.peers:
         if peer is not None:
             peer.close()
 
@@ -65,9 +65,9 @@ def test_sending_to_a_dead_peer_is_told():
 
 def test_a_message_beyond_the_limit_is_refused_before_memory_is_spent():
     a, b = pair()
-    peer = a._peers[1]
+    peer = a._wire.peers[1]
     assert peer is not None
-    peer.send((2**31).to_bytes(4, "little") + bytes(9))
+    peer.send((2**31).to_bytes(4, "little") + bytes(11))
     with pytest.raises(OutOfStep, match="message of 2147483648 bytes"):
         b.receive(0, 1, 1)
     hang_up(a)
@@ -150,3 +150,19 @@ def _one_gather_less(group):
 def test_workers_that_do_not_run_the_same_program_are_told_so(on_workers):
     with pytest.raises(RunFailed, match="do not run the same program"):
         on_workers(2, _one_gather_less)
+
+
+def test_parts_number_their_ranks_anew_and_do_not_hear_each_other():
+    left, right = socket.socketpair()
+    third = socket.socketpair()
+    a = Mesh(0, [None, third[0], left], Reporter(0, 1, None))
+    b = Mesh(2, [right, third[1], None], Reporter(2, 3, None))
+    part_a, part_b = a.part([0, 2], 7), b.part([0, 2], 7)
+    a.send(2, 1, 5, b"to all")
+    part_a.send(1, 1, 0, b"to the part")
+    assert part_b.receive(0, 1, 0) == b"to the part"
+    assert b.receive(0, 1, 5) == b"to all"
+    hang_up(a)
+    with pytest.raises(PeerLost, match="rank 0 has gone"):
+        part_b.receive(0, 1, 1)
+    hang_up(b)

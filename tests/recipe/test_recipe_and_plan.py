@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import UserError
+from shoal.recipe.axes import Axes
+from shoal.recipe.pipeline_plan import PipelinePlan
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import DataSpec, OptimizerSpec, Recipe, Reporting
 
@@ -62,10 +64,34 @@ def test_a_placement_is_kept_or_refused():
         Plan(mesh={"data": 2}, placement=(8, 0))
 
 
-@pytest.mark.parametrize("mesh", [{"data": 0}, {"pipe": 2}, {}])
-def test_a_mesh_that_is_not_known_here_is_refused(mesh):
-    with pytest.raises(UserError, match="mesh ax"):
-        Plan(mesh=mesh)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mesh": {"data": 0}}, "mesh axis 'data' must have at least 1 worker, got 0"),
+        ({"mesh": {"tensr": 2}}, "unknown axis 'tensr' in plan.mesh: did you mean 'tensor'?"),
+        ({"mesh": {}}, "the mesh has no axis"),
+        ({"rules": {"heads": "tenso"}}, "unknown axis 'tenso' in plan.rules.heads: did you mean 'tensor'?"),
+        ({"mesh": {"pipe": 2}, "sync": "local"}, "is for whole models, and the mesh splits this one .pipe = 2."),
+        ({"mesh": {"data": 4}, "states": "zero1", "state_group": 3}, "state_group = 3 must divide the 4 data replicas"),
+        ({"states": "zero3", "sync": "fast"}, "states = 'zero3' needs sync = 'exact'"),
+        ({"pipeline": PipelinePlan(chunks=2)}, "pipeline.chunks = 2 is for a mesh with an axis 'pipe'"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        Plan(**given)
+
+
+@given(st.permutations(["data", "pipe", "tensor"]), st.lists(st.integers(1, 4), min_size=3, max_size=3))
+def test_ranks_are_row_major_over_the_axes_and_every_partition_has_each_rank_once(names, sizes):
+    axes = Axes.of(dict(zip(names, sizes, strict=True)))
+    for rank in range(axes.world):
+        assert axes.rank(axes.coordinates(rank)) == rank
+        assert rank in axes.along(rank, "pipe")
+        assert len(axes.along(rank, "pipe", "data")) == axes.size("pipe") * axes.size("data")
+    for group in (("pipe",), ("data", "tensor"), ()):
+        assert sorted(rank for part in axes.partition(*group) for rank in part) == list(range(axes.world))
+    assert axes.along(0, names[2]) == tuple(range(sizes[2]))
 
 
 def test_recipes_and_plans_load_from_files(tmp_path):

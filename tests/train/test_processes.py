@@ -273,7 +273,7 @@ def own_loop(folder: Path) -> Path:
 def test_a_loop_of_ones_own_gives_the_same_bits_as_a_script_and_under_torchrun(mark, own_loop):
     processes = [start(mark, own_loop, "own.py", ""), torchrun(mark, own_loop, 3, "own.py", "")]
     outputs = [process.communicate(timeout=DEADLINE_S)[0] for process in processes]
-    said = [re.findall(r"[0-9a-f]{64}", output) for output in outputs]  # ranks share one pipe: a line may be cut by another
+    said = [re.findall(r"[0-9a-f]{64}", output) for output in outputs]  # ranks share a pipe, and lines mix
     assert len(said[0]) == 1
     assert said == [said[0], said[0] * 3]
 

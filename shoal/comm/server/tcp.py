@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from shoal.comm.heap import Heap, anonymous_file
+from shoal.comm.heap import Heap, heap_file
 from shoal.comm.mesh import PeerLost
 from shoal.comm.server import wire
 from shoal.comm.server.service import Out, Service
@@ -47,7 +47,7 @@ class TcpServer:
         limit_bytes: int = 1 << 40,
         report: Reporter | None = None,
     ) -> None:
-        self.service = Service(server, Heap(anonymous_file(0)), shared=False, limit_bytes=limit_bytes)
+        self.service = Service(server, Heap(heap_file()), shared=False, limit_bytes=limit_bytes)
         self.refused: Counter[str] = Counter()  # messages of nobody we know, by reason
         self._token, self._until_empty, self._report = token, until_empty, report
         self._context = zmq.Context(io_threads=1)  # one: what it tells of connections comes before their messages

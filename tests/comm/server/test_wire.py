@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.comm.heap import Heap, anonymous_file
+from shoal.comm.heap import Heap, heap_file
 from shoal.comm.server import wire
 from shoal.comm.server.api import ParameterServer, Served
 from shoal.comm.server.service import Service
@@ -135,7 +135,7 @@ def joined(monkeypatch, service, worker=0, **options):
 
 def test_a_service_survives_any_message_and_goes_on_serving_as_if_there_had_been_none(monkeypatch):
     """The honest worker's weights are those of a plain optimiser, whatever others said in between."""
-    service = Service(0, Heap(anonymous_file(0)), shared=False)
+    service = Service(0, Heap(heap_file()), shared=False)
     model, server = joined(monkeypatch, service, mode="async")
     torch.manual_seed(0)
     twin = torch.nn.Linear(13, 7)
@@ -162,7 +162,7 @@ def test_a_service_survives_any_message_and_goes_on_serving_as_if_there_had_been
 
 
 def test_a_service_survives_a_worker_that_has_joined_and_then_talks_nonsense(monkeypatch):
-    service = Service(0, Heap(anonymous_file(0)), shared=False)
+    service = Service(0, Heap(heap_file()), shared=False)
     _, server = joined(monkeypatch, service, mode="ssp", staleness=1)
     service.handle(1, Message(Kind.join, words={"fingerprint": server.setup.fingerprint}))
 
@@ -199,7 +199,7 @@ def test_a_service_survives_a_worker_that_has_joined_and_then_talks_nonsense(mon
     ],
 )
 def test_a_push_of_the_wrong_kind_is_refused_with_a_reason_and_counted(monkeypatch, change, why):
-    service = Service(0, Heap(anonymous_file(0)), shared=False)
+    service = Service(0, Heap(heap_file()), shared=False)
     _, server = joined(monkeypatch, service, mode="async")
     size = sum(piece.size for piece in server.setup.pieces[0])
     good = {
