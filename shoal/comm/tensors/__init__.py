@@ -1,0 +1,27 @@
+"""Collectives on tensors among the workers of a group: what tensor, pipeline and state parallelism are built on.
+
+collectives = make_collectives(group.split(partition))     # called by all of the group's workers
+whole = collectives.all_gather(mine, dim=1)
+"""
+
+from shoal.comm.group import Group, HostGroup
+from shoal.comm.tensors.collectives import Collectives
+
+__all__ = ["Collectives", "make_collectives"]
+
+
+def make_collectives(group: Group) -> Collectives:
+    """Collectives of a group, over messages and memory of their own. Called by all of its workers, in the same order.
+
+    On one host over shared memory, in C++ where the library is there; under torch.distributed over a process group."""
+    if group.world == 1:
+        return Collectives(group, None)
+    if isinstance(group, HostGroup):
+        from shoal.comm.tensors.messages import Messages
+
+        return Collectives(group, Messages(group))
+    from shoal.comm.distributed import DistributedGroup
+    from shoal.comm.tensors.process_group import ProcessGroup
+
+    assert isinstance(group, DistributedGroup)
+    return Collectives(group, ProcessGroup(group))
