@@ -75,6 +75,8 @@ TINY: dict[str, Tiny] = {
     "elmo-untied": Tiny(_spec("elmo", width=8, tied=False, layers=3), TEXT, WINDOWS),
     "gpt": Tiny(_spec("gpt", layers=2, heads=2, width=16), TEXT, WINDOWS),
     "gpt-untied": Tiny(_spec("gpt", layers=2, heads=2, width=16, tied=False, bias=False), TEXT, WINDOWS),
+    "moe": Tiny(_spec("moe", layers=2, heads=2, width=16, experts=4), TEXT, WINDOWS),
+    "moe-top-1": Tiny(_spec("moe", layers=1, heads=2, width=16, experts=2, top_k=1, bias=False), TEXT, WINDOWS),
     "bert-masked": Tiny(_spec("bert", "masked-language-model", **_BERT), TEXT, FRAMED),
     "bert-classification": Tiny(_spec("bert", **_BERT), {**TEXT, "classes": CLASSES}, {**FRAMED, **LABELS}),
     "bert-answers": Tiny(

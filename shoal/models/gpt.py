@@ -1,6 +1,7 @@
 """GPT: a causal Transformer language model with the arithmetic of GPT-2 (Radford et al., 2019)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,8 @@ class GPT(nn.Module):
 
     Raises UserError in ``forward`` when T is longer than the context."""
 
+    block: Callable[..., nn.Module] = Block
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         at_least_one(config, "context", "vocab")
@@ -91,7 +94,7 @@ class GPT(nn.Module):
         self.tokens = nn.Embedding(config.vocab, config.width)
         self.positions = nn.Embedding(config.context, config.width)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
         self.initialise()
@@ -99,13 +102,16 @@ class GPT(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """Normal(0, 0.02); what adds to the residual stream is scaled by 1 / sqrt(2 layers) (GPT-2, section 2.3)."""
-        added = {layer for block in self.blocks for layer in (block.attention.out, block.down)}  # type: ignore[union-attr]
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                scale = (2 * self.config.layers) ** -0.5 if module in added else 1.0
+                scale = self.added_scale if name.endswith((".attention.out", ".down")) else 1.0
                 nn.init.normal_(module.weight, std=0.02 * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    @property
+    def added_scale(self) -> float:
+        return (2 * self.config.layers) ** -0.5
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
@@ -119,10 +125,10 @@ class GPT(nn.Module):
         return logits
 
     def dimensions(self) -> Dimensions:
-        return name_dimensions(self, _DIMENSIONS)
+        return name_dimensions(self, DIMENSIONS)
 
 
-_DIMENSIONS = {
+DIMENSIONS = {
     "tokens.weight": ("vocab", "width"),
     "positions.weight": ("context", "width"),
     "head.weight": ("vocab", "width"),

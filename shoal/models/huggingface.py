@@ -143,7 +143,7 @@ def save_folder(
     if isinstance(model, Bert):
         config, links = _bert_config(model.config, model.head), bert_links(model.config.layers)
         prefix = "" if model.head == "encoder" else "bert."
-    elif isinstance(model, GPT):
+    elif type(model) is GPT:  # a mixture of experts is one too, and has no such form
         config, links = _gpt_config(model.config), gpt_links(model.config.layers)
         prefix = "transformer."
     else:

@@ -22,6 +22,7 @@ from shoal.models.huggingface import read_config
 from shoal.models.initial_weights import load_weights
 from shoal.models.lstm import LSTM, LSTMConfig
 from shoal.models.mlp import MLP, MLPConfig
+from shoal.models.moe import MoE, MoEConfig
 from shoal.models.resnet import ResNet, ResNetConfig
 from shoal.models.task import Task
 from shoal.models.tasks.classification import Classification
@@ -124,6 +125,10 @@ def _gpt(spec: ModelSpec, facts: Facts) -> nn.Module:
     return GPT(fill(_options(GPTConfig, spec), facts, at_least=("vocab", "context")))
 
 
+def _moe(spec: ModelSpec, facts: Facts) -> nn.Module:
+    return MoE(fill(_options(MoEConfig, spec), facts, at_least=("vocab", "context")))
+
+
 def _lstm(spec: ModelSpec, facts: Facts) -> nn.Module:
     config = _options(LSTMConfig, spec)
     known = ("vocab", "context") if config.context or facts.get("context") else ("vocab",)
@@ -216,5 +221,6 @@ KINDS: dict[str, Kind] = {
     "elmo": Kind(_elmo, ("bidirectional-language-model",)),
     "bert": Kind(_bert, ("classification", "question-answering", "masked-language-model")),
     "gpt": Kind(_gpt, ("language-model",)),
+    "moe": Kind(_moe, ("language-model",)),
     "custom": Kind(_custom, tuple(TASKS)),
 }
