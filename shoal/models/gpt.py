@@ -111,7 +111,7 @@ class GPT(nn.Module):
 
     @property
     def added_scale(self) -> float:
-        return (2 * self.config.layers) ** -0.5
+        return float((2 * self.config.layers) ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
