@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.activation import ACTIVATIONS, Activation
-from shoal.models.attention import attention
-from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.attention import Mixing
+from shoal.models.dimensions import Dimensions, Grain, name_dimensions
 from shoal.models.dropout import Dropout
+from shoal.models.ends import Joint, Logits, Positions, Segments
 from shoal.models.facts import at_least_one, probability
+from shoal.models.gpt import STREAM, head_grains
 
 Head = Literal["encoder", "masked-language-model", "classification", "question-answering"]
 HEADS: tuple[Head, ...] = get_args(Head)
@@ -51,23 +52,20 @@ class Block(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         ffn = config.ffn or 4 * config.width
-        self.heads = config.heads
-        self.attention_dropout = config.attention_dropout
+        self.head_size = config.width // config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.mixing = Mixing(config.attention_dropout)
         self.out = nn.Linear(config.width, config.width)
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.up = nn.Linear(config.width, ffn)
         self.activation = ACTIVATIONS[config.activation]
         self.down = nn.Linear(ffn, config.width)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, STREAM)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        n, length, width = x.shape
-        q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed = attention(q, k, v, mask, dropout=dropout)
-        mixed = mixed.transpose(1, 2).reshape(n, length, width)
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)
+        mixed = self.mixing(q, k, v, mask).transpose(1, 2).flatten(2)
         x = self.norm1(x + self.dropout(self.out(mixed)))
         hidden = self.activation(self.up(x))
         normed: Tensor = self.norm2(x + self.dropout(self.down(hidden)))
@@ -84,25 +82,37 @@ class Bert(nn.Module):
 
     Raises UserError in ``forward`` when T is longer than the context."""
 
+    sequences = (
+        "tokens",
+        "positions",
+        "types",
+        "norm",
+        "blocks.*",
+        "joint",
+    )  # modules that may see slices of the sequence
+
     def __init__(self, config: BertConfig, head: Head) -> None:
         super().__init__()
         at_least_one(config, "context", "vocab")
         self.config = config
         self.head = head
         self.tokens = nn.Embedding(config.vocab, config.width)
-        self.positions = nn.Embedding(config.context, config.width)
-        self.types = nn.Embedding(config.types, config.width)
+        self.positions = Positions(config.context, config.width)
+        self.types = Segments(config.types, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, STREAM)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.joint = Joint(STREAM)
         if head in ("encoder", "classification"):
             self.pooler = nn.Linear(config.width, config.width)
         if head == "masked-language-model":
             self.transform = nn.Linear(config.width, config.width)
             self.transform_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
             self.vocab_bias = nn.Parameter(torch.zeros(config.vocab))
+            self.logits = Logits()
         if head == "classification":
             at_least_one(config, "classes")
+            self.pooled_dropout = Dropout(config.dropout, ("samples", "pooled"))
             self.classifier = nn.Linear(config.width, config.classes)
         if head == "question-answering":
             self.span = nn.Linear(config.width, 2)
@@ -121,12 +131,11 @@ class Bert(nn.Module):
         length = tokens.shape[1]
         if length > self.config.context:
             raise UserError(f"{length} tokens do not fit the model's context of {self.config.context}.")
-        segment = self.types.weight[0] if types is None else self.types(types)
-        x = self.dropout(self.norm(self.tokens(tokens) + self.positions.weight[:length] + segment))
+        x = self.dropout(self.norm(self.tokens(tokens) + self.positions(length) + self.types(types)))
         visible = None if mask is None else mask.bool()[:, None, None, :]
         for block in self.blocks:
             x = block(x, visible)
-        return x  # type: ignore[no-any-return]
+        return self.joint(x)  # type: ignore[no-any-return]
 
     def pool(self, states: Tensor) -> Tensor:
         """One vector a sequence, from its first token: [n, T, width] -> [n, width]."""
@@ -139,15 +148,18 @@ class Bert(nn.Module):
         if self.head == "masked-language-model":
             x = x if at is None else x[at]
             x = self.transform_norm(ACTIVATIONS[self.config.activation](self.transform(x)))
-            x = F.linear(x, self.tokens.weight, self.vocab_bias)
+            x = self.logits(x, self.tokens.weight, self.vocab_bias)
         elif self.head == "classification":
-            x = self.classifier(self.dropout(self.pool(x)))
+            x = self.classifier(self.pooled_dropout(self.pool(x)))
         elif self.head == "question-answering":
             x = self.span(x)
         return x
 
     def dimensions(self) -> Dimensions:
         return name_dimensions(self, _DIMENSIONS)
+
+    def grains(self) -> dict[str, Grain]:
+        return head_grains(self.config.width // self.config.heads)
 
 
 _DIMENSIONS = {

@@ -1,13 +1,15 @@
 """A small convolutional network for digits, in the manner of LeNet-5 (LeCun et al., 1998)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.convolution import Conv2d
-from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.dimensions import Dimensions, Grain, name_dimensions
 from shoal.models.dropout import Dropout
+from shoal.models.ends import Joint
 from shoal.models.facts import at_least_one, probability
 
 
@@ -59,8 +61,11 @@ class CNN(nn.Module):
             self.norms.append(nn.BatchNorm2d(wider) if config.norm else nn.Identity())
             channels = wider
         self.pool = nn.MaxPool2d(2)
-        self.dropout = Dropout(config.dropout)
-        self.hidden = nn.Linear(channels * (height >> halvings) * (width >> halvings), config.hidden)
+        names = self._names()
+        self.joint = Joint(("samples", names[-3], "rows", "columns"))
+        self.pixels = (height >> halvings) * (width >> halvings)  # of each channel, in the end
+        self.dropouts = nn.ModuleList(Dropout(config.dropout, ("samples", name)) for name in ("pixels", names[-2]))
+        self.hidden = nn.Linear(channels * self.pixels, config.hidden)
         self.head = nn.Linear(config.hidden, config.classes)
         for layer in (*self.convolutions, self.hidden):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -72,19 +77,29 @@ class CNN(nn.Module):
             x = self.pool(
                 norm(convolution(x))
             ).relu()  # ReLU keeps order, so pooling first is equal and four times less
-        logits: Tensor = self.head(self.dropout(self.hidden(self.dropout(x.flatten(1))).relu()))
+        before, after = self.dropouts
+        logits: Tensor = self.head(after(self.hidden(before(self.joint(x).flatten(1))).relu()))
         return logits
 
+    def _names(self) -> list[str]:
+        """What the layers take and give, in turn; by turns, as in `shoal.models.mlp`."""
+        count = len(self.config.channels)
+        convolved = ["width" if i % 2 else "channels" for i in range(count)]
+        return ["image", *convolved, "hidden" if count % 2 else "ffn", "classes"]
+
     def dimensions(self) -> Dimensions:
-        return name_dimensions(self, _DIMENSIONS)
+        names = self._names()
+        patterns: Dimensions = {}
+        for i, (before, after) in enumerate(pairwise(names[:-2])):
+            patterns |= {
+                f"convolutions.{i}.weight": (after, before, "kernel_height", "kernel_width"),
+                f"convolutions.{i}.bias": (after,),
+                f"norms.{i}.*": (after,),
+            }
+        hidden, classes = names[-2:]
+        patterns |= {"hidden.weight": (hidden, "pixels"), "hidden.bias": (hidden,)}
+        patterns |= {"head.weight": (classes, hidden), "head.bias": (classes,)}
+        return name_dimensions(self, patterns)
 
-
-_DIMENSIONS = {
-    "convolutions.*.weight": ("channels", "in_channels", "kernel_height", "kernel_width"),
-    "convolutions.*.bias": ("channels",),
-    "norms.*": ("channels",),
-    "hidden.weight": ("hidden", "features"),
-    "hidden.bias": ("hidden",),
-    "head.weight": ("classes", "hidden"),
-    "head.bias": ("classes",),
-}
+    def grains(self) -> dict[str, Grain]:
+        return {"pixels": Grain(unit=self.pixels, called="channels", follows=self._names()[-3])}

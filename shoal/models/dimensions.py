@@ -1,6 +1,7 @@
 """Named dimensions: every parameter of a built-in model says what each of its dims is."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, runtime_checkable
 
@@ -9,10 +10,26 @@ from torch import nn
 Dimensions = dict[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class Grain:
+    """What a named dimension consists of: a worker keeps whole units of each part."""
+
+    parts: int = 1  # equal runs one after the other: queries, keys and values
+    unit: int = 1  # elements that belong together
+    called: str = ""  # what a unit is: "heads"
+    follows: str = ""  # another dimension, with whose units these belong: both are split alike
+
+
 @runtime_checkable
 class Named(Protocol):
     def dimensions(self) -> Dimensions:
         """Parameter name -> the names of its dims, in order; no name comes twice in one parameter."""
+
+
+@runtime_checkable
+class Grained(Protocol):
+    def grains(self) -> Mapping[str, Grain]:
+        """Named dimension -> its grain, for those that cannot be cut just anywhere."""
 
 
 def name_dimensions(model: nn.Module, patterns: Mapping[str, tuple[str, ...]]) -> Dimensions:

@@ -5,15 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.activation import ACTIVATIONS, Activation
-from shoal.models.attention import attention
-from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.attention import Mixing
+from shoal.models.dimensions import Dimensions, Grain, name_dimensions
 from shoal.models.dropout import Dropout
+from shoal.models.ends import Logits, Positions
 from shoal.models.facts import at_least_one, probability
+
+
+STREAM = ("samples", "sequence", "width")  # the dims of what flows from block to block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +49,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.dropout = config.attention_dropout
+        self.head_size = config.width // config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.mixing = Mixing(config.attention_dropout, causal=True)
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = attention(q, k, v, causal=True, dropout=self.dropout if self.training else 0.0)
-        projected: Tensor = self.out(mixed.transpose(1, 2).reshape(n, length, width))
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)
+        projected: Tensor = self.out(self.mixing(q, k, v).transpose(1, 2).flatten(2))
         return projected
 
 
@@ -71,7 +72,7 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, ffn, bias=config.bias)
         self.down = nn.Linear(ffn, config.width, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, STREAM)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
@@ -86,17 +87,19 @@ class GPT(nn.Module):
     Raises UserError in ``forward`` when T is longer than the context."""
 
     block: Callable[..., nn.Module] = Block
+    sequences = ("tokens", "positions", "blocks.*", "norm", "logits")  # modules that may see slices of the sequence
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         at_least_one(config, "context", "vocab")
         self.config = config
         self.tokens = nn.Embedding(config.vocab, config.width)
-        self.positions = nn.Embedding(config.context, config.width)
-        self.dropout = Dropout(config.dropout)
+        self.positions = Positions(config.context, config.width)
+        self.dropout = Dropout(config.dropout, STREAM)
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.logits = Logits()
         self.initialise()
 
     @torch.no_grad()
@@ -117,15 +120,22 @@ class GPT(nn.Module):
         length = tokens.shape[1]
         if length > self.config.context:
             raise UserError(f"{length} tokens do not fit the model's context of {self.config.context}.")
-        # a slice of the weight, not a lookup: its gradient is a sum over samples instead of a scatter
-        x = self.dropout(self.tokens(tokens) + self.positions.weight[:length])
+        x = self.dropout(self.tokens(tokens) + self.positions(length))
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = F.linear(self.norm(x), self.tokens.weight if self.head is None else self.head.weight)
+        logits: Tensor = self.logits(self.norm(x), self.tokens.weight if self.head is None else self.head.weight)
         return logits
 
     def dimensions(self) -> Dimensions:
         return name_dimensions(self, DIMENSIONS)
+
+    def grains(self) -> dict[str, Grain]:
+        return head_grains(self.config.width // self.config.heads)
+
+
+def head_grains(head_size: int) -> dict[str, Grain]:
+    """A head stays whole, and goes with its queries, keys and values."""
+    return {"qkv": Grain(3, head_size, "heads", follows="heads"), "heads": Grain(1, head_size, "heads")}
 
 
 DIMENSIONS = {

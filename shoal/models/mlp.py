@@ -35,22 +35,29 @@ class MLP(nn.Module):
         self.last = config.classes or config.outputs
         widths = (config.features, *config.hidden, self.last)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.dropout = Dropout(config.dropout)
+        self.dropouts = nn.ModuleList(
+            Dropout(config.dropout, ("samples", _hidden(i))) for i in range(len(config.hidden))
+        )
         for layer in self.layers[:-1]:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
         x = input.flatten(1)
-        for layer in self.layers[:-1]:
-            x = self.dropout(layer(x).relu())
+        for layer, dropout in zip(self.layers, self.dropouts, strict=False):
+            x = dropout(layer(x).relu())
         output: Tensor = self.layers[-1](x)
         return output
 
     def dimensions(self) -> Dimensions:
-        names = ["features", *(f"hidden{i}" for i in range(len(self.config.hidden)))]
+        names = ["features", *(_hidden(i) for i in range(len(self.config.hidden)))]
         names.append("classes" if self.config.classes else "outputs")
         patterns: Dimensions = {}
         for i, (before, after) in enumerate(pairwise(names)):
             patterns |= {f"layers.{i}.weight": (after, before), f"layers.{i}.bias": (after,)}
         return name_dimensions(self, patterns)
+
+
+def _hidden(layer: int) -> str:
+    """Layers by turns, so that a layout can split every second one, by its outputs and by its inputs."""
+    return "width" if layer % 2 else "ffn"

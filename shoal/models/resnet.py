@@ -14,6 +14,7 @@ from shoal.errors import UserError
 from shoal.models.cnn import image_shape
 from shoal.models.convolution import Conv2d
 from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.ends import GlobalAverage
 from shoal.models.facts import at_least_one
 
 IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -109,6 +110,7 @@ class ResNet(nn.Module):
         small = config.style == "cifar"
         width = config.width or (16 if small else 64)
         block: type[BasicBlock] | type[Bottleneck] = BasicBlock if small or config.depth < 50 else Bottleneck
+        self.bottleneck = block is Bottleneck
         blocks = (((config.depth - 2) // 6,) * 3) if small else IMAGENET_BLOCKS[config.depth]
         shortcut = _padding if small else _projection
         self.conv1 = (
@@ -123,6 +125,7 @@ class ResNet(nn.Module):
             self.add_module(name, _stage(block, channels, width << stage, count, 1 if stage == 0 else 2, shortcut))
             self.stages.append(name)
             channels = (width << stage) * block.growth
+        self.average = GlobalAverage()
         self.fc = nn.Linear(channels, config.classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -132,11 +135,11 @@ class ResNet(nn.Module):
         x = self.maxpool(self.bn1(self.conv1(input.reshape(len(input), *self.shape))).relu())
         for name in self.stages:
             x = self.get_submodule(name)(x)
-        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.average(x))
         return logits
 
     def dimensions(self) -> Dimensions:
-        return name_dimensions(self, _DIMENSIONS)
+        return name_dimensions(self, _BOTTLENECK if self.bottleneck else _BASIC)
 
 
 def _stage(
@@ -153,9 +156,28 @@ def _stage(
     return nn.Sequential(first, *(block(wider, width, 1, None) for _ in range(count - 1)))
 
 
-_DIMENSIONS = {
-    "fc.weight": ("classes", "channels"),
+_KERNEL = ("kernel_height", "kernel_width")
+_ENDS = {
+    "conv1.weight": ("width", "image", *_KERNEL),
+    "bn1.*": ("width",),
+    "fc.weight": ("classes", "width"),
     "fc.bias": ("classes",),
-    "*": ("channels",),  # BatchNorm
-    "*.weight": ("channels", "in_channels", "kernel_height", "kernel_width"),
+    "*.downsample.0.weight": ("width", "narrower", *_KERNEL),
+    "*.downsample.1.*": ("width",),
+}
+_BASIC = {  # "channels": inside of a block; "width": from block to block
+    **_ENDS,
+    "*.conv1.weight": ("channels", "width", *_KERNEL),
+    "*.bn1.*": ("channels",),
+    "*.conv2.weight": ("width", "channels", *_KERNEL),
+    "*.bn2.*": ("width",),
+}
+_BOTTLENECK = {
+    **_ENDS,
+    "*.conv1.weight": ("reduced", "width", *_KERNEL),
+    "*.bn1.*": ("reduced",),
+    "*.conv2.weight": ("channels", "reduced", *_KERNEL),
+    "*.bn2.*": ("channels",),
+    "*.conv3.weight": ("width", "channels", *_KERNEL),
+    "*.bn3.*": ("width",),
 }
