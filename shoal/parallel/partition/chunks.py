@@ -26,7 +26,9 @@ class Chunk:
 @dataclass(frozen=True)
 class Chunks:
     chunks: tuple[Chunk, ...]
-    tied: Mapping[str, tuple[int, ...]]  # parameter that several chunks use -> those chunks, the first (its owner) first
+    tied: Mapping[
+        str, tuple[int, ...]
+    ]  # parameter that several chunks use -> those chunks, the first (its owner) first
 
     def __len__(self) -> int:
         return len(self.chunks)
