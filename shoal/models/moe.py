@@ -16,7 +16,7 @@ from shoal.models.activation import ACTIVATIONS
 from shoal.models.dimensions import Dimensions, name_dimensions
 from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one
-from shoal.models.gpt import DIMENSIONS, GPT, Attention, GPTConfig
+from shoal.models.gpt import DIMENSIONS, GPT, STREAM, Attention, GPTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
         self.mixture = Mixture(config)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, STREAM)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))

@@ -26,11 +26,11 @@ class LanguageModel:
     best: tuple[str, Literal["min", "max"]] = ("loss", "min")
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        return cross_entropy(model(batch["tokens"][:, :-1]), _real(batch)[:, 1:])
+        return cross_entropy(model(batch["tokens"][:, :-1]), real_tokens(batch)[:, 1:])
 
     @torch.no_grad()
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        return measure_choice(model(batch["tokens"][:, :-1]), _real(batch)[:, 1:])
+        return measure_choice(model(batch["tokens"][:, :-1]), real_tokens(batch)[:, 1:])
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         loss = mean(sums, "loss")
@@ -45,7 +45,7 @@ class BidirectionalLanguageModel(LanguageModel):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         forward, backward = model(batch["tokens"])
-        target = _real(batch)
+        target = real_tokens(batch)
         after, counted_after = cross_entropy(forward, target[:, 1:])
         before, counted_before = cross_entropy(backward, target[:, :-1])
         return after + before, counted_after + counted_before
@@ -53,13 +53,13 @@ class BidirectionalLanguageModel(LanguageModel):
     @torch.no_grad()
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         forward, backward = model(batch["tokens"])
-        target = _real(batch)
+        target = real_tokens(batch)
         after = measure_choice(forward, target[:, 1:])
         before = measure_choice(backward, target[:, :-1])
         return {name: after[name] + before[name] for name in after}
 
 
-def _real(batch: Batch) -> Tensor:
+def real_tokens(batch: Batch) -> Tensor:
     """The tokens, with padding set to the target that does not count."""
     tokens = batch["tokens"].long()
     return tokens.masked_fill(~batch["mask"].bool(), IGNORED) if "mask" in batch else tokens

@@ -65,13 +65,11 @@ class MaskedLanguageModel:
     best: tuple[str, Literal["min", "max"]] = ("loss", "min")
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        tokens = self._tokens(batch)
-        logits, target = self._restore(model, batch, draw_noise((tokens.shape[0], tokens.shape[1]), self.vocab))
-        return cross_entropy(logits, target)
+        return cross_entropy(*self._restore(model, batch, training=True))
 
     @torch.no_grad()
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        return measure_choice(*self._restore(model, batch, noise_of(self._tokens(batch), self.vocab)))
+        return measure_choice(*self._restore(model, batch, training=False))
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         loss = mean(sums, "loss")
@@ -80,7 +78,8 @@ class MaskedLanguageModel:
     def _tokens(self, batch: Batch) -> Tensor:
         return batch["tokens"][:, : self.context or None].long()
 
-    def _restore(self, model: nn.Module, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+    def hide(self, batch: Batch, noise: Noise) -> tuple[Tensor, dict[str, Tensor | None], Tensor, Tensor]:
+        """The tokens that the model sees, mask and types; the tokens as they were, and where the targets are."""
         tokens = self._tokens(batch)
         length = tokens.shape[1]
         mask, types = (batch[name][:, :length] if name in batch else None for name in ("mask", "types"))
@@ -88,4 +87,13 @@ class MaskedLanguageModel:
         for token in self.special:
             may_choose = may_choose & (tokens != token)
         seen, chosen = mask_tokens(tokens, may_choose, noise, self.mask_token)
-        return model(seen, mask=mask, types=types, at=chosen), tokens[chosen]
+        return seen, {"mask": mask, "types": types}, tokens, chosen
+
+    def noise(self, batch: Batch, *, training: bool) -> Noise:
+        """Drawn anew in training; in an evaluation a function of the tokens."""
+        tokens = self._tokens(batch)
+        return draw_noise((tokens.shape[0], tokens.shape[1]), self.vocab) if training else noise_of(tokens, self.vocab)
+
+    def _restore(self, model: nn.Module, batch: Batch, *, training: bool) -> tuple[Tensor, Tensor]:
+        seen, rest, tokens, chosen = self.hide(batch, self.noise(batch, training=training))
+        return model(seen, **rest, at=chosen), tokens[chosen]
