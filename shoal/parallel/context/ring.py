@@ -146,7 +146,7 @@ class _Pieces:
 
 
 def _go_round(ring: Ring, block: Tensor, slices: Slices | None = None) -> Iterator[tuple[int, Tensor]]:
-    """(owner, keys and values [2, n, heads, T of the owner, d]), the own first; each block goes on before it is used."""
+    """(owner, keys and values [2, n, heads, T of the owner, d]), the own first; each goes on before it is used."""
     slices = slices or ring.slices
     world, rank = ring.collectives.world, ring.rank
     for hop in range(world):
