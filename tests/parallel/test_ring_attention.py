@@ -17,7 +17,7 @@ from shoal.models.registry import build, task_for
 from shoal.models.tasks.language_model import BidirectionalLanguageModel
 from shoal.parallel.context.model import split_sequence
 from shoal.parallel.context.ring import COLUMNS, Ring
-from shoal.parallel.context.slices import contiguous, zigzag
+from shoal.parallel.context.slices import contiguous, places, zigzag
 from shoal.parallel.context.task import SplitTask
 from shoal.recipe.recipe import ModelSpec
 
@@ -27,19 +27,19 @@ NEAR = {"rtol": 1e-10, "atol": 1e-10}  # float64: only the order of sums differs
 @given(st.integers(0, 60), st.integers(1, 6), st.sampled_from([contiguous, zigzag]))
 def test_every_place_is_held_once_and_a_cut_sequence_is_joined_again(length, ranks, cut):
     slices = cut(length, ranks)
-    held = [slices.places(rank) for rank in range(ranks)]
+    held = [places(slices, rank) for rank in range(ranks)]
     assert sorted(torch.cat(held).tolist()) == list(range(length))
     assert max(map(len, held)) - min(map(len, held)) <= (1 if cut is contiguous else 2)
     whole = torch.arange(length)[None, :, None]
     parts = [slices.take(whole, rank) for rank in range(ranks)]
     assert all(part.flatten().tolist() == place.tolist() for part, place in zip(parts, held, strict=True))
-    assert torch.equal(slices.join(torch.cat(parts, 1)), whole)
+    assert torch.equal(slices.join(parts), whole)
 
 
 @given(st.integers(8, 400), st.integers(2, 8))
 def test_zigzag_shares_out_a_causal_mask_evenly(length, ranks):
     def work(slices: Any) -> list[int]:
-        return [int((slices.places(rank) + 1).sum()) for rank in range(ranks)]
+        return [int((places(slices, rank) + 1).sum()) for rank in range(ranks)]
 
     even = work(zigzag(length, ranks))
     assert max(even) - min(even) <= 2 * length  # of length x length / (2 x ranks): a row or two
@@ -77,7 +77,7 @@ def test_ring_attention_has_the_results_and_gradients_of_attention(on_workers, w
     parts = on_workers(world, _in_a_ring, length, mask, causal, torch.float64)
     slices = (zigzag if causal else contiguous)(length, world)
     for index, whole in enumerate(_full(length, mask, causal, torch.float64)):
-        joined = slices.join(torch.cat([part[index] for part in parts], 2), 2)
+        joined = slices.along(2).join([part[index] for part in parts])
         torch.testing.assert_close(joined, whole, **NEAR)
 
 
@@ -85,7 +85,7 @@ def test_in_bfloat16_a_ring_is_as_close_to_float64_as_one_worker_is(on_workers):
     exact = _full(13, None, True, torch.float64)
     parts = on_workers(2, _in_a_ring, 13, None, True, torch.bfloat16)
     for index, whole in enumerate(_full(13, None, True, torch.bfloat16)):
-        joined = zigzag(13, 2).join(torch.cat([part[index] for part in parts], 2), 2)
+        joined = zigzag(13, 2).along(2).join([part[index] for part in parts])
         assert joined.dtype == torch.bfloat16
         ours, theirs = ((t.double() - exact[index]).norm() for t in (joined, whole))
         assert ours < max(1.5 * theirs, 0.01 * exact[index].norm())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shoal.parallel.context.ring import Ring
+from shoal.parallel.context.slices import SEQUENCE
 
 
 def gather_sequence(t: Tensor, ring: Ring) -> Tensor:
@@ -18,12 +19,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, t: Tensor, ring: Ring) -> Tensor:
         context.ring, context.slices = ring, ring.slices
-        sizes = [ring.slices.size(rank) for rank in range(ring.collectives.world)]
-        return ring.slices.join(ring.collectives.all_gather(t, 1, sizes))
+        return ring.slices.ungrouped(ring.collectives.all_gather(t, SEQUENCE, ring.slices.sizes))
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         slices, collectives = context.slices, context.ring.collectives
-        ranks = range(collectives.world)
-        by_rank = torch.cat([slices.take(gradients[0], rank) for rank in ranks], 1)
-        return collectives.reduce_scatter(by_rank, 1, [slices.size(rank) for rank in ranks]), None
+        return collectives.reduce_scatter(slices.grouped(gradients[0]), SEQUENCE, slices.sizes), None

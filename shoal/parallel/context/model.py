@@ -116,7 +116,7 @@ class _Loads:
 
     def __call__(self, experts: Tensor, count: int) -> Tensor:
         chosen = F.one_hot(experts.flatten(1), count).sum(1)
-        return self.ring.collectives.all_reduce(chosen) / (self.ring.slices.length * experts.shape[2])
+        return self.ring.collectives.all_reduce(chosen) / (self.ring.slices.full * experts.shape[2])
 
 
 class _Parts:
@@ -126,7 +126,7 @@ class _Parts:
         self.dim, self.ring = dim, ring
 
     def __call__(self, x: Tensor) -> Part:
-        return _Slice(self.dim, self.ring.slices.length, 0, self.ring)
+        return _Slice(self.dim, self.ring.slices.full, 0, self.ring)
 
 
 @dataclass(frozen=True)

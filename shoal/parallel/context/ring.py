@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shoal.comm.tensors import Collectives
 from shoal.errors import UserError
-from shoal.parallel.context.slices import Slices, contiguous, zigzag
+from shoal.parallel.context.slices import SEQUENCE, contiguous, places, zigzag
+from shoal.parallel.layout.split import Split
 
 COLUMNS = 128  # keys whose scores are held at a time: memory grows with the queries alone
 
@@ -25,7 +26,7 @@ class Ring:
 
     collectives: Collectives
     causal: bool  # later places have more to do: cut in zigzag
-    slices: Slices
+    slices: Split
 
     @staticmethod
     def of(collectives: Collectives, causal: bool) -> "Ring":
@@ -37,12 +38,12 @@ class Ring:
 
     def cut(self, length: int) -> None:
         """From now on sequences have this many places."""
-        if self.slices.length != length:
+        if self.slices.full != length:
             self.slices = (zigzag if self.causal else contiguous)(length, self.collectives.world)
 
-    def own(self, t: Tensor, dim: int = 1) -> Tensor:
+    def own(self, t: Tensor, dim: int = SEQUENCE) -> Tensor:
         """This worker's part of a tensor with whole sequences along ``dim``."""
-        return self.slices.take(t, self.rank, dim)
+        return self.slices.along(dim).take(t, self.rank)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
@@ -122,15 +123,15 @@ class _Pieces:
 
     def __post_init__(self) -> None:
         self.slices = self.ring.slices
-        self.own = self.slices.places(self.ring.rank)
+        self.own = places(self.slices, self.ring.rank)
 
     def of(self, owner: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
         """(own rows, columns of the owner's block, which of their scores are hidden: bool, broadcast to [n, heads,
         rows, columns]). Rows and columns that cannot see each other are left out."""
         start = 0
-        for part in self.slices.ranges[owner]:
-            for first in range(part.start, part.stop, COLUMNS):
-                at = torch.arange(first, min(first + COLUMNS, part.stop))
+        for begin, end in self.slices.kept[owner]:
+            for first in range(begin, end, COLUMNS):
+                at = torch.arange(first, min(first + COLUMNS, end))
                 columns = slice(start, start + len(at))
                 start += len(at)
                 rows, hidden = slice(0, len(self.own)), None
@@ -145,14 +146,14 @@ class _Pieces:
                     yield rows, columns, hidden
 
 
-def _go_round(ring: Ring, block: Tensor, slices: Slices | None = None) -> Iterator[tuple[int, Tensor]]:
+def _go_round(ring: Ring, block: Tensor, slices: Split | None = None) -> Iterator[tuple[int, Tensor]]:
     """(owner, keys and values [2, n, heads, T of the owner, d]), the own first; each goes on before it is used."""
     slices = slices or ring.slices
     world, rank = ring.collectives.world, ring.rank
     for hop in range(world):
         owner = (rank - hop) % world
         if hop:
-            shape = (*block.shape[:3], slices.size(owner), block.shape[-1])
+            shape = (*block.shape[:3], slices.sizes[owner], block.shape[-1])
             block = ring.collectives.recv((shape, block.dtype), _before(ring))
         if hop < world - 1:
             ring.collectives.send(block, _after(ring))
