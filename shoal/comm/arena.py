@@ -9,7 +9,8 @@ import ctypes
 import mmap
 import os
 import resource
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING
@@ -48,6 +49,11 @@ class Arenas:
         if self._library:
             self._library.shoal_arena_install(ctypes.c_void_p(self.bases[rank]), ctypes.c_size_t(self._size))
 
+    @property
+    def bytes(self) -> int:
+        """Of each arena; 0 where there are none."""
+        return self._size
+
     def part(self, ranks: Sequence[int]) -> "Arenas":
         """Those of some of the workers, numbered anew in this order."""
         made = copy(self)
@@ -79,6 +85,24 @@ class Arenas:
         import torch
 
         return torch.frombuffer(self._maps[rank], dtype=dtype, count=elements, offset=place)
+
+    def find(self, tensor: "torch.Tensor") -> tuple[int, int] | None:
+        """Whose arena a tensor lies in, and where, in bytes; None when it lies in none, or not on a cache line."""
+        address = tensor.data_ptr()
+        for rank, base in enumerate(self.bases):
+            if 0 <= address - base < self._size and (address - base) % _BYTES == 0:
+                return rank, address - base
+        return None
+
+    def lent(
+        self, rank: int, place: int, elements: int, dtype: "torch.dtype", let_go: Callable[[], None]
+    ) -> "torch.Tensor":
+        """As `view`; ``let_go`` is called once, when nobody in this process uses that memory any more."""
+        import torch
+
+        memory = memoryview(self._maps[rank])[place : place + elements * dtype.itemsize]
+        weakref.finalize(memory, let_go).atexit = False  # torch holds it as long as any tensor lies in it
+        return torch.frombuffer(memory, dtype=dtype, count=elements)
 
 
 class OwnMemory:
