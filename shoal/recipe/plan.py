@@ -7,6 +7,7 @@ from typing import Literal
 
 from shoal.errors import UserError, unknown_name
 from shoal.recipe.axes import AXES, Axes
+from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.pipeline_plan import PipelinePlan
 from shoal.recipe.typed import from_mapping, read_toml, to_toml
 
@@ -38,6 +39,7 @@ class Plan:
     # what each data replica holds a slice of: optimiser states; gradients too; parameters too (Rajbhandari et al., 2020)
     state_group: int = 0  # zero1-3: replicas that share one copy of the states; 0: all of them
     pipeline: PipelinePlan = field(default_factory=PipelinePlan)
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
     bucket_bytes: int = 4 << 20  # gradients are reduced in pieces of this size, while backward still runs
     prefetch: int = 2  # steps whose batches each worker's loaders make ahead; 0 loads in line
     loaders: int = 1  # background loading threads of each worker
@@ -69,6 +71,11 @@ class Plan:
             )
         if self.pipeline.chunks > 1 and axes.size("pipe") == 1:
             raise UserError(f"plan: pipeline.chunks = {self.pipeline.chunks} is for a mesh with an axis 'pipe'.")
+        if self.sync == "parameter-server" and self.memory.changes_updates:
+            raise UserError(
+                f"plan: {self.memory.changes_updates} is for updates that workers make, and with "
+                f"sync = 'parameter-server' servers make them: leave it out, or use sync = 'exact'."
+            )
         if self.servers < 1:
             raise UserError(f"plan: servers must be at least 1, got {self.servers}.")
         if self.staleness < -1:
@@ -137,6 +144,8 @@ class Plan:
         if self.staleness:
             behind = f"up to {self.staleness} steps" if self.staleness > 0 else "any number of steps"
             parts.append(f"a worker's weights may be {behind} old")
+        if self.memory.lossy:
+            parts.append(self.memory.lossy)
         return "; ".join(parts)
 
     @property
