@@ -27,7 +27,7 @@ def attention(
     On a CPU the fused kernel's backward pass in bfloat16 takes longer than three matmuls on a processor with matrix
     units, and the fused kernel has no dropout: up to 512 tokens the weights are then computed and kept. Which way is
     taken depends on shapes, precision and device only, so it is the same on every worker.
-    ``part`` says which of all heads these are, for the dropout. Raises UserError where the fused kernel would draw it."""
+    ``part`` says which of all heads these are, for the dropout. Raises UserError where the fused kernel draws it."""
     weights_are_faster = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0)
     if not weights_are_faster or q.shape[2] > LONGEST_WITH_WEIGHTS:
         if part is not None and dropout > 0:

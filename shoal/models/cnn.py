@@ -60,7 +60,7 @@ class CNN(nn.Module):
             self.convolutions.append(Conv2d(channels, wider, config.kernel, padding=config.kernel // 2))
             self.norms.append(nn.BatchNorm2d(wider) if config.norm else nn.Identity())
             channels = wider
-        self.pool = nn.MaxPool2d(2)
+        self.pools = nn.ModuleList(nn.MaxPool2d(2) for _ in config.channels)
         names = self._names()
         self.joint = Joint(("samples", names[-3], "rows", "columns"))
         self.pixels = (height >> halvings) * (width >> halvings)  # of each channel, in the end
@@ -73,10 +73,8 @@ class CNN(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input.reshape(len(input), *self.shape)
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = self.pool(
-                norm(convolution(x))
-            ).relu()  # ReLU keeps order, so pooling first is equal and four times less
+        for convolution, norm, pool in zip(self.convolutions, self.norms, self.pools, strict=True):
+            x = pool(norm(convolution(x))).relu()  # ReLU keeps order, so pooling first is equal and four times less
         before, after = self.dropouts
         logits: Tensor = self.head(after(self.hidden(before(self.joint(x).flatten(1))).relu()))
         return logits

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.models.dimensions import Dimensions, name_dimensions
 from shoal.models.dropout import Dropout
+from shoal.models.ends import Logits
 from shoal.models.facts import at_least_one, probability
 
 
@@ -41,6 +41,7 @@ class Elmo(nn.Module):
         self.backward_layers = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(config.layers))
         self.dropout = Dropout(config.dropout)
         self.head = None if config.tied else nn.Linear(width, config.vocab, bias=False)
+        self.logits = Logits(("vocab", "width" if config.tied else "hidden"))
         self.bias = nn.Parameter(torch.zeros(config.vocab))
         nn.init.normal_(self.tokens.weight, std=width**-0.5)
         if self.head is not None:
@@ -51,7 +52,7 @@ class Elmo(nn.Module):
         weight = self.tokens.weight if self.head is None else self.head.weight
         after = self._states(self.forward_layers, embedded[:, :-1])[-1]
         before = self._states(self.backward_layers, embedded.flip(1)[:, :-1])[-1].flip(1)
-        return F.linear(after, weight, self.bias), F.linear(before, weight, self.bias)
+        return self.logits(after, weight, self.bias), self.logits(before, weight, self.bias)
 
     def representations(self, tokens: Tensor) -> Tensor:
         """All layers' states for tokens [n, T]: [layers + 1, n, T, 2 x width], the embedding first.

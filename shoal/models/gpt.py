@@ -15,7 +15,6 @@ from shoal.models.dropout import Dropout
 from shoal.models.ends import Logits, Positions
 from shoal.models.facts import at_least_one, probability
 
-
 STREAM = ("samples", "sequence", "width")  # the dims of what flows from block to block
 
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.errors import UserError
 from shoal.models.dimensions import Dimensions, name_dimensions
 from shoal.models.dropout import Dropout
+from shoal.models.ends import Logits
 from shoal.models.facts import at_least_one, probability
 
 
@@ -43,6 +43,7 @@ class LSTM(nn.Module):
         self.lstm = nn.LSTM(config.width, hidden, config.layers, dropout=between, batch_first=True)
         self.dropout = Dropout(config.dropout)
         self.head = None if config.tied else nn.Linear(hidden, config.vocab, bias=False)
+        self.logits = Logits(("vocab", "width" if config.tied else "hidden"))
         self.bias = nn.Parameter(self.tokens.weight.new_zeros(config.vocab))
         nn.init.normal_(self.tokens.weight, std=0.1 if not config.tied else hidden**-0.5)
         if self.head is not None:
@@ -51,7 +52,8 @@ class LSTM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         states, _ = self.lstm(self.dropout(self.tokens(tokens)))
         weight = self.tokens.weight if self.head is None else self.head.weight
-        return F.linear(self.dropout(states), weight, self.bias)
+        logits: Tensor = self.logits(self.dropout(states), weight, self.bias)
+        return logits
 
     def dimensions(self) -> Dimensions:
         return name_dimensions(self, _DIMENSIONS)

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from shoal.errors import UserError
-from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.dimensions import Dimensions, Grain, name_dimensions
 from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one, probability
 
@@ -57,7 +57,13 @@ class MLP(nn.Module):
             patterns |= {f"layers.{i}.weight": (after, before), f"layers.{i}.bias": (after,)}
         return name_dimensions(self, patterns)
 
+    def grains(self) -> dict[str, Grain]:
+        """Layers of other sizes are split as the first ones are."""
+        later = range(2, len(self.config.hidden))
+        return {_hidden(i): Grain(follows=_hidden(i % 2)) for i in later}
+
 
 def _hidden(layer: int) -> str:
-    """Layers by turns, so that a layout can split every second one, by its outputs and by its inputs."""
-    return "width" if layer % 2 else "ffn"
+    """By turns, so that a layout can split every second layer by its outputs and the next one by its inputs."""
+    name = "width" if layer % 2 else "ffn"
+    return name if layer < 2 else f"{name}{layer}"

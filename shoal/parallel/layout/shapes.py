@@ -1,0 +1,32 @@
+"""The shapes that flow through a model's modules, found out without computing anything."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Shapes = dict[str, tuple[torch.Size, torch.Size]]  # module -> what comes in first, what goes out first
+
+
+def module_shapes(model: nn.Module, inputs: Sequence[Tensor]) -> Shapes:
+    """One forward pass on the device "meta". Of a module that is called several times, the last call."""
+    found: Shapes = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def note(module: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+        first = next((x for x in given if isinstance(x, Tensor)), None)
+        out = made[0] if isinstance(made, tuple) else made
+        if isinstance(out, Tensor):
+            found[names[module]] = (torch.Size(()) if first is None else first.shape, out.shape)
+
+    hooks = [module.register_forward_hook(note) for module in names]
+    state = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
+    try:
+        with torch.no_grad():
+            functional_call(model, state, tuple(x.to("meta") for x in inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

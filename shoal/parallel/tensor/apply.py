@@ -1,0 +1,108 @@
+"""A layout applied to a model: parameters are cut where they are, modules replaced by ones that work on a part."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from shoal.comm.tensors import Collectives
+from shoal.models.dropout import Dropout
+from shoal.models.ends import Joint, Logits, Positions, Segments
+from shoal.parallel.layout.split import Split
+from shoal.parallel.layout.treatment import Banded, Drawn, Layout, Treatment, Weighted
+from shoal.parallel.tensor.banded import banded
+from shoal.parallel.tensor.crossing import Slices
+from shoal.parallel.tensor.pointwise import (
+    SlicedJoint,
+    SlicedNorm,
+    SlicedPositions,
+    SlicedSegments,
+    SplitNorm,
+    part_of,
+)
+from shoal.parallel.tensor.weighted import Doors, SplitConv2d, SplitEmbedding, SplitLinear, SplitLogits
+
+
+def split_model(model: nn.Module, layout: Layout, collectives: Collectives) -> None:
+    """Leave of ``model`` what this worker of the tensor axis holds, in place; names stay as they are.
+
+    ``model`` may be a part of the model that the layout is for, with the same names: a stage of a pipeline. Called
+    before anything holds on to the parameters' shapes: hooks, an optimiser's state."""
+    cut_tensors(model, layout.splits, collectives.rank)
+    slices = Slices(collectives)
+    modules = dict(model.named_modules())
+    places: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        places[module].append(name)
+    enters = False
+    for name, treatment in layout.modules.items():
+        if name not in modules:
+            continue
+        module = modules[name]
+        if isinstance(treatment, Drawn):
+            assert isinstance(module, Dropout)
+            module.part = part_of(treatment, collectives, slices)
+            continue
+        enters = enters or _begins_slices(treatment)
+        made = _replacement(module, treatment, collectives, slices)
+        for place in places[module]:
+            parent, _, key = place.rpartition(".")
+            setattr(model.get_submodule(parent), key, made)
+    if slices_used(layout) and not enters:
+        _learn_first(model, layout, slices)
+
+
+@torch.no_grad()
+def cut_tensors(model: nn.Module, splits: Mapping[str, Split], rank: int) -> None:
+    """Parameters stay the objects that they are; tied ones are cut once."""
+    done: set[int] = set()
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if name in splits and id(tensor) not in done:
+            tensor.data = splits[name].take(tensor, rank).clone(memory_format=torch.contiguous_format)
+            done.add(id(tensor))
+
+
+def _begins_slices(treatment: Treatment) -> bool:
+    return (
+        isinstance(treatment, Weighted) and treatment.flow.arrives == "whole" and treatment.flow.leaves == "positions"
+    )
+
+
+def _learn_first(model: nn.Module, layout: Layout, slices: Slices) -> None:
+    """In a stage without the embedding, the first module that works on slices finds out how long the whole is."""
+    for name, module in model.named_modules():
+        treatment = layout.modules.get(name)
+        if (isinstance(treatment, Weighted) and treatment.flow.arrives == "positions") or isinstance(
+            module, SlicedNorm | SlicedJoint
+        ):
+            module.register_forward_pre_hook(lambda _, given: slices.learn(given[0]))
+            return
+
+
+def slices_used(layout: Layout) -> bool:
+    return any(isinstance(treatment, Drawn) and treatment.split is None for treatment in layout.modules.values())
+
+
+def _replacement(module: nn.Module, treatment: Treatment, collectives: Collectives, slices: Slices) -> nn.Module:
+    if isinstance(treatment, Banded):
+        return banded(module, treatment, collectives)
+    if isinstance(treatment, Weighted):
+        doors = Doors(treatment, collectives, slices, 1 if isinstance(module, nn.Conv2d) else -1)
+        if isinstance(module, nn.Linear):
+            return SplitLinear(module, doors)
+        if isinstance(module, nn.Conv2d):
+            return SplitConv2d(module, doors)
+        if isinstance(module, nn.Embedding):
+            return SplitEmbedding(module, doors)
+        assert isinstance(module, Logits)
+        return SplitLogits(module, doors)
+    if isinstance(module, nn.LayerNorm):
+        split: Split | None = getattr(treatment, "split", None)
+        return SlicedNorm(module, collectives) if split is None else SplitNorm(module, split, collectives)
+    if isinstance(module, Positions):
+        return SlicedPositions(module, collectives, slices)
+    if isinstance(module, Segments):
+        return SlicedSegments(module, collectives, slices)
+    assert isinstance(module, Joint)
+    return SlicedJoint(module, collectives, slices)
