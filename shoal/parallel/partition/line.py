@@ -1,42 +1,34 @@
 """A recorded forward pass as a line of nodes: what crosses it at each place, and where it may be cut."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from shoal.parallel.partition.recording import Recording
 
 # of the batch alone these cost next to nothing, so every chunk that needs them works them out
-_CHEAP_METHODS = frozenset(
-    [
-        "size",
-        "dim",
-        "numel",
-        "bool",
-        "long",
-        "int",
-        "float",
-        "to",
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "flatten",
-        "expand",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-    ]
-)
-_CHEAP_FUNCTIONS = frozenset(
-    (getattr, len, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg)
-    + (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.invert)
-)
+_CHEAP_METHODS = {
+    "size",
+    "dim",
+    "numel",
+    "bool",
+    "long",
+    "int",
+    "float",
+    "to",
+    "view",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+}
+_CHEAP_METHODS |= {"flatten", "expand", "eq", "ne", "lt", "le", "gt", "ge"}
+_CHEAP_FUNCTIONS: set[Callable[..., Any]] = {getattr, len, operator.getitem, operator.eq, operator.ne, operator.lt}
+_CHEAP_FUNCTIONS |= {operator.le, operator.gt, operator.ge, operator.invert, operator.neg, operator.add, operator.sub}
+_CHEAP_FUNCTIONS |= {operator.mul, operator.floordiv}
 
 
 class Line:
@@ -68,6 +60,8 @@ class Line:
     def _crossing(self) -> list[list[fx.Node]]:
         crossing: list[list[fx.Node]] = [[] for _ in range(len(self.nodes) + 1)]
         for place, node in enumerate(self.nodes):
+            if node.meta.get("kind") is torch.device:
+                continue  # every worker has its own
             for later in range(place + 1, self.last_use[node] + 1):
                 crossing[later].append(node)
         return crossing
@@ -103,9 +97,12 @@ class Line:
             for memory in node.meta.get("changed", ()):
                 changes[memory] = place
         for place in range(1, len(self.nodes)):
+            for node in self.crossing(place):
+                if node.meta.get("part"):
+                    why[place] = f"{node.name!r} is a part of another tensor, which a copy would lay out differently"
             for memory in {m for node in self.crossing(place) for m in node.meta.get("memories", ())}:
                 names = [node for node in self.crossing(place) if memory in node.meta.get("memories", ())]
-                if changes.get(memory, -1) >= place and (len(names) > 1 or not names[0].meta["single"]):
+                if changes.get(memory, -1) >= place and (len(names) > 1 or not is_tensor(names[0])):
                     why[place] = f"{names[0].name!r} is changed in place after it, and has another name"
         for what, places in self._together(changes):
             for place in range(min(places) + 1, max(places) + 1):
@@ -124,6 +121,10 @@ class Line:
                 if (given in self.batch or given.op == "get_attr") and changing & given.meta.get("memories", set()):
                     found.setdefault(f"{given.target!r}", []).append(place)
         return list(found.items())
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return issubclass(node.meta.get("kind", Tensor), Tensor)
 
 
 def _is_cheap(node: fx.Node) -> bool:

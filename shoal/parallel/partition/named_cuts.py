@@ -1,4 +1,4 @@
-"""Cuts that a user names: modules at which a new chunk begins."""
+"""Cuts that a user names: modules, or parameters used on their own, at which a new chunk begins."""
 
 from collections.abc import Sequence
 
@@ -22,15 +22,16 @@ def named(line: Line, count: int, cuts: Sequence[str]) -> tuple[int, ...]:
 
 def _place(line: Line, cut: str) -> int:
     modules = dict(line.model.named_modules(remove_duplicate=False))
-    if not cut or cut not in modules:
-        raise unknown_name("cut point", cut, filter(None, modules), type(line.model).__name__)
+    known = {*modules, *dict(line.model.named_parameters(remove_duplicate=False))} - {""}
+    if cut not in known:
+        raise unknown_name("cut point", cut, known, type(line.model).__name__)
     place = next(
         (place for place, node in enumerate(line.nodes) if any(_within(name, cut) for name in _names(node))), None
     )
     if place is None:
         for node in line.nodes:
             if node.op == "call_module" and _within(cut, str(node.target)):
-                kind = type(modules[str(node.target)]).__name__
+                kind = type(line.model.get_submodule(str(node.target))).__name__
                 why = line.recording.whole.get(kind, "its layers are not called one by one")
                 raise UserError(
                     f"no cut can be at {cut!r}, inside {node.target!r}: a {kind} is kept whole ({why}). "
@@ -45,8 +46,8 @@ def _place(line: Line, cut: str) -> int:
 
 
 def _names(node: fx.Node) -> list[str]:
-    """The modules that a node belongs to: those whose code it comes from, whose call or whose parameter it is."""
-    read = [str(given.target).rpartition(".")[0] for given in node.all_input_nodes if given.op == "get_attr"]
+    """What a node belongs to: the module whose code it comes from, the one that it calls, the parameters that it uses."""
+    read = [str(given.target) for given in node.all_input_nodes if given.op == "get_attr"]
     return [node.meta["module"], *read, *([str(node.target)] if node.op == "call_module" else [])]
 
 

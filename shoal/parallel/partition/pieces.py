@@ -1,6 +1,7 @@
 """The smallest parts of a model between which a cut makes sense."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from shoal.parallel.partition.line import Line
 
@@ -23,10 +24,12 @@ def starts(line: Line) -> tuple[int, ...]:
     (the last of equals), so that a cut does not tear a residual stream where one step on it is whole."""
     found = [0]
     using = [place for place, node in enumerate(line.nodes) if line.state(node)]
-    for before, after in zip(using, using[1:], strict=False):
+    for before, after in pairwise(using):
         places = [place for place in range(before + 1, after + 1) if place not in line.forbidden]
         if places:
-            found.append(min(reversed(places), key=line.crossing_bytes))
+            found.append(
+                min(reversed(places), key=lambda place: (line.crossing_bytes(place), len(line.crossing(place))))
+            )
     return tuple(found)
 
 

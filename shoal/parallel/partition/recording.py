@@ -30,19 +30,21 @@ from shoal.parallel.partition.recorded import (
     leaves,
     substitute,
 )
+from shoal.parallel.partition.recurrent import is_stack, layer_by_layer
 from shoal.parallel.partition.undisturbed import undisturbed
 
 _PLAIN = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_FREE = (getattr, operator.getitem)  # reading a value: not worth keeping when nobody uses it
+_FREE = (getattr, operator.getitem, torch.cat)  # without effect: not kept when nobody uses what they give
 
 
 @dataclass(frozen=True)
 class Recording:
     """``graph``: placeholders are the model's arguments, get_attr and call_module targets are full names.
 
-    Meta of a node: ``module`` (name of the module whose forward made it), ``bytes`` of its tensors, ``memories`` (a number
-    for each storage that they lie in) and ``changed`` (those that it changed in place)."""
+    Meta of a node: ``module`` (name of the module whose forward made it) and, with an example, ``kind`` (type of its
+    value), ``bytes`` of its tensors, ``memories`` (a number for each storage that they lie in), ``changed`` (those that it
+    changed in place) and ``part`` (whether one of its tensors is a part of another)."""
 
     graph: fx.Graph
     constants: Mapping[str, Any]  # get_attr target -> an object that is no parameter, buffer or plain value
@@ -59,6 +61,18 @@ def expect(actual: Any, expected: Any, where: str) -> None:
             f"{'another value' if isinstance(actual, Tensor) else actual}: put what depends on it into a submodule of "
             f"its own, which is then kept whole."
         )
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether a copy could not lie in memory as the tensor does: it starts inside a storage, or leaves gaps.
+
+    Matrix products may round differently then, since libraries choose by alignment and strides."""
+    full = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1):
+        if stride != full:
+            return tensor.numel() > 0
+        full *= size
+    return tensor.storage_offset() != 0
 
 
 def record(model: nn.Module, example: Example) -> Recording:
@@ -216,7 +230,8 @@ class Recorder(fx.proxy.TracerBase):
         tensors = [a for a in leaves(value) if isinstance(a, Tensor)]
         node.meta["bytes"] = sum(t.numel() * t.element_size() for t in tensors)
         node.meta["memories"] = {self._memory(t) for t in tensors}
-        node.meta["single"] = isinstance(value, Tensor)
+        node.meta["kind"] = type(value)
+        node.meta["part"] = any(is_part(t) for t in tensors)
 
     def _memory(self, tensor: Tensor) -> int:
         return self._memories.setdefault(StorageWeakRef(tensor.untyped_storage()), len(self._memories))
@@ -256,9 +271,13 @@ class Recorder(fx.proxy.TracerBase):
 
         def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
             function = recorder._apply.__get__(None, cls)
-            return (
-                recorder.record("call_function", function, args, kwargs) if recorder.live else function(*args, **kwargs)
-            )
+            if not recorder.live:
+                return function(*args, **kwargs)
+
+            def applied(*args: Any, **kwargs: Any) -> Any:
+                return function(*args, **kwargs)
+
+            return recorder.record("call_function", applied, args, kwargs)
 
         def length(a: Any) -> Any:
             return self.record("call_function", len, (a,), {}) if self.live and type(a) is Recorded else len(a)
@@ -284,17 +303,17 @@ class Recorder(fx.proxy.TracerBase):
     def _module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if id(module) not in self._names:
             return self._call(module, *args, **kwargs)  # made on the way: a function like any other
-        if next(module.children(), None) is not None and type(module) not in self.whole and module not in self._stack:
+        stacked = is_stack(module, args)
+        has_parts = stacked or next(module.children(), None) is not None
+        if has_parts and type(module) not in self.whole and module not in self._stack:
             last = next(iter(reversed(self.graph.nodes)))
             try:
                 with self._looking_into(module):
-                    return self._call(module, *args, **kwargs)
+                    return layer_by_layer(module, *args, **kwargs) if stacked else self._call(module, *args, **kwargs)
             except ShoalError:
                 raise
             except Exception as error:
-                self.whole[type(module)] = (
-                    str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
-                )
+                self.whole[type(module)] = _reason(error)
                 self._forget_after(last)
         return self.record("call_module", self._names[id(module)], args, kwargs)
 
@@ -340,11 +359,16 @@ class Recorder(fx.proxy.TracerBase):
 
     def _refusal(self, error: Exception) -> UserError:
         kind = type(self.model).__name__
-        why = f"{error}" if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}".splitlines()[0]
         return UserError(
-            f"cannot cut a {kind}: its forward cannot be followed ({_place(error)}), {why}. "
+            f"cannot cut a {kind}: its forward cannot be followed ({_place(error)}), {_reason(error)}. "
             f"Put that part into a submodule, which is then kept whole."
         )
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    text = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
+    return (text.splitlines() or [""])[0]
 
 
 def _place(error: Exception | None = None) -> str:

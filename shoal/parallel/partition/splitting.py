@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from shoal.parallel.partition.chunks import OUTPUT, Chunk, Chunks
 from shoal.parallel.partition.line import Line
+from shoal.parallel.partition.recorded import leaves
 
 
 class Part(nn.Module):
@@ -48,6 +49,8 @@ def _chunk(line: Line, first: int, last: int) -> Chunk:
             if node.op == "placeholder":
                 read.append(str(node.target))
                 copies[node] = graph.call_function(_item, (values, str(node.target)))
+            elif node.meta.get("kind") is torch.device and node in line.place:
+                copies[node] = graph.call_function(_device, (values, tuple(given.name for given in received)))
             else:
                 copies[node] = graph.node_copy(node, copy)
         return copies[node]
@@ -79,6 +82,12 @@ def _item(values: Mapping[str, Any], name: str) -> Any:
     return values[name]
 
 
+def _device(values: Mapping[str, Any], names: tuple[str, ...]) -> torch.device:
+    """Where the chunk computes: where what it was given lies."""
+    tensors = (a for name in names for a in leaves(values[name]) if isinstance(a, torch.Tensor))
+    return next(tensors).device
+
+
 def _compiled(graph: fx.Graph) -> Callable[..., dict[str, Any]]:
     code = graph.python_code("self")
     space = dict(code.globals)
@@ -97,11 +106,13 @@ def _install(part: Part, line: Line, graph: fx.Graph) -> tuple[str, ...]:
     names = tuple(name for name, parameter in parameters.items() if name in read or id(parameter) in used)
     order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     part.training = model.training
-    wanted = [(order[name], False, name) for name in called]
-    wanted += [(order[name.rpartition(".")[0]], True, name) for name in (read | set(names)) - set(constants)]
-    for _, belongs_to_module, name in sorted(wanted):  # as in the model, so that named_parameters() keeps its order
+    numbers = {name: number for number, name in enumerate(parameters)}
+    wanted = [(order[name], -1, name) for name in called]
+    for name in (read | set(names)) - set(constants):
+        wanted.append((order[name.rpartition(".")[0]], numbers.get(name, len(numbers)), name))
+    for _, number, name in sorted(wanted):  # as in the model, so that named_parameters() keeps its order
         holder, last = _holder(part, model, name)
-        if not belongs_to_module:
+        if number < 0:
             holder.add_module(last, model.get_submodule(name))
         elif not hasattr(holder, last):
             _install_state(holder, last, model.get_submodule(name.rpartition(".")[0]))
