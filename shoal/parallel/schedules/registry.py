@@ -1,0 +1,53 @@
+"""Schedules by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shoal.errors import UserError, unknown_name
+from shoal.parallel.schedules import many_chunks, one_chunk, v_shape
+from shoal.parallel.schedules.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Maker:
+    about: str
+    make: Callable[[int, int, int], Schedule]  # workers, micro-batches, chunks of each worker
+    chunks: int | None = None  # the number it always has; None takes any
+
+
+def _alone(make: Callable[[int, int], Schedule]) -> Callable[[int, int, int], Schedule]:
+    return lambda workers, micro_batches, _: make(workers, micro_batches)
+
+
+MAKERS = {
+    "off": Maker("a plain split into layers: to see the idle time", _alone(one_chunk.off), 1),
+    "gpipe": Maker("all forward passes, then all backward ones", _alone(one_chunk.gpipe), 1),
+    "1f1b": Maker("GPipe's bubble, memory for p micro-batches", _alone(one_chunk.one_forward_one_backward), 1),
+    "interleaved": Maker("1F1B over several chunks a worker: a smaller bubble, more sends", many_chunks.interleaved),
+    "breadth-first": Maker("chunk after chunk: sends spread out, most memory", many_chunks.breadth_first),
+    "zb-h1": Maker("weight gradients fill gaps: a third of 1F1B's bubble", _alone(one_chunk.zero_bubble_h1), 1),
+    "zb-h2": Maker("no gaps inside of a worker's step, twice the memory", _alone(one_chunk.zero_bubble_h2), 1),
+    "zb-v": Maker("no gaps inside of a worker's step, 1F1B's memory", _alone(v_shape.zero_bubble_v), 2),
+    "dualpipe-v": Maker("forward beside backward passes, over a V", _alone(v_shape.dual_pipe_v), 2),
+}
+
+
+def make_schedule(name: str, workers: int, micro_batches: int, chunks: int = 1) -> Schedule:
+    """The schedule ``name`` for a pipe of ``workers``; ``chunks`` of each worker (1 also means: as many as it has).
+
+    Raises UserError for an unknown name, or for numbers that do not fit."""
+    if name not in MAKERS:
+        raise unknown_name("schedule", name, MAKERS, "plan.pipeline.schedule")
+    if workers < 1 or micro_batches < 1 or chunks < 1:
+        raise UserError(
+            f"schedule {name!r}: workers, micro-batches and chunks must be at least 1, "
+            f"got {workers}, {micro_batches} and {chunks}."
+        )
+    maker = MAKERS[name]
+    if maker.chunks and chunks not in (1, maker.chunks):
+        has = "1 chunk" if maker.chunks == 1 else f"{maker.chunks} chunks"
+        raise UserError(
+            f"schedule {name!r} has {has} a worker, not {chunks}: leave pipeline.chunks out, "
+            f"or use 'interleaved' or 'breadth-first'."
+        )
+    return maker.make(workers, micro_batches, maker.chunks or chunks)
