@@ -139,6 +139,12 @@ class Mesh:
         """Wait until one of these peers has said something or has gone."""
         select.select([self._wire.socket_of(self._places[origin]) for origin in origins], [], [])
 
+    def gone(self, peer: int) -> bool:
+        """Whether a peer has gone, also where something that it said before has not been read yet."""
+        asked = select.poll()
+        asked.register(self._wire.socket_of(self._places[peer]), 0)  # an end is told unasked
+        return bool(asked.poll(0))
+
     def _pop(self, origin: int, kind: int, sequence: int) -> bytes | None:
         inbox = self._wire.inbox(self._places[origin], self._channel)
         if not inbox:

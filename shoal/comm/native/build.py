@@ -1,10 +1,11 @@
 """Compile the C++ parts once, into a cache, and load them; None where there is no compiler.
 
-Three libraries: `kernels` (plain C functions on memory, no torch), `allocator` (torch's memory; both compile in
-seconds) and `backend` (a torch extension, about a minute). A library's file name holds a hash of its sources, flags,
-compiler and, where it needs it, torch, so that a stale one is never loaded. A wheel may carry libraries in
-native/prebuilt, which need no compiler where they are used; else they are made on first use. SHOAL_NATIVE=0 goes
-without. setup.py loads this file alone, before shoal is installed: it imports nothing of Shoal.
+Four libraries: `kernels` (plain C functions on memory), `ranks` (collectives over shared memory), `allocator` (torch's
+memory) and `backend` (a torch extension). The first two know nothing of torch, the last takes a minute to compile, the
+others seconds. A library's file name holds a hash of its sources, flags, compiler and, where it needs it, torch, so
+that a stale one is never loaded. A wheel may carry libraries in native/prebuilt, which need no compiler where they are
+used; else they are made on first use. SHOAL_NATIVE=0 goes without. setup.py loads this file alone, before shoal is
+installed: it imports nothing of Shoal.
 """
 
 import atexit
@@ -68,6 +69,15 @@ def kernels_library() -> Library:
     return Library("kernels", sources, (), (), (), platform.machine())
 
 
+def _transport_sources() -> tuple[Path, ...]:
+    return tuple(file for file in _sources("kernels") if file.name.startswith("shm_"))
+
+
+def ranks_library() -> Library:
+    """The shared-memory transport by itself."""
+    return Library("ranks", _transport_sources(), (), (), (), platform.machine())
+
+
 def allocator_library() -> Library:
     """Torch's allocator over shared memory: the one part of torch's headers that it needs compiles in seconds.
 
@@ -93,7 +103,7 @@ def backend_library() -> Library:
     include = root / "include"
     return Library(
         "backend",
-        (*_sources("backend"), *(HERE / "kernels").glob("shm_*.cpp")),  # the shared-memory transport: free of torch
+        (*_sources("backend"), *_transport_sources()),
         (
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             "-DTORCH_EXTENSION_NAME=shoal_backend",
@@ -110,6 +120,9 @@ def backend_library() -> Library:
         ("-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"),
         f"{platform.machine()} torch {torch.__version__} python {sys.version}",
     )  # fmt: skip
+
+
+MAKERS = (kernels_library, ranks_library, allocator_library, backend_library)
 
 
 def compiler() -> str | None:
@@ -185,7 +198,7 @@ def compiled(library: Library, folder: Path | None = None) -> Path:
 def outlook() -> dict[str, str]:
     """What would become of each library, without compiling it: "ready", "on first use", or what stands in the way."""
     out = {}
-    for make in (kernels_library, allocator_library, backend_library):
+    for make in MAKERS:
         name = make.__name__.removesuffix("_library")
         try:
             out[name] = _outlook(make())
@@ -290,7 +303,7 @@ def prebuild(folder: Path) -> list[str]:
     if not wanted():
         return ["SHOAL_NATIVE=0 is set"]
     without = []
-    for make in (kernels_library, allocator_library, backend_library):
+    for make in MAKERS:
         try:
             library, found = make(), compiler()
             if found is None:
@@ -320,6 +333,11 @@ def _kernels() -> ctypes.CDLL | Failed:
 
 
 @cache
+def _ranks() -> ctypes.CDLL | Failed:
+    return _loaded(ranks_library)
+
+
+@cache
 def _allocator() -> ctypes.CDLL | Failed:
     return _loaded(allocator_library)
 
@@ -344,6 +362,12 @@ def kernels() -> ctypes.CDLL | None:
     return found if isinstance(found, ctypes.CDLL) else None
 
 
+def ranks() -> ctypes.CDLL | None:
+    """The collectives of native/kernels/shm_calls.cpp, or None."""
+    found = _ranks() if wanted() else None
+    return found if isinstance(found, ctypes.CDLL) else None
+
+
 def allocator() -> ctypes.CDLL | None:
     """Torch's allocator over shared memory, or None."""
     found = _allocator() if wanted() else None
@@ -360,6 +384,6 @@ def why_not(names: Sequence[str] = ("kernels", "backend")) -> str:
     """Why a library is not there, in one line; "" when all are."""
     if not wanted():
         return "SHOAL_NATIVE=0 is set"
-    tried = {"kernels": _kernels, "allocator": _allocator, "backend": _backend}
+    tried = {"kernels": _kernels, "ranks": _ranks, "allocator": _allocator, "backend": _backend}
     found = [str(result) for result in (tried[name]() for name in names) if isinstance(result, Failed)]
     return "; ".join(dict.fromkeys(found))  # one reason for both is told once

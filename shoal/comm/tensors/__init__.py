@@ -5,6 +5,7 @@ whole = collectives.all_gather(mine, dim=1)
 """
 
 from shoal.comm.group import Group, HostGroup
+from shoal.comm.tensors.carrier import Carrier
 from shoal.comm.tensors.collectives import Collectives
 
 __all__ = ["Collectives", "make_collectives"]
@@ -17,11 +18,22 @@ def make_collectives(group: Group) -> Collectives:
     if group.world == 1:
         return Collectives(group, None)
     if isinstance(group, HostGroup):
-        from shoal.comm.tensors.messages import Messages
-
-        return Collectives(group, Messages(group))
+        return Collectives(group, _of_host(group))
     from shoal.comm.distributed import DistributedGroup
     from shoal.comm.tensors.process_group import ProcessGroup
 
     assert isinstance(group, DistributedGroup)
     return Collectives(group, ProcessGroup(group))
+
+
+def _of_host(group: HostGroup) -> Carrier:
+    """In C++ where all of its workers have the library."""
+    from shoal.comm.native import build
+
+    if group.gather(b"" if build.ranks() is None else b"native") == [b"native"] * group.world:
+        from shoal.comm.tensors.native import Native
+
+        return Native(group)
+    from shoal.comm.tensors.messages import Messages
+
+    return Messages(group)

@@ -30,12 +30,14 @@ DTYPES = (
 )  # in the order of DType in native/kernels/shm_types.hpp
 
 Counts = Sequence[Sequence[int]]  # [from][to]: elements
+Stood = list[tuple[int, float]]  # a worker stood still for this rank, so many seconds
 
 
 class Carrier(Protocol):
     """All tensors are contiguous. ``signature`` says in words what is asked for; it must be equal on all workers."""
 
     link: str  # what the bytes go over, as counters call it
+    stood: Stood  # what came to it since the caller emptied it, where that can be told
 
     def all_reduce(self, source: Tensor, out: Tensor, signature: str) -> None: ...
 

@@ -155,8 +155,13 @@ class Collectives:
         tally = self._counters.tally(operation, self._carrier.link)
         begun = self._counters.clock()
         yield
+        seconds = self._counters.clock() - begun
+        for rank, stood in self._carrier.stood:
+            tally.wait(rank, stood)
+            seconds -= stood
+        self._carrier.stood.clear()
         tally.call(sent=sent, received=received)
-        tally.spend(Kind.transferring, self._counters.clock() - begun, exposed=True)
+        tally.spend(Kind.transferring, seconds, exposed=True)
 
 
 def _plain(t: Tensor) -> Tensor:

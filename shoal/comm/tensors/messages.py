@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from shoal.comm.group import HostGroup
-from shoal.comm.tensors.carrier import Counts, add_up, bytes_of, compare, compare_message, told
+from shoal.comm.mesh import Mesh
+from shoal.comm.tensors.carrier import Counts, Stood, add_up, bytes_of, compare, compare_message, told
 
 _MEET, _HEAD, _PIECE = 1, 2, 3  # kinds of messages
 CHUNK = 1 << 20  # bytes that a rank shows at a time
@@ -27,6 +28,8 @@ class Messages:
         self.rank, self.world, self._names = group.rank, group.world, group.names
         self._mesh, self._pairs = own.mesh, pairs.mesh
         self._shown = [own.heap.tensor(2 * CHUNK, torch.uint8).view(2, CHUNK) for _ in range(group.world)]
+        self.stood: Stood = []
+        self._clock = group.counters.clock
         self._sequence = 0
         self._operation = 0
 
@@ -36,8 +39,15 @@ class Messages:
         said = [words] * self.world
         self._mesh.broadcast(_MEET, self._sequence, words.encode())
         for rank in self._mesh.others:
-            said[rank] = self._mesh.receive(rank, _MEET, self._sequence).decode()
+            said[rank] = self._heard(self._mesh, rank, _MEET, self._sequence).decode()
         return said
+
+    def _heard(self, mesh: Mesh, rank: int, kind: int, sequence: int) -> bytes:
+        """What a rank says next; the wait for it is told."""
+        asked = self._clock()
+        words = mesh.receive(rank, kind, sequence)
+        self.stood.append((rank, self._clock() - asked))
+        return words
 
     def _show(
         self, mine: Tensor, lengths: Sequence[int], signature: str, take: Callable[[int, list[Tensor]], None]
@@ -121,7 +131,7 @@ class Messages:
             self._pairs.send(to, _PIECE, 0, piece.numpy().tobytes())
 
     def receive(self, out: Tensor, origin: int) -> None:
-        sent = self._pairs.receive(origin, _HEAD, 0).decode()
+        sent = self._heard(self._pairs, origin, _HEAD, 0).decode()
         compare_message(sent, out, self._names[origin], self._names[self.rank])
         for piece in bytes_of(out).split(LONGEST):
             payload = self._pairs.receive(origin, _PIECE, 0)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.comm.distributed import DistributedGroup
-from shoal.comm.tensors.carrier import DTYPES, Counts, add_up, bytes_of, compare, compare_message, told
+from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, add_up, bytes_of, compare, compare_message, told
 
 SMALL = 64 << 10  # bytes that everybody gets from everybody, where one operation is quicker than two
 PENDING = 64 << 20  # bytes of sends that may be under way
@@ -29,6 +29,7 @@ class ProcessGroup:
         self._pg = self._group.pg
         self._pairs = group.split(everybody).pg  # messages between two come in their own order
         self.rank, self.world = group.rank, group.world
+        self.stood: Stood = []
         self._operation = 0
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()  # under way, with what they read
 

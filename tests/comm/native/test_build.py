@@ -293,14 +293,18 @@ def test_a_wheel_that_carries_the_torch_extension_is_for_one_python(tmp_path, fa
 
 @needs_compiler
 def test_the_outlook_is_told_without_compiling(tiny, tmp_path, monkeypatch):
-    for name in ("kernels_library", "allocator_library", "backend_library"):
-        made = replace(tiny, name=name.removesuffix("_library"))
-        monkeypatch.setattr(build, name, lambda made=made: made)
-        getattr(build, name).__name__ = name
+    makers = []
+    for real in build.MAKERS:
+        made = replace(tiny, name=real.__name__.removesuffix("_library"))
+        makers.append(lambda made=made: made)
+        makers[-1].__name__ = real.__name__
+        monkeypatch.setattr(build, real.__name__, makers[-1])
+    monkeypatch.setattr(build, "MAKERS", makers)
     assert set(build.outlook().values()) == {"on first use"}
     assert not Path(os.environ["SHOAL_NATIVE_CACHE"]).exists()
     build.compiled(build.kernels_library())
-    assert build.outlook() == {"kernels": "ready", "allocator": "on first use", "backend": "on first use"}
+    others = dict.fromkeys(("ranks", "allocator", "backend"), "on first use")
+    assert build.outlook() == {"kernels": "ready", **others}
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     assert "Python.h is missing: install" in build.outlook()["backend"]
     (tmp_path / "tiny.cpp").write_text("nonsense")

@@ -37,8 +37,8 @@ Layout checked(int rank, int world, const std::vector<int>& pidfds, const Option
 
 ShmGroup::Inside::Inside(int memfd, int rank_, int world_, const std::vector<int>& pidfds, const Options& options_)
     : options(options_), rank(rank_), world(world_),
-      segment(memfd, rank_, checked(rank_, world_, pidfds, options_), options_.mapping),
-      waiter(segment, spin_for(world_, options_.usable_cores)), arena(segment), fork_generation(forks_here()),
+      segment(memfd, rank_, checked(rank_, world_, pidfds, options_), options_.mapping, options_.arenas),
+      waiter(segment, spin_for(world_, options_.usable_cores), options_.asleep), arena(segment), fork_generation(forks_here()),
       timeout_s(options_.timeout_s), watch(pidfds, [this](int r) {
         if (r == rank || segment.control(r).member.joined.load() == 2) return;  // left in good order
         abort(Failure::dead_peer, position_of(r) + " died");

@@ -83,6 +83,7 @@ class ShmGroup {
   std::vector<Position> positions() const;  // by rank; may be a step behind
 
   struct Inside;  // shm_inside.hpp
+  Inside& inside() { return *inside_; }
 
  private:
   std::unique_ptr<Inside> inside_;

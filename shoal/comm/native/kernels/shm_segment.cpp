@@ -51,14 +51,16 @@ std::uint64_t Layout::digest() const {
   return digest | 1;
 }
 
-Segment::Segment(int memfd, int rank, const Layout& layout, void* mapping)
+Segment::Segment(int memfd, int rank, const Layout& layout, void* mapping, const std::vector<char*>& arenas)
     : layout_(layout), rank_(rank), memfd_(fcntl(memfd, F_DUPFD_CLOEXEC, 0)), own_(mapping == nullptr) {
-  if (memfd_ < 0) throw std::invalid_argument(std::string("the memory file: ") + std::strerror(errno));
+  if (memfd_ < 0 && own_) throw std::invalid_argument(std::string("the memory file: ") + std::strerror(errno));
   const int world = layout.world;
   arenas_.assign(world, nullptr);
   if (!own_) {
     base_ = static_cast<char*>(mapping);
-    for (int r = 0; r < world; ++r) arenas_[r] = base_ + layout.arena_offset + r * layout.arena_bytes;
+    for (int r = 0; r < world; ++r) {
+      arenas_[r] = arenas.empty() ? base_ + layout.arena_offset + r * layout.arena_bytes : arenas[r];
+    }
     mapped_ = layout.arena_bytes;
     return;
   }
@@ -87,7 +89,7 @@ Segment::~Segment() {
     }
     munmap(base_, layout_.arena_offset);
   }
-  close(memfd_);
+  if (memfd_ >= 0) close(memfd_);
 }
 
 std::uint64_t Segment::offset_of(const void* memory, std::size_t bytes) const {

@@ -91,7 +91,8 @@ struct Layout {
 
 class Segment {
  public:
-  Segment(int memfd, int rank, const Layout&, void* mapping);  // mapping: the whole file; null: maps it itself
+  // mapping: the whole file, and arenas where they lie elsewhere; null: maps it itself
+  Segment(int memfd, int rank, const Layout&, void* mapping, const std::vector<char*>& arenas);
   ~Segment();
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;

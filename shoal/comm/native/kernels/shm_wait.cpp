@@ -11,6 +11,8 @@
 namespace shoal {
 namespace {
 
+constexpr timespec kLook{0, 100000000};  // how often a sleeper asks whether it waits for somebody
+
 void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -66,13 +68,49 @@ void Waiter::wake() const {
       // A mixture of an old wait and a new one at worst rings for nothing: the new one looks after it has announced.
       const std::uint64_t target = bell.target.load(std::memory_order_relaxed);
       if (!reached(rank, target, bell.whom.load(std::memory_order_relaxed))) continue;
-      if (header.sleepers[word].fetch_and(~bit, std::memory_order_seq_cst) & bit) ring(bell);
+      if (header.sleepers[word].fetch_and(~bit, std::memory_order_seq_cst) & bit) shoal::ring(bell);
     }
   }
 }
 
+void Waiter::ring(int rank) const { shoal::ring(segment_.control(rank).bell); }
+
 void Waiter::ring_all() const {
-  for (int rank = 0; rank < segment_.world(); ++rank) ring(segment_.control(rank).bell);
+  for (int rank = 0; rank < segment_.world(); ++rank) ring(rank);
+}
+
+bool Waiter::gone(int whom) const {
+  if (!asleep_ || asleep_(whom)) return false;
+  segment_.control(whom).member.joined.store(2);
+  return true;
+}
+
+Waiter::Outcome Waiter::wait_for(const std::function<bool()>& ready, std::atomic<std::uint32_t>& sleeps,
+                                 int whom) const {
+  const Clock::time_point start = Clock::now();
+  const int self = segment_.rank();
+  const auto core = [&](int rank) { return segment_.control(rank).member.core.load(std::memory_order_relaxed); };
+  while (spin_.count() > 0 && core(whom) != core(self) && Clock::now() - start < spin_) {
+    if (ready()) return Outcome::reached;
+    relax();
+  }
+  Bell& bell = segment_.control(self).bell;
+  Outcome outcome;
+  for (;;) {
+    const std::uint32_t seen = bell.rings.load(std::memory_order_acquire);
+    sleeps.store(1, std::memory_order_seq_cst);
+    const bool left = segment_.control(whom).member.joined.load(std::memory_order_seq_cst) == 2;
+    outcome = Outcome::reached;
+    if (ready()) break;
+    outcome = Outcome::aborted;
+    if (segment_.header().aborted.load(std::memory_order_seq_cst)) break;
+    outcome = Outcome::left;
+    if (left) break;
+    if (!gone(whom)) futex_wait(bell.rings, seen, kLook);
+  }
+  sleeps.store(0, std::memory_order_relaxed);
+  if (asleep_) asleep_(-1);
+  return outcome;
 }
 
 int Waiter::missing(std::uint64_t target, int whom) const {
@@ -156,10 +194,12 @@ Waiter::Outcome Waiter::sleep(std::uint64_t target, int whom, Clock::time_point 
     outcome = Outcome::timed_out;
     const auto rest = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline - Clock::now()).count();
     if (rest <= 0) break;
+    if (gone(last)) continue;
     const timespec limit{static_cast<time_t>(rest / 1000000000), static_cast<long>(rest % 1000000000)};
-    futex_wait(bell.rings, seen, limit);
+    futex_wait(bell.rings, seen, asleep_ && rest > kLook.tv_nsec ? kLook : limit);
   }
   sleepers.fetch_and(~bit, std::memory_order_seq_cst);
+  if (asleep_) asleep_(-1);
   return outcome;
 }
 

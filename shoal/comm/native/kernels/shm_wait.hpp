@@ -10,6 +10,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 
 #include "shm_segment.hpp"
 
@@ -24,7 +25,9 @@ class Waiter {
  public:
   enum class Outcome { reached, timed_out, aborted, left };
 
-  Waiter(Segment& segment, std::chrono::nanoseconds spin) : segment_(segment), spin_(spin) {}
+  // asleep: see Options.
+  Waiter(Segment& segment, std::chrono::nanoseconds spin, const std::function<bool(int)>& asleep)
+      : segment_(segment), spin_(spin), asleep_(asleep) {}
 
   void note_core() const;  // where this rank runs
   // This rank has come to `at`.
@@ -35,6 +38,9 @@ class Waiter {
     const int late = missing(target, whom);
     return late < 0 ? Outcome::reached : wait_long(target, whom, late, deadline, waited_s);
   }
+  // Until `ready`, which `whom` brings about: it publishes so, then rings this rank if `sleeps` says so. No deadline.
+  Outcome wait_for(const std::function<bool()>& ready, std::atomic<std::uint32_t>& sleeps, int whom) const;
+  void ring(int rank) const;
   // The first rank that has not come there; -1: all have.
   int missing(std::uint64_t target, int whom) const;
   void ring_all() const;  // something happened that is no progress
@@ -46,8 +52,10 @@ class Waiter {
   bool someone_left(std::uint64_t target, int whom, int& last) const;
   bool reached(int waiting, std::uint64_t target, int whom) const;
   void wake() const;
+  bool gone(int whom) const;  // asks `asleep`
   Segment& segment_;
   std::chrono::nanoseconds spin_;
+  std::function<bool(int)> asleep_;
 };
 
 }  // namespace shoal
