@@ -78,7 +78,7 @@ def run_case(group: Any, case: Case) -> Outcome:
         split = layout.splits[name]
         return split.ungrouped(collectives.all_gather(t, split.dim, split.sizes))
 
-    state = {name: t for name, t in model.state_dict().items()}
+    state = model.state_dict()
     return Outcome(
         losses,
         {name: whole(name, t) for name, t in state.items()},
