@@ -86,7 +86,13 @@ class GPT(nn.Module):
     Raises UserError in ``forward`` when T is longer than the context."""
 
     block: Callable[..., nn.Module] = Block
-    sequences = ("tokens", "positions", "blocks.*", "norm", "logits")  # modules that may see slices of the sequence
+    sequences: tuple[str, ...] = (
+        "tokens",
+        "positions",
+        "blocks.*",
+        "norm",
+        "logits",
+    )  # modules that may see slices of the sequence
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -114,6 +114,29 @@ def test_what_a_worker_keeps_shrinks_with_the_workers_and_grows_with_the_length_
     assert longer == 2 * half
 
 
+def _bytes(group: HostGroup, length: int) -> list[float]:
+    """What a forward pass sends, and what it and the backward pass do."""
+    ring = Ring.of(make_collectives(group), True)
+    ring.cut(length)
+    q, k, v, _ = (ring.own(part.unsqueeze(0), 3)[0].requires_grad_() for part in _parts(length, torch.float32))
+
+    def sent() -> float:
+        return sum(total.sent_bytes for place, total in group.counters.totals().items() if place[0] == "send")
+
+    out = ring.attention(q, k, v, causal=True)
+    forward = sent()
+    out.sum().backward()
+    return [forward, sent()]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_keys_and_values_go_round_once_forward_and_once_backward_with_their_gradients(on_workers, world):
+    block = 2 * 2 * 3 * (64 // world) * 8 * 4  # keys and values of a slice
+    for forward, both in on_workers(world, _bytes, 64):
+        assert forward == (world - 1) * block
+        assert both == (3 * world - 2 if world > 1 else 0) * block
+
+
 SIZES = {"layers": 2, "heads": 2, "width": 16}
 FACTS = {"vocab": 17, "context": 12, "classes": 3}
 TOKENS = torch.randint(17, (3, 13), generator=torch.Generator().manual_seed(1))
