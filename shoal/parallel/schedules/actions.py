@@ -26,8 +26,8 @@ class Action(NamedTuple):
     """One step of one worker.
 
     ``chunk`` is always a chunk of the worker that acts. A send carries what this chunk has just made: its output, which
-    goes to chunk + 1, or the gradient of its input, which goes to chunk - 1. A receive brings what this chunk needs: its
-    input, from chunk - 1, or the gradient of its output, from chunk + 1. ``peer`` is the other worker's rank in the
+    goes to chunk + 1, or the gradient of its input, which goes to chunk - 1. A receive brings what this chunk needs:
+    its input, from chunk - 1, or the gradient of its output, from chunk + 1. ``peer`` is the other worker's rank in the
     pipe; -1 where nothing moves."""
 
     kind: Kind

@@ -1,7 +1,7 @@
 """What must be done before what: the one rule that simulation, lowering and verification share."""
 
 from collections import deque
-from collections.abc import Callable
+from typing import NamedTuple
 
 from shoal.errors import UserError
 from shoal.parallel.schedules.actions import Action, Kind
@@ -30,34 +30,46 @@ def gives(action: Action) -> Needed | None:
     return (action.kind is Kind.FORWARD, action.chunk, action.micro_batch)
 
 
-def walk(schedule: Schedule, visit: Callable[[int, int, Place | None], None]) -> None:
-    """Call ``visit(worker, index, giver)`` for each action once all that it needs has been visited.
+class Visit(NamedTuple):
+    """An action, where all that it needs has come before."""
 
-    ``giver`` is where the pass that it takes its input from stands. Raises UserError, naming who waits for whom, when
-    the order of the actions lets nobody go on."""
+    worker: int
+    index: int  # into the worker's actions
+    giver: Place | None  # where the pass stands that it takes its input from
+
+
+def walk(schedule: Schedule) -> list[Visit]:
+    """All actions in an order in which they can be done one after the other.
+
+    Raises UserError, naming who waits for whom, when the order of the workers' actions lets nobody go on."""
+    visits: list[Visit] = []
     done: dict[Needed, Place] = {}
     waiting: dict[Needed, int] = {}  # what a worker stands still for
     at = [0] * schedule.workers
     ready = deque(range(schedule.workers))
+    chunks = schedule.chunks
     while ready:
         worker = ready.popleft()
         row = schedule.actions[worker]
-        while at[worker] < len(row):
-            action = row[at[worker]]
-            need = needs(action, schedule.chunks)
+        for index in range(at[worker], len(row)):
+            action = row[index]
+            need = needs(action, chunks)
             giver = done.get(need) if need else None
             if need and giver is None:
                 waiting[need] = worker
+                at[worker] = index
                 break
-            visit(worker, at[worker], giver)
+            visits.append(Visit(worker, index, giver))
             given = gives(action)
             if given:
-                done[given] = worker, at[worker]
+                done[given] = worker, index
                 if given in waiting:
                     ready.append(waiting.pop(given))
-            at[worker] += 1
+        else:
+            at[worker] = len(row)
     if waiting:
         raise UserError(_deadlock(schedule, at))
+    return visits
 
 
 def _deadlock(schedule: Schedule, at: list[int]) -> str:

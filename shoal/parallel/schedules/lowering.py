@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from shoal.parallel.schedules.actions import Action, Kind
-from shoal.parallel.schedules.dependencies import Place, walk
+from shoal.parallel.schedules.dependencies import Place
 from shoal.parallel.schedules.schedule import Schedule
 from shoal.parallel.schedules.simulation import simulate
 
@@ -13,35 +13,29 @@ Program = tuple[tuple[Action, ...], ...]  # by worker: computes, sends and recei
 def lower(schedule: Schedule) -> Program:
     """Each worker's actions with the sends and receives between them.
 
-    All actions are put in one row, by when they start if all passes take equally long. A message is one point of that row: its send
-    follows the pass that made it, its receive stands as late as that allows. What every worker does, and in which
-    order, is its part of the row. So the first thing in the row that is not done can always be done, even if a send
-    only ends when its receive has begun: nothing can deadlock. And of any two workers, one receives in the order in
-    which the other sends, activations and gradients alike: no message needs a tag.
+    All actions are put in one row, by when they start if all passes take equally long. A message is one point of that
+    row: its send follows the pass that made it, its receive stands as late as that allows. What every worker does, and
+    in which order, is its part of the row. So the first thing in the row that is not done can always be done, even if a
+    send only ends when its receive has begun: nothing can deadlock. And of any two workers, one receives in the order
+    in which the other sends, activations and gradients alike: no message needs a tag.
 
     Chunks that are neighbours on the same worker hand over without a message. Raises UserError for a schedule that
     deadlocks as it is."""
     timeline = simulate(schedule)
-    givers: dict[Place, Place] = {}
-
-    def visit(worker: int, index: int, giver: Place | None) -> None:
-        if giver and giver[0] != worker:
-            givers[worker, index] = giver
-
-    walk(schedule, visit)
-    before: dict[Place, list[tuple[float, Place, Place]]] = defaultdict(list)  # what travels right before an action
     places = sorted(
         ((w, i) for w, row in enumerate(schedule.actions) for i in range(len(row))),
         key=lambda place: (timeline.starts[place[0]][place[1]], place),
     )
     rank = {place: number for number, place in enumerate(places)}
-    for taker, giver in givers.items():
-        following = giver[0], giver[1] + 1
-        latest = min(taker, following, key=lambda place: rank.get(place, len(places)))
-        before[latest].append((timeline.ends[giver[0]][giver[1]], giver, taker))
+    before: dict[Place, list[tuple[float, Place, Place]]] = defaultdict(list)  # what travels right before an action
+    for worker, index, giver in timeline.visits:
+        if giver and giver[0] != worker:
+            taker, following = (worker, index), (giver[0], giver[1] + 1)
+            latest = following if rank.get(following, len(places)) < rank[taker] else taker
+            before[latest].append((timeline.ends[giver[0]][giver[1]], giver, taker))
     rows: list[list[Action]] = [[] for _ in schedule.actions]
     for place in places:
-        for _, giver, taker in sorted(before[place]):
+        for _, giver, taker in sorted(before.get(place, ())):
             _hand_over(rows, schedule, giver, taker)
         rows[place[0]].append(schedule.actions[place[0]][place[1]])
     return tuple(map(tuple, rows))

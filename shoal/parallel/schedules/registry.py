@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from shoal.errors import UserError, unknown_name
 from shoal.parallel.schedules import many_chunks, one_chunk, v_shape
+from shoal.parallel.schedules.csv_file import read_csv
 from shoal.parallel.schedules.schedule import Schedule
 
 
@@ -33,16 +34,19 @@ MAKERS = {
 
 
 def make_schedule(name: str, workers: int, micro_batches: int, chunks: int = 1) -> Schedule:
-    """The schedule ``name`` for a pipe of ``workers``; ``chunks`` of each worker (1 also means: as many as it has).
+    """The schedule ``name``, or the CSV file of that name, for a pipe of ``workers``.
 
-    Raises UserError for an unknown name, or for numbers that do not fit."""
-    if name not in MAKERS:
-        raise unknown_name("schedule", name, MAKERS, "plan.pipeline.schedule")
+    ``chunks`` is of each worker; 1 also means: as many as the schedule has. Raises UserError for an unknown name, for
+    numbers that do not fit, and for a file that cannot be read."""
     if workers < 1 or micro_batches < 1 or chunks < 1:
         raise UserError(
             f"schedule {name!r}: workers, micro-batches and chunks must be at least 1, "
             f"got {workers}, {micro_batches} and {chunks}."
         )
+    if name.endswith(".csv"):
+        return _from_file(name, workers, micro_batches, chunks)
+    if name not in MAKERS:
+        raise unknown_name("schedule", name, MAKERS, "plan.pipeline.schedule")
     maker = MAKERS[name]
     if maker.chunks and chunks not in (1, maker.chunks):
         has = "1 chunk" if maker.chunks == 1 else f"{maker.chunks} chunks"
@@ -51,3 +55,23 @@ def make_schedule(name: str, workers: int, micro_batches: int, chunks: int = 1) 
             f"or use 'interleaved' or 'breadth-first'."
         )
     return maker.make(workers, micro_batches, maker.chunks or chunks)
+
+
+def _from_file(name: str, workers: int, micro_batches: int, chunks: int) -> Schedule:
+    found = read_csv(name)
+    if found.workers != workers:
+        raise UserError(
+            f"schedule {name!r} has a row for each of {found.workers} workers, and the pipe has {workers}: "
+            f"use mesh axis pipe = {found.workers}, or write {workers} rows."
+        )
+    if found.micro_batches != micro_batches:
+        raise UserError(
+            f"schedule {name!r} is for {found.micro_batches} micro-batches, and a replica's step has {micro_batches}: "
+            f"write passes for all of them and for no more."
+        )
+    if chunks != 1 and found.chunks != chunks * workers:
+        raise UserError(
+            f"schedule {name!r} has {found.chunks} chunks, and pipeline.chunks = {chunks} makes {chunks * workers}: "
+            f"leave pipeline.chunks out."
+        )
+    return found

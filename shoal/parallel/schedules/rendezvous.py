@@ -29,8 +29,8 @@ def run_unbuffered(name: str, program: Program) -> None:
                     break
                 if not _belong_together(action, other):
                     raise UserError(
-                        f"schedule {name!r}: worker {worker} at {action} meets worker {peer} at {other}: put the receives "
-                        f"of each pair of workers in the order of the sends."
+                        f"schedule {name!r}: worker {worker} at {action} meets worker {peer} at {other}: "
+                        f"put the receives of each pair of workers in the order of the sends."
                     )
                 at[peer] += 1
                 ready.append(peer)
@@ -57,7 +57,7 @@ def _who_waits(name: str, program: Program, at: list[int]) -> str:
         steps[worker] = f"worker {worker} at {action} waits for {wanted} of worker {action.peer}"
         worker = action.peer
     if worker not in steps:
-        return f"schedule {name!r} hangs: {'; '.join(steps.values())}, which has nothing left to do: add the missing action."
+        return f"schedule {name!r} hangs: {'; '.join(steps.values())}, which is at its end: add the missing action."
     circle = list(steps)[list(steps).index(worker) :]
     return (
         f"schedule {name!r} deadlocks with unbuffered sends: {'; '.join(steps[each] for each in circle)}: "

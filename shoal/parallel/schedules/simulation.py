@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from shoal.errors import UserError
 from shoal.parallel.schedules.actions import Action, Kind
-from shoal.parallel.schedules.dependencies import Place, walk
+from shoal.parallel.schedules.dependencies import Visit, walk
 from shoal.parallel.schedules.schedule import Schedule
 
 
@@ -39,6 +39,7 @@ class Timeline:
     schedule: Schedule
     starts: tuple[tuple[float, ...], ...]
     ends: tuple[tuple[float, ...], ...]
+    visits: tuple[Visit, ...]  # all actions in an order in which they can be done
 
     @property
     def span(self) -> float:
@@ -73,16 +74,15 @@ def simulate(schedule: Schedule, times: Times | None = None) -> Timeline:
     starts: list[list[float]] = [[] for _ in schedule.actions]
     ends: list[list[float]] = [[] for _ in schedule.actions]
 
-    def visit(worker: int, index: int, giver: Place | None) -> None:
+    visits = walk(schedule)
+    for worker, index, giver in visits:
         start = ends[worker][-1] if index else 0.0
         if giver:
             arrival = ends[giver[0]][giver[1]] + (given.link if giver[0] != worker else 0.0)
             start = max(start, arrival)
         starts[worker].append(start)
         ends[worker].append(start + given.of(schedule.actions[worker][index]))
-
-    walk(schedule, visit)
-    return Timeline(schedule, _frozen(starts), _frozen(ends))
+    return Timeline(schedule, _frozen(starts), _frozen(ends), tuple(visits))
 
 
 def _frozen(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:

@@ -67,7 +67,7 @@ def _verify_row(schedule: Schedule, worker: int, row: tuple[Action, ...], where:
             raise UserError(f"{where} has {action}, of {schedule.micro_batches} micro-batches: count them from 0.")
         if micro_batch in done[kind, chunk]:
             raise UserError(f"{where} has {action} twice: take one out.")
-        if kind is B and micro_batch in done[I, chunk] or kind is I and micro_batch in done[B, chunk]:
+        if kind in (B, I) and micro_batch in done[I if kind is B else B, chunk]:
             raise UserError(f"{where} has {action} after another backward pass of its own: keep B, or I and W.")
         before = F if kind in (B, I) else I if kind is W else None
         if before and micro_batch not in done[before, chunk]:
@@ -77,8 +77,8 @@ def _verify_row(schedule: Schedule, worker: int, row: tuple[Action, ...], where:
             order = kind is F, chunk
             if micro_batch < last.get(order, -1):
                 raise UserError(
-                    f"{where} has {action} behind micro-batch {last[order]} of its chunk: put micro-batches in ascending "
-                    f"order, as one process adds them."
+                    f"{where} has {action} behind micro-batch {last[order]} of its chunk: put micro-batches in "
+                    f"ascending order, as one process adds them."
                 )
             last[order] = micro_batch
         done[kind, chunk].add(micro_batch)
