@@ -16,7 +16,7 @@ class Positions(nn.Embedding):
 class Segments(nn.Embedding):
     """The vectors of kinds of segment int [n, T]: [n, T, width]; None: that of kind 0 for all, [width]."""
 
-    def forward(self, types: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, types: Tensor | None) -> Tensor:
         return self.weight[0] if types is None else super().forward(types)
 
 

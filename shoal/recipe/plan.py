@@ -27,6 +27,8 @@ DEFAULT_RULES = {
 class Plan:
     mesh: Mapping[str, int] = field(default_factory=lambda: {"data": 1})  # axis -> workers along it, outermost first
     rules: Mapping[str, str] = field(default_factory=dict)  # over the usual ones: dimension -> axis, "" for whole
+    dimensions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # parameter name pattern (fnmatch) -> names of its dims, for models that do not name their own
     placement: tuple[int, ...] = ()  # shards of each data replica, in order; () spreads them evenly
     sync: Literal["exact", "fast", "parameter-server", "local"] = "exact"
     # fast: sums in an order that depends on the number of workers; local: workers average their weights now and then

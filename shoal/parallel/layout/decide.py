@@ -4,11 +4,12 @@ Two kinds of names meet at each layer. Its weight is cut as the rules say for it
 lies as the plain rules say. Where they differ, the layer joins or cuts what flows (`shoal.parallel.layout.passage`)."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from torch import nn
 
-from shoal.errors import UserError
-from shoal.models.dimensions import Dimensions, Grain, Grained
+from shoal.errors import UserError, unknown_name
+from shoal.models.dimensions import Dimensions, Grain, Grained, Named
 from shoal.models.dropout import Dropout
 from shoal.models.ends import Joint, Logits, Positions, Segments
 from shoal.parallel.layout.bands import band_treatments
@@ -16,8 +17,21 @@ from shoal.parallel.layout.passage import Cut, Flow, Lie
 from shoal.parallel.layout.rules import TENSOR, Rules, fits
 from shoal.parallel.layout.split import Split, even_split
 from shoal.parallel.layout.treatment import Drawn, Joined, Layout, Normed, Placed, Treatment, Weighted
+from shoal.recipe.plan import Plan
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def layout_for(model: nn.Module, plan: Plan) -> Layout:
+    """The model over the tensor axis of a plan: its own names of dimensions, and those that the plan gives."""
+    names = model.dimensions() if isinstance(model, Named) else {}
+    for pattern, dims in plan.dimensions.items():
+        fitting = [n for n, p in model.named_parameters() if fnmatchcase(n, pattern) and p.dim() == len(dims)]
+        if not fitting:
+            known = (name for name, _ in model.named_parameters())
+            raise unknown_name(f"parameter with {len(dims)} dims", pattern, known, "plan.dimensions")
+        names |= dict.fromkeys(fitting, dims)
+    return layout_of(model, names, plan.rules, plan.axes.size(TENSOR))
 
 
 def layout_of(model: nn.Module, names: Dimensions, given: Mapping[str, str], ways: int) -> Layout:
@@ -59,9 +73,10 @@ class _Deciding:
         for module in model.modules():
             if isinstance(module, Logits):
                 made, used = made | {module.dims[0]}, used | set(module.dims)  # the loss takes the vocabulary in parts
-        self._flowing = {self._root(dim) for dim in made} & {self._root(dim) for dim in used}
+        self._made = {self.rules.root(dim) for dim in made}
+        self._flowing = self._made & {self.rules.root(dim) for dim in used}
         self._convolved = {
-            self._root(dim)
+            self.rules.root(dim)
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d)
             for dim in names.get(f"{name}.weight", ())[:2]
@@ -94,14 +109,9 @@ class _Deciding:
 
     # --- dimensions -------------------------------------------------------------------------------------------
 
-    def _root(self, dim: str) -> str:
-        """The dimension whose rule it shares."""
-        grain = self.rules.grains.get(dim, Grain())
-        return grain.follows or dim
-
     def _axis(self, dim: str, module: str = "") -> str:
-        if self.rows and self._root(dim) in self._convolved:
-            if self.rules.explicit(dim, module) and self.rules.axis(dim, module) == TENSOR:
+        if self.rows and self.rules.root(dim) in self._convolved:
+            if self.rules.told(dim, module) == TENSOR:
                 raise UserError(
                     f"plan.rules: axis 'tensor' would split both 'rows' and {dim!r} of the same images: "
                     f"write rules.{dim} = '' or leave rules.rows out."
@@ -111,7 +121,7 @@ class _Deciding:
 
     def _lies(self, dim: str, sliced: bool) -> Lie:
         """How what flows between modules under this name lies."""
-        if self._root(dim) in self._flowing and self._axis(self._root(dim)) == TENSOR:
+        if self.rules.root(dim) in self._flowing and self._axis(self.rules.root(dim)) == TENSOR:
             return "features"
         return "positions" if sliced else "whole"
 
@@ -128,7 +138,7 @@ class _Deciding:
         if units < self.ways:
             raise UserError(
                 f"{what}: dimension {dim!r} has {units} {grain.called or 'elements'}, fewer than the {self.ways} "
-                f"workers of mesh axis 'tensor': use tensor = {units} at most, or rules.{dim} = '' to keep it whole."
+                f"workers of mesh axis 'tensor': use tensor = {units} at most, or rules.{self.rules.root(dim)} = ''."
             )
         return even_split(index, TENSOR, size, self.ways, parts, unit)
 
@@ -155,16 +165,16 @@ class _Deciding:
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             self._leave_whole(name, module)
             return
-        index = self._cut(f"{name}.weight", dims, name, *module.weight.shape)
+        index = self._cut(f"{name}.weight", dims, name, *tuple(module.weight.shape))
         looked_up = isinstance(module, nn.Embedding)
         inwards, outwards = (0, 1) if looked_up else (1, 0)
         cut: Cut = "whole" if index is None else "out" if index == outwards else "in"
-        bias = None if looked_up else module.bias
+        bias: nn.Parameter | None = getattr(module, "bias", None)
         if bias is not None:
             self._cut(f"{name}.bias", dims[:1], name, *bias.shape)
         made, used = dims[outwards], dims[inwards]
         arrives = "whole" if looked_up else self._lies(used, sliced)
-        self._flow(name, Flow(cut, arrives, self._lies(made, sliced)), dims, inwards, module.weight.shape)
+        self._flow(name, Flow(cut, arrives, self._lies(made, sliced)), dims, inwards, tuple(module.weight.shape))
 
     def _flow(self, name: str, flow: Flow, dims: tuple[str, ...], inwards: int, shape: tuple[int, ...]) -> None:
         if not flow.possible:
@@ -179,7 +189,8 @@ class _Deciding:
             self._split(dims[index], shape[index], -1, f"{name}.weight") if wanted else None
             for index, wanted in zip((inwards, 1 - inwards), needed, strict=True)
         )
-        self.modules[name] = Weighted(flow, inputs, outputs)
+        learns = self.rules.root(dims[inwards]) in self._made or isinstance(self.model.get_submodule(name), Logits)
+        self.modules[name] = Weighted(flow, inputs, outputs, learns)
 
     def _give_logits(self, name: str, module: Logits, sliced: bool) -> None:
         owners = [n for n, dims in self.names.items() if dims == module.dims]
@@ -217,7 +228,7 @@ class _Deciding:
             return
         if self._axis(dims[0], name) == TENSOR:
             raise UserError(
-                f"plan.rules: {dims[0]!r} of {name} cannot be split: every worker needs all of these rows: "
+                f"plan.rules: {dims[0]!r} of {name} cannot be split: every worker needs all of them: "
                 f"write rules.{dims[0]} = ''."
             )
         self._cut(f"{name}.weight", dims, name, *module.weight.shape)
@@ -250,7 +261,7 @@ class _Deciding:
         for key, _ in module.named_parameters(recurse=False):
             full = f"{name}.{key}" if name else key
             for dim in self.names.get(full, ()):
-                if self._axis(dim, name) == TENSOR and self.rules.explicit(dim, name):
+                if self.rules.told(dim, name) == TENSOR:
                     raise UserError(
                         f"plan.rules: {full} has dimension {dim!r}, and a {type(module).__name__} is not split by it: "
                         f"write rules.{dim} = ''."

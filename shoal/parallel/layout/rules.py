@@ -26,22 +26,25 @@ class Rules:
 
     def axis(self, dimension: str, module: str = "") -> str:
         """The axis that splits a dimension, of a module's weights where one is named; "" for whole."""
+        told = self.told(dimension, module)
+        if told is not None:
+            return told
+        return next((DEFAULT_RULES[name] for name in self._names(dimension) if name in DEFAULT_RULES), "")
+
+    def told(self, dimension: str, module: str = "") -> str | None:
+        """What the plan itself says of it; None where the usual rules decide."""
         for key, axis in self.given.items() if module else ():
             pattern, _, name = key.rpartition(".")
             if name == dimension and pattern and fits(module, pattern):
                 return axis
-        names = [dimension]
-        if dimension in self.grains and self.grains[dimension].follows:
-            names.append(self.grains[dimension].follows)
-        for rules in (self.given, DEFAULT_RULES):
-            for name in names:
-                if name in rules:
-                    return rules[name]
-        return ""
+        return next((self.given[name] for name in self._names(dimension) if name in self.given), None)
 
-    def explicit(self, dimension: str, module: str = "") -> bool:
-        """The plan itself says it: it is more than the usual rule."""
-        return self.axis(dimension, module) != Rules({}, self.grains).axis(dimension)
+    def _names(self, dimension: str) -> tuple[str, ...]:
+        return (dimension, self.root(dimension))
+
+    def root(self, dimension: str) -> str:
+        """The dimension whose rule it shares: its own, or that of the one that it follows."""
+        return self.grains.get(dimension, Grain()).follows or dimension
 
     def check(self, dimensions: Iterable[str], modules: Iterable[str]) -> None:
         """Raises UserError for a dimension, axis or module that is not known, and for an axis that cannot split it."""

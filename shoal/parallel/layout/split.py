@@ -52,7 +52,7 @@ class Split:
         pieces = [
             (start, piece)
             for part, runs in zip(locals, self.kept, strict=True)
-            for (start, _), piece in zip(runs, part.split([b - a for a, b in runs], self.dim), strict=True)
+            for (start, _), piece in zip(runs, torch.split(part, [b - a for a, b in runs], self.dim), strict=True)
         ]
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], self.dim)
 
@@ -62,7 +62,7 @@ class Split:
 
     def ungrouped(self, grouped: Tensor) -> Tensor:
         """The inverse of ``grouped``."""
-        return grouped if self.contiguous else self.join(grouped.split(list(self.sizes), self.dim))
+        return grouped if self.contiguous else self.join(torch.split(grouped, list(self.sizes), self.dim))
 
 
 @cache

@@ -16,6 +16,7 @@ class Weighted:
     flow: Flow
     inputs: Split | None
     outputs: Split | None
+    learns: bool  # what comes in has a gradient: it is not the model's input
 
 
 @dataclass(frozen=True)

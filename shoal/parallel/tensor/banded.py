@@ -57,7 +57,8 @@ class BandedMaxPool2d(nn.MaxPool2d):
         self.edges = edges
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(self.edges.bring(input, -torch.inf))
+        pooled: Tensor = super().forward(self.edges.bring(input, -torch.inf))
+        return pooled
 
 
 class BandedShortcut(PaddedShortcut):
@@ -85,9 +86,8 @@ class BandedBatchNorm2d(nn.BatchNorm2d):
         normed, mean, variance = _Standardise.apply(input, self.eps, counts, self.collectives)  # type: ignore[no-untyped-call]
         if self.training and self.running_mean is not None and self.running_var is not None:
             self._remember(mean, variance, sum(counts))
-        shape = (-1, 1, 1)
-        normed = normed if weight is None else normed * weight.view(shape)
-        return normed if bias is None else normed + bias.view(shape)
+        scaled: Tensor = normed if weight is None else normed * weight.view(-1, 1, 1)
+        return scaled if bias is None else scaled + bias.view(-1, 1, 1)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor, count: int) -> None:

@@ -87,7 +87,7 @@ class SlicedSegments(Segments):
         adopt(self, whole)
         self.collectives, self.slices = collectives, slices
 
-    def forward(self, types: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, types: Tensor | None) -> Tensor:
         (weight,) = sum_gradients(self.collectives, self.weight)
         assert weight is not None
         if types is None:
