@@ -29,8 +29,8 @@ _LEFT, _TOP, _ROW, _RIGHT = 84, 58, 34, 108
 def timeline_text(timeline: Timeline, width: int = 100) -> str:
     """A line a worker: "F1.0" is the forward pass of chunk 1 on micro-batch 0, shortened until it fits; . is idle.
 
-    One letter a pass is the shortest, small for later chunks of a worker. What does not fit then is cut off, and the last line
-    says so."""
+    One letter a pass is the shortest, small for later chunks of a worker. What does not fit then is cut off, and the
+    last line says so."""
     rows = timeline.schedule.actions
     name = len(f"worker {len(rows) - 1}") + 2
     room = max(width - name, 20)
@@ -45,7 +45,7 @@ def timeline_text(timeline: Timeline, width: int = 100) -> str:
     ]
     whole = round(timeline.span * scale)
     if whole > room:
-        lines.append(f"(the first {room / whole:.0%} of the step; an SVG shows all of it)")
+        lines.append(f"(the first {room / whole:.0%}; an SVG shows all)")
     return "\n".join(lines)
 
 
@@ -129,7 +129,7 @@ def _legend(timeline: Timeline, height: int) -> list[str]:
             x += 16
             parts.append(f'<rect x="{x}" y="{height - 40}" width="14" height="14" rx="2" fill="{pale}"/>')
         parts.append(f'<text x="{x + 20}" y="{height - 28}" fill="#1d2733">{_MEANING[kind]}</text>')
-        x += 20 + 8 * len(_MEANING[kind])
+        x += 36 + 6 * len(_MEANING[kind])
     if several:
         parts.append(
             f'<text x="{_LEFT}" y="{height - 8}" fill="#5b6770">pale: not the first chunk of its worker</text>'
