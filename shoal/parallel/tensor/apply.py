@@ -35,53 +35,37 @@ def split_model(model: nn.Module, layout: Layout, collectives: Collectives) -> N
     places: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         places[module].append(name)
-    enters = False
     for name, treatment in layout.modules.items():
-        if name not in modules:
+        module = modules.get(name)
+        if module is None or type(module) is nn.Module:  # of another stage, or what holds a tied weight in this one
             continue
-        module = modules[name]
         if isinstance(treatment, Drawn):
             assert isinstance(module, Dropout)
             module.part = part_of(treatment, collectives, slices)
             continue
-        enters = enters or _begins_slices(treatment)
         made = _replacement(module, treatment, collectives, slices)
         for place in places[module]:
             parent, _, key = place.rpartition(".")
             setattr(model.get_submodule(parent), key, made)
-    if slices_used(layout) and not enters:
-        _learn_first(model, layout, slices)
+    _learn_first(model, slices)
 
 
 @torch.no_grad()
 def cut_tensors(model: nn.Module, splits: Mapping[str, Split], rank: int) -> None:
-    """Parameters stay the objects that they are; tied ones are cut once."""
-    done: set[int] = set()
+    """Parameters stay the objects that they are; tied ones, and those of two stages, are cut once."""
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        if name in splits and id(tensor) not in done:
-            tensor.data = splits[name].take(tensor, rank).clone(memory_format=torch.contiguous_format)
-            done.add(id(tensor))
+        split = splits.get(name)
+        if split is not None and tensor.shape[split.dim] == split.full:
+            tensor.data = split.take(tensor, rank).clone(memory_format=torch.contiguous_format)
 
 
-def _begins_slices(treatment: Treatment) -> bool:
-    return (
-        isinstance(treatment, Weighted) and treatment.flow.arrives == "whole" and treatment.flow.leaves == "positions"
-    )
-
-
-def _learn_first(model: nn.Module, layout: Layout, slices: Slices) -> None:
+def _learn_first(model: nn.Module, slices: Slices) -> None:
     """In a stage without the embedding, the first module that works on slices finds out how long the whole is."""
-    for name, module in model.named_modules():
-        treatment = layout.modules.get(name)
-        if (isinstance(treatment, Weighted) and treatment.flow.arrives == "positions") or isinstance(
-            module, SlicedNorm | SlicedJoint
-        ):
+    for module in model.modules():
+        arrives = module.doors.flow.arrives if isinstance(module, SplitLinear) else ""
+        if arrives == "positions" or isinstance(module, SlicedNorm):
             module.register_forward_pre_hook(lambda _, given: slices.learn(given[0]))
             return
-
-
-def slices_used(layout: Layout) -> bool:
-    return any(isinstance(treatment, Drawn) and treatment.split is None for treatment in layout.modules.values())
 
 
 def _replacement(module: nn.Module, treatment: Treatment, collectives: Collectives, slices: Slices) -> nn.Module:

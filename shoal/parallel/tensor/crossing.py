@@ -76,13 +76,17 @@ class Slices:
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
         self._length = 0
+        self._entered = False
 
     def enter(self, length: int) -> None:
         """At the model's beginning: so long is the whole sequence."""
-        self._length = length
+        self._length, self._entered = length, True
 
     def learn(self, x: Tensor) -> None:
-        """In a later stage of a pipeline: how long the whole is of which x is this worker's slice."""
+        """Where no sequence has entered, in a later stage of a pipeline: how long the whole is that x is a slice of."""
+        if self._entered:
+            self._entered = False
+            return
         self._length = int(self._collectives.all_gather(torch.tensor([x.shape[1]])).sum())
 
     def split(self, dim: int = 1) -> Split:
