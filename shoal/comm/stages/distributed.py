@@ -58,7 +58,7 @@ class DistributedMessages:
         )
         words = _LENGTHS.pack(len(head), len(small)) + head + small
         first = torch.zeros(max(FIRST, len(words)), dtype=torch.uint8)
-        memoryview(first.numpy())[: len(words)] = words
+        first.numpy().data[: len(words)] = words
         pieces = [first[:FIRST]] + ([first[FIRST:]] if len(first) > FIRST else [])
         pieces += [raw(region) for region, large in zip(packed.regions, alone, strict=True) if large]
         name = self._name(to)
@@ -82,11 +82,11 @@ class DistributedMessages:
         self._report(Phase.waiting, peer=name)
         with self._group.explained(f"waiting for a message of {peer_name(name)}"):
             words = self._take(torch.empty(FIRST, dtype=torch.uint8), name)
-            length, small = _LENGTHS.unpack_from(words.numpy())
+            length, small = _LENGTHS.unpack_from(words.numpy().data)
             total = _LENGTHS.size + length + small
             if total > FIRST:
                 words = torch.cat([words, self._take(torch.empty(total - FIRST, dtype=torch.uint8), name)])
-            data = memoryview(words.numpy())
+            data = words.numpy().data
             head = Head.decode(data[_LENGTHS.size : _LENGTHS.size + length])
             tensors, at, moved = [], _LENGTHS.size + length, len(words)
             for view, place in zip(head.views, head.places, strict=True):

@@ -97,6 +97,8 @@ def _words(value: Any, name: str, views: list[View], regions: list[Tensor]) -> A
     if type(value) is dict:
         pairs = value.items()
         return {"d": [[_words(key, name, views, regions), _words(item, name, views, regions)] for key, item in pairs]}
+    if type(value).__module__ == "torch.return_types":
+        return {"r": [type(value).__name__, [_words(item, name, views, regions) for item in value]]}
     raise UserError(
         f"value {name!r} of a stage is a {type(value).__name__}: stages hand on tensors, numbers, text, None, "
         f"and tuples, lists and dicts of them; cut the model elsewhere."
@@ -116,6 +118,8 @@ def _value(word: Any, tensors: Sequence[Tensor]) -> Any:
         return tensors[inner]
     if kind == "d":
         return {_value(key, tensors): _value(item, tensors) for key, item in inner}
+    if kind == "r":
+        return getattr(torch.return_types, inner[0])([_value(item, tensors) for item in inner[1]])
     items = [_value(item, tensors) for item in inner]
     return tuple(items) if kind == "u" else items
 
@@ -156,5 +160,5 @@ def region_of(view: View, data: memoryview) -> Tensor:
     """A region in memory of its own, of the first bytes of ``data``."""
     region = torch.empty(view.elements, dtype=view.torch_dtype)
     if view.elements:
-        memoryview(raw(region).numpy())[:] = data[: view.nbytes]
+        raw(region).numpy().data[:] = data[: view.nbytes]
     return region
