@@ -48,6 +48,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write the schedule, to be changed and used as a plan's"
     )
+    parser.add_argument(
+        "--explain", action="store_true", help="what each layer sends along axis tensor for a micro-batch, and why"
+    )
 
 
 def run(args: Namespace) -> int:
@@ -106,8 +109,33 @@ def pipeline(chosen: Chosen, args: Namespace) -> Section | None:
     return Section({"pipeline": _facts(only)}, "\n".join([_shown(only), note, *written]))
 
 
+def layout(chosen: Chosen, args: Namespace) -> Section | None:
+    """What the layers that are split over axis tensor send."""
+    if not args.explain:
+        return None
+    ways = chosen.plan.axes.size("tensor")
+    if ways == 1:
+        raise UserError(
+            "--explain is for a plan that splits tensors: add an axis to the mesh, such as --mesh tensor=2."
+        )
+    from shoal.data.registry import open_data
+    from shoal.parallel.layout.explain_run import explain_run, grouped
+
+    rows = explain_run(chosen.recipe, chosen.plan, open_data(chosen.recipe.data, chosen.recipe.seed).train)
+    total = sum(row.bytes for row in rows)
+    shown = [
+        (row.layer, count, row.direction, row.operation, f"{row.bytes / 1e6:.3f}", row.formula)
+        for count, row in grouped(rows)
+    ]
+    lines = [
+        f"axis tensor: each of {ways} workers sends {total / 1e6:.3f} MB for a micro-batch, in {len(rows)} operations",
+        table(("layer", "times", "pass", "operation", "MB each", "formula, n workers"), shown),
+    ]
+    return Section({"layout": {"bytes": total, "rows": [asdict(row) for row in rows]}}, "\n".join(lines))
+
+
 # What `shoal plan` says, in this order. A further part is one more function of the choice and the arguments.
-SECTIONS: tuple[Callable[[Chosen, Namespace], Section | None], ...] = (workers, pipeline)
+SECTIONS: tuple[Callable[[Chosen, Namespace], Section | None], ...] = (workers, pipeline, layout)
 
 
 def _names(args: Namespace, chosen: Chosen) -> list[str]:

@@ -3,9 +3,10 @@
 Bytes are those that one worker sends for a micro-batch, on average over the n workers of the axis: an all-reduce of S
 bytes sends 2(n-1)/n S, an all-gather or reduce-scatter of S bytes in all (n-1)/n S."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,10 +29,15 @@ class Sending:
 
 
 def explain(
-    model: nn.Module, layout: Layout, inputs: Sequence[Tensor], *, itemsize: int = 4, targets: float = 1.0
+    model: nn.Module,
+    layout: Layout,
+    inputs: Sequence[Tensor] | Mapping[str, Any],
+    *,
+    itemsize: int = 4,
+    targets: float = 1.0,
 ) -> list[Sending]:
-    """``inputs``: those of one micro-batch (any device, "meta" too); ``itemsize``: bytes of an activation's number;
-    ``targets``: share of the places that a loss looks at (masked language models look at few)."""
+    """``inputs``: those of one micro-batch, in order or by name, on any device; ``itemsize``: bytes of an activation's
+    number; ``targets``: share of the places that a loss looks at (masked language models look at few)."""
     if layout.ways == 1:
         return []
     shapes = module_shapes(model, inputs)

@@ -1,6 +1,6 @@
 """The shapes that flow through a model's modules, found out without computing anything."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch.func import functional_call
 Shapes = dict[str, tuple[torch.Size, torch.Size]]  # module -> what comes in first, what goes out first
 
 
-def module_shapes(model: nn.Module, inputs: Sequence[Tensor]) -> Shapes:
-    """One forward pass on the device "meta". Of a module that is called several times, the last call."""
+def module_shapes(model: nn.Module, inputs: Sequence[Tensor] | Mapping[str, Any]) -> Shapes:
+    """One forward pass on the device "meta", of ``inputs`` in order or by name. Of a module that is called several
+    times, the last call counts."""
     found: Shapes = {}
     names = {module: name for name, module in model.named_modules()}
 
@@ -23,10 +24,18 @@ def module_shapes(model: nn.Module, inputs: Sequence[Tensor]) -> Shapes:
 
     hooks = [module.register_forward_hook(note) for module in names]
     state = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
+    named = inputs if isinstance(inputs, Mapping) else {}
+    placed = () if isinstance(inputs, Mapping) else inputs
     try:
         with torch.no_grad():
-            functional_call(model, state, tuple(x.to("meta") for x in inputs))
+            functional_call(
+                model, state, tuple(map(_shape_only, placed)), {k: _shape_only(v) for k, v in named.items()}
+            )
     finally:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _shape_only(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value

@@ -1,0 +1,34 @@
+"""`shoal plan --explain`: what a layout sends, for people and for programs."""
+
+import json
+
+
+def test_explain_shows_what_each_layer_sends_and_adds_it_up(shoal):
+    arguments = ("plan", "--mesh", "tensor=2", "--set", "model.layers=2", "--explain")
+    code, out, err = shoal(*arguments)
+    assert (code, err) == (0, "")
+    assert "blocks.*.attention.qkv" in out
+    code, out, err = shoal(*arguments, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)["layout"]
+    assert told["bytes"] == sum(row["bytes"] for row in told["rows"])
+    assert {row["operation"] for row in told["rows"]} == {"all-reduce", "all-gather"}
+
+
+def test_rules_given_on_the_command_line_are_explained(shoal):
+    code, out, _ = shoal("plan", "--mesh", "tensor=2", "--set", "rules.sequence=tensor", "--explain", "--json")
+    assert code == 0
+    assert "reduce-scatter" in {row["operation"] for row in json.loads(out)["layout"]["rows"]}
+
+
+def test_an_illegal_layout_is_one_line_with_the_repair(shoal):
+    code, out, err = shoal("plan", "--mesh", "tensor=2", "--set", "rules.width=tensor", "--explain")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "twice, by 'vocab' and 'width': write rules.width = ''" in err
+
+
+def test_explain_without_a_tensor_axis_is_refused(shoal):
+    code, _, err = shoal("plan", "--mesh", "data=2", "--explain")
+    assert code == 2
+    assert "add an axis to the mesh, such as --mesh tensor=2" in err
