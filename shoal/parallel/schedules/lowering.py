@@ -1,6 +1,6 @@
 """Sends and receives, put into a schedule where no order of arrival can hang it."""
 
-from collections import defaultdict
+from typing import NamedTuple
 
 from shoal.parallel.schedules.actions import Action, Kind
 from shoal.parallel.schedules.dependencies import Place
@@ -10,41 +10,71 @@ from shoal.parallel.schedules.simulation import simulate
 Program = tuple[tuple[Action, ...], ...]  # by worker: computes, sends and receives, in order
 
 
+class _Message(NamedTuple):
+    sent: float  # when, if all passes take equally long and messages no time
+    giver: Place
+    taker: Place
+
+
 def lower(schedule: Schedule) -> Program:
     """Each worker's actions with the sends and receives between them.
 
-    All actions are put in one row, by when they start if all passes take equally long. A message is one point of that
-    row: its send follows the pass that made it, its receive stands as late as that allows. What every worker does, and
-    in which order, is its part of the row. So the first thing in the row that is not done can always be done, even if a
-    send only ends when its receive has begun: nothing can deadlock. And of any two workers, one receives in the order
-    in which the other sends, activations and gradients alike: no message needs a tag.
+    All messages are numbered by when they would be sent if all passes took equally long. A send follows its pass. A
+    worker receives in the order of the numbers and as late as it can: up to the message that its next pass needs, and
+    before a send of its own, all with lower numbers. So whoever stands still waits for a message with a lower number
+    than the one that it is waited for: nobody waits in a circle, even if a send only ends when its receive has begun.
+    And of any two workers, one receives in the order in which the other sends, activations and gradients alike: no
+    message needs a tag. What is received ahead of its need has been sent by then, if passes do take equally long.
 
     Chunks that are neighbours on the same worker hand over without a message. Raises UserError for a schedule that
     deadlocks as it is."""
+    incoming: list[list[tuple[int, Action]]] = [[] for _ in schedule.actions]  # by worker: number, receive
+    sends: dict[Place, tuple[int, Action]] = {}  # behind which pass
+    needed: dict[Place, int] = {}  # the message that a pass takes
+    for number, (_, giver, taker) in enumerate(_messages(schedule)):
+        send, receive = _ends(schedule, giver, taker)
+        incoming[taker[0]].append((number, receive))
+        sends[giver] = number, send
+        needed[taker] = number
+    return tuple(_row(row, w, incoming[w], sends, needed) for w, row in enumerate(schedule.actions))
+
+
+def _messages(schedule: Schedule) -> list[_Message]:
     timeline = simulate(schedule)
-    places = sorted(
-        ((w, i) for w, row in enumerate(schedule.actions) for i in range(len(row))),
-        key=lambda place: (timeline.starts[place[0]][place[1]], place),
+    return sorted(
+        _Message(timeline.ends[giver[0]][giver[1]], giver, (worker, index))
+        for worker, index, giver in timeline.visits
+        if giver and giver[0] != worker
     )
-    rank = {place: number for number, place in enumerate(places)}
-    before: dict[Place, list[tuple[float, Place, Place]]] = defaultdict(list)  # what travels right before an action
-    for worker, index, giver in timeline.visits:
-        if giver and giver[0] != worker:
-            taker, following = (worker, index), (giver[0], giver[1] + 1)
-            latest = following if rank.get(following, len(places)) < rank[taker] else taker
-            before[latest].append((timeline.ends[giver[0]][giver[1]], giver, taker))
-    rows: list[list[Action]] = [[] for _ in schedule.actions]
-    for place in places:
-        for _, giver, taker in sorted(before.get(place, ())):
-            _hand_over(rows, schedule, giver, taker)
-        rows[place[0]].append(schedule.actions[place[0]][place[1]])
-    return tuple(map(tuple, rows))
 
 
-def _hand_over(rows: list[list[Action]], schedule: Schedule, giver: Place, taker: Place) -> None:
+def _row(
+    passes: tuple[Action, ...],
+    worker: int,
+    incoming: list[tuple[int, Action]],
+    sends: dict[Place, tuple[int, Action]],
+    needed: dict[Place, int],
+) -> tuple[Action, ...]:
+    row: list[Action] = []
+    received = 0
+    for index, action in enumerate(passes):
+        wanted = needed.get((worker, index), -1)
+        while received < len(incoming) and incoming[received][0] <= wanted:
+            row.append(incoming[received][1])
+            received += 1
+        row.append(action)
+        if sending := sends.get((worker, index)):
+            while received < len(incoming) and incoming[received][0] < sending[0]:
+                row.append(incoming[received][1])
+                received += 1
+            row.append(sending[1])
+    return tuple(row)
+
+
+def _ends(schedule: Schedule, giver: Place, taker: Place) -> tuple[Action, Action]:
     made, used = schedule.actions[giver[0]][giver[1]], schedule.actions[taker[0]][taker[1]]
     forward = made.kind is Kind.FORWARD
-    send = Kind.SEND_ACTIVATION if forward else Kind.SEND_GRADIENT
-    receive = Kind.RECEIVE_ACTIVATION if forward else Kind.RECEIVE_GRADIENT
-    rows[giver[0]].append(Action(send, made.chunk, made.micro_batch, taker[0]))
-    rows[taker[0]].append(Action(receive, used.chunk, used.micro_batch, giver[0]))
+    return (
+        Action(Kind.SEND_ACTIVATION if forward else Kind.SEND_GRADIENT, made.chunk, made.micro_batch, taker[0]),
+        Action(Kind.RECEIVE_ACTIVATION if forward else Kind.RECEIVE_GRADIENT, used.chunk, used.micro_batch, giver[0]),
+    )
