@@ -60,7 +60,7 @@ def _whole(model: nn.Module, arguments: Mapping[str, Any], loss: Loss) -> Tensor
 
 def _in_chunks(model: nn.Module, chunks: Chunks, arguments: Mapping[str, Any], loss: Loss) -> Tensor:
     """As a pipeline does it: what crosses a cut is copied, and its gradient sent back. The gradient that later chunks
-    have of a tied parameter goes into the backward pass of an earlier one, which then adds its own uses, last to first."""
+    have of a tied parameter goes into the backward pass of an earlier one, which adds its own uses to it."""
     batch = bind(model, arguments).arguments
     values: dict[str, Any] = {}
     passes = []

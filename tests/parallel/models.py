@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class UNet(nn.Module):
-    """Skip connections from each level down to the same level up (Ronneberger et al., 2015): [n, 2, 16, 16] -> the same."""
+    """Skip connections from each level down to the same level up (Ronneberger et al., 2015): [n, 2, 16, 16]."""
 
     def __init__(self, widths: tuple[int, ...] = (4, 6, 8)) -> None:
         super().__init__()

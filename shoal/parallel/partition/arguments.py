@@ -13,7 +13,7 @@ Example = tuple[Any, ...] | Mapping[str, Any] | None
 
 
 def bind(model: nn.Module, args: Example, kwargs: Mapping[str, Any] | None = None) -> inspect.BoundArguments:
-    """The arguments of ``model(*args, **kwargs)`` with defaults filled in: ``.arguments`` is what chunks call batch inputs.
+    """The arguments of ``model(*args, **kwargs)`` with defaults; ``.arguments`` holds the batch inputs of chunks.
 
     A mapping in place of ``args`` holds named ones. None: arguments without a default are unknown.
     Raises UserError when they do not fit the signature of ``forward``."""
@@ -28,3 +28,10 @@ def bind(model: nn.Module, args: Example, kwargs: Mapping[str, Any] | None = Non
         raise UserError(f"these are not arguments of {type(model).__name__}.forward: {error}.") from None
     bound.apply_defaults()
     return bound
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """What the model returns for these positional or named arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*(example or ()))

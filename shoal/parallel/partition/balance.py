@@ -21,15 +21,15 @@ def balance(
     in_flight: Sequence[int] | None = None,
     slack: float = SLACK,
 ) -> tuple[int, ...]:
-    """The pieces at which chunks 1, 2, ... begin, so that the largest (seconds of a chunk / its device's speed) is least.
+    """The pieces at which chunks 1, 2, ... begin, so that the largest seconds of a chunk / its device's speed is least.
 
     For each chunk: ``speeds`` of its device (relative; default all equal), ``capacity_bytes`` of its device, and
     ``in_flight``, the micro-batches whose activations it holds at once (default 1). A chunk needs ``states`` x its
-    parameters' bytes and the activations. Exact; of all cuts whose slowest chunk takes at most ``slack`` longer, the one
-    that sends the fewest bytes.
+    parameters' bytes and the activations. Exact, by dynamic programming; of all cuts whose slowest chunk takes at most
+    ``slack`` longer, the one that sends the fewest bytes.
 
     ``workers`` says which worker holds each chunk when they hold several: then the largest sum of a worker is what
-    counts. That is a local search from the exact cut into equal chunks: it moves one cut at a time as long as that helps.
+    counts. That is a local search from the exact cut into equal chunks: it moves one cut at a time while that helps.
     ``capacity_bytes`` is then what a worker has for each of its chunks.
 
     Raises UserError when there are fewer pieces than chunks, and when the memory does not suffice."""
@@ -84,9 +84,9 @@ class _Problem:
                     best[last] = min(best[last], max(takes, before[first]))
         if best[self.size] == math.inf:
             raise UserError(
-                f"no cut into {self.count} chunks fits the memory of the devices: the whole model needs "
-                f"{self._needs(0, 0, self.size):,.0f} bytes, they have {sum(self.capacity):,.0f}, and the largest piece, "
-                f"{self._largest()}: use more chunks, fewer micro-batches in flight, or recomputation."
+                f"no cut into {self.count} chunks fits the memory: the largest piece, {self._largest()}, "
+                f"the model {self._needs(0, 0, self.size):,.0f}, and they have {sum(self.capacity):,.0f} bytes: "
+                f"use more chunks, fewer micro-batches in flight, or recomputation."
             )
         return best[self.size]
 
@@ -149,7 +149,7 @@ class _Problem:
 
     def _largest(self) -> str:
         size, name = max((self._needs(0, i, i + 1), piece.name) for i, piece in enumerate(self.pieces))
-        return f"{name!r}, {size:,.0f}"
+        return f"{name!r}, needs {size:,.0f} bytes"
 
 
 def _each(what: str, given: Sequence[float] | None, default: float, count: int) -> Sequence[float]:

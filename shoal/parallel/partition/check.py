@@ -7,23 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import UserError
-from shoal.parallel.partition.arguments import Example, bind
+from shoal.parallel.partition.arguments import Example, bind, call
 from shoal.parallel.partition.chunks import OUTPUT, Chunks
 from shoal.parallel.partition.recorded import leaves, substitute
 from shoal.parallel.partition.undisturbed import undisturbed
 
 
 def check(model: nn.Module, chunks: Chunks, example: Example) -> None:
-    """Raises UserError when the chunks, one after the other, do not give the model's output for the example, to the bit.
+    """Raises UserError when the chunks, one after the other, do not give the model's output for the example to the bit.
 
-    What a forward pass does behind the back of a recording (Python's own random numbers, hidden state, numpy) shows here.
+    What a forward pass does unseen by a recording (Python's own random numbers, hidden state, numpy) shows here.
     Values are copied between chunks, as they are when they are sent."""
     arguments = bind(model, example)
     if any(isinstance(a, Tensor) and a.is_meta for a in leaves((arguments.args, arguments.kwargs))):
         return
     with torch.no_grad():
         with undisturbed(model):
-            wanted = model(*arguments.args, **arguments.kwargs)
+            wanted = call(model, example)
         with undisturbed(model):
             values: Mapping[str, Any] = {}
             for chunk in chunks.chunks:

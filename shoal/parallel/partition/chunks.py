@@ -12,9 +12,12 @@ OUTPUT = "output"  # under this name the last chunk gives what the model returns
 class Chunk:
     """One stage of a pipeline (or one of a worker's several).
 
-    ``module(values) -> values`` takes a mapping with ``inputs`` and ``batch_inputs`` (others are ignored) and gives a new
-    one with exactly ``outputs``. Values are tensors, numbers, None, or tuples, lists and dicts of them. A value that a
-    later chunk needs passes through every chunk between, so that messages go between neighbours only."""
+    ``module(values) -> values`` takes a mapping with ``inputs`` and ``batch_inputs`` (more does no harm) and gives one
+    with exactly ``outputs``. Values are tensors, numbers, dtypes, None; tuples, lists and dicts of them. What a later
+    chunk needs passes through every chunk between, so that messages go between neighbours only.
+
+    For the bits of the uncut model, a tensor must arrive with the strides with which it left, at an address that is a
+    multiple of 64, and require a gradient if it did. Dropout goes on drawing where the chunk before stopped."""
 
     module: nn.Module  # holds this chunk's parameters and buffers only, under the names that they have in the model
     inputs: tuple[str, ...]  # values of the chunk before; of the first chunk: ()
@@ -25,10 +28,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Chunks:
+    """``tied``: a parameter that several chunks use -> those chunks, in order; the first is its owner.
+
+    The uncut model adds the uses of a parameter from the last to the first. To do the same, the gradient that the later
+    chunks have of it goes into the backward pass of the earlier one as the gradient of the parameter itself:
+    ``torch.autograd.backward([*outputs, parameter], [*gradients, later])``."""
+
     chunks: tuple[Chunk, ...]
-    tied: Mapping[
-        str, tuple[int, ...]
-    ]  # parameter that several chunks use -> those chunks, the first (its owner) first
+    tied: Mapping[str, tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.chunks)

@@ -28,26 +28,27 @@ def cut(
     weights: Sequence[float] | None = None,
     speeds: Sequence[float] | None = None,
 ) -> Chunks:
-    """``model`` in ``count`` chunks, which compute what it computes, to the bit. Its modules and parameters are shared.
+    """``model`` in ``count`` chunks, which compute what it computes, bit for bit, with its own modules and parameters.
 
-    ``example``: positional or named arguments of one forward pass; without it only a forward that does not branch on its
-    input can be followed, and pieces weigh what their parameters weigh.
-    ``cuts``: names of modules at which a new chunk begins, count - 1 in the order of the forward pass; or ``at``: numbers
-    of the pieces at which one begins, from ``balance(pieces(...))``, for what was measured on one worker.
+    ``example``: positional or named arguments of a forward pass, of a whole micro-batch; without it only a forward that
+    does not branch on its input can be followed, and pieces weigh what their parameters weigh.
+    ``cuts``: names of modules at which a new chunk begins, count - 1 in the order of the forward pass; or ``at``:
+    numbers of the pieces at which one begins, from ``balance(pieces(...))``, for what was measured on one worker.
     Without either the slowest chunk is made as fast as it can be: ``weights`` are the seconds of each piece, by default
     its operations, counted on the example; ``speeds`` those of the chunks' devices.
 
     Raises UserError when a cut names no module or a place where none can be, when there are more chunks than pieces,
     when the model's forward cannot be followed, and when the chunks give another output for the example."""
-    line = Line(model, record(model, example))
+    line = Line(record(model, example))
     begins = starts(line)
     if cuts:
         places = named(line, count, cuts)
     else:
         table = at if at is not None else balance(_weighed(line, example, weights), count, speeds=speeds)
+        if len(table) != count - 1 or list(table) != sorted(set(table) & set(range(1, len(begins)))):
+            last = len(begins) - 1
+            raise UserError(f"at = {list(table)}: {count} chunks need {count - 1} increasing numbers from 1 to {last}.")
         places = tuple(begins[number] for number in table)
-    if len(places) != count - 1 or list(places) != sorted(set(places)):
-        raise UserError(f"at = {list(at or ())}: give {count - 1} increasing numbers of pieces for {count} chunks.")
     made = split(line, places)
     if example is not None:
         check(model, made, example)

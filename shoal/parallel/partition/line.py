@@ -37,8 +37,8 @@ class Line:
     Not in the line are reads of the batch and of the model's state, and what is cheap to work out from the batch alone:
     every chunk does these by itself."""
 
-    def __init__(self, model: nn.Module, recording: Recording) -> None:
-        self.model = model
+    def __init__(self, recording: Recording) -> None:
+        self.model = recording.model
         self.recording = recording
         graph = recording.graph
         self.result: fx.Node = next(iter(reversed(graph.nodes)))

@@ -29,7 +29,7 @@ def pieces(model: nn.Module, example: Example, *, clock: bool = True, runs: int 
     ``clock``: seconds of a forward and a backward pass, the median of ``runs`` after one to warm up. Without it the
     seconds are counted operations / 1e9, the same on every worker: workers that cut by the clock must share one
     worker's pieces. Leaves the model as it was; its gradients are not touched."""
-    line = Line(model, record(model, example))
+    line = Line(record(model, example))
     return price(line, example, runs if clock else 0)
 
 

@@ -38,7 +38,7 @@ def _place(line: Line, cut: str) -> int:
                     f"Cut at {node.target!r} or after it."
                 )
         raise UserError(f"no cut can be at {cut!r}: the forward pass of the example does not use it.")
-    if place == 0:
+    if not any(node.op == "call_module" or line.state(node) for node in line.nodes[:place]):
         raise UserError(f"no cut can be at {cut!r}: the model begins with it, so the chunk before it would be empty.")
     if place in line.forbidden:
         raise UserError(f"no cut can be at {cut!r}: {line.forbidden[place]}. Cut elsewhere, or do not write in place.")
@@ -46,7 +46,7 @@ def _place(line: Line, cut: str) -> int:
 
 
 def _names(node: fx.Node) -> list[str]:
-    """What a node belongs to: the module whose code it comes from, the one that it calls, the parameters that it uses."""
+    """What a node belongs to: the module whose code it comes from, the one that it calls, parameters that it uses."""
     read = [str(given.target) for given in node.all_input_nodes if given.op == "get_attr"]
     return [node.meta["module"], *read, *([str(node.target)] if node.op == "call_module" else [])]
 

@@ -12,14 +12,14 @@ def _recurrent(x: torch.Tensor, w0: torch.Tensor, w1: torch.Tensor) -> int:
     return 2 * x.shape[0] * x.shape[1] * (w0.numel() + w1.numel())
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within the block, adds up 2 x multiply-adds of matmuls, convolutions, attention and recurrent layers.
 
     (torch's own ``FlopCounterMode`` has the formulas, but it follows modules by hooks that a pass without gradients
     breaks, and it knows no fused recurrent layer.)"""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

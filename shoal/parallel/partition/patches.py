@@ -9,25 +9,8 @@ import torch
 from torch import nn
 
 # functions of torch without a tensor among their arguments, which no recorded value could notice
-FACTORIES = tuple(
-    [
-        "arange",
-        "zeros",
-        "ones",
-        "full",
-        "empty",
-        "rand",
-        "randn",
-        "randint",
-        "randperm",
-        "normal",
-        "eye",
-        "linspace",
-        "logspace",
-        "tensor",
-        "as_tensor",
-    ]
-)
+_FILLED = ("arange", "zeros", "ones", "full", "empty", "eye", "linspace", "logspace", "tensor", "as_tensor")
+_DRAWN = ("rand", "randn", "randint", "randperm", "normal")
 
 
 @contextlib.contextmanager
@@ -63,4 +46,4 @@ def factories(record: Callable[..., Any], live: Callable[[], bool]) -> list[tupl
 
         return factory
 
-    return [(torch, name, wrap(getattr(torch, name))) for name in FACTORIES]
+    return [(torch, name, wrap(getattr(torch, name))) for name in _FILLED + _DRAWN]

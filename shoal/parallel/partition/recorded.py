@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 if TYPE_CHECKING:
-    from shoal.parallel.partition.recording import Recorder
+    from shoal.parallel.partition.recorder import Recorder
 
 
 class Unknown:
@@ -25,8 +25,8 @@ class Untraceable(Exception):
 
 
 class Recorded(fx.Proxy):
-    """An ``fx.Proxy`` that knows the value which the example gives it, so that ordinary code runs on it: ``len(x.shape)``,
-    ``isinstance(x, Tensor)``, loops over tuples, branches on sizes."""
+    """An ``fx.Proxy`` that knows what value the example gives it, so that ordinary code runs on it: loops over tuples,
+    ``isinstance(x, Tensor)``, branches on sizes."""
 
     tracer: "Recorder"
 
@@ -34,10 +34,14 @@ class Recorded(fx.Proxy):
         super().__init__(node, recorder)
         self.example = example
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         example = self.__dict__.get("example", UNKNOWN)
-        return Recorded if example is UNKNOWN else type(example)
+        if example is not UNKNOWN:
+            return type(example)
+        if self.tracer.live:
+            raise Untraceable("it asks for the type of a value, and there is no example batch to tell it")
+        return Recorded
 
     def __getattr__(self, name: str) -> Any:
         example = self.__dict__["example"]

@@ -3,23 +3,29 @@
 ``nn.LSTM`` and its kin compute all their layers in one call. The same calls, layer for layer and with dropout between
 them, give the same bits (aten/src/ATen/native/RNN.cpp does so inside)."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CALLS = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
+_CALLS: dict[str, Callable[..., Any]] = {
+    "LSTM": torch.lstm,
+    "GRU": torch.gru,
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+}
 
 
-def is_stack(module: nn.Module, args: Sequence[Any]) -> bool:
+def is_stack(module: nn.Module, args: Sequence[Any]) -> TypeGuard[nn.RNNBase]:
     """Whether ``layer_by_layer`` can stand in for the module's own forward with these arguments."""
     return (
         type(module) in (nn.LSTM, nn.GRU, nn.RNN)
         and isinstance(module, nn.RNNBase)
         and module.num_layers > 1
         and not (module._forward_hooks or module._forward_pre_hooks)
+        and len(args) > 0
         and isinstance(args[0], Tensor)  # not a packed sequence
         and len(args[0].shape) == 3  # with a batch
     )

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import fx, nn
 
+from shoal.errors import UserError
 from shoal.parallel.partition.chunks import OUTPUT, Chunk, Chunks
 from shoal.parallel.partition.line import Line
 from shoal.parallel.partition.recorded import leaves
@@ -15,9 +16,20 @@ from shoal.parallel.partition.recorded import leaves
 class Part(nn.Module):
     """The nodes of one chunk as a module: see ``Chunk.module``."""
 
-    def __init__(self, run: Callable[["Part", Mapping[str, Any]], dict[str, Any]]) -> None:
+    def __init__(self, run: Callable[["Part", Mapping[str, Any]], dict[str, Any]], mode: bool | None) -> None:
         super().__init__()
         self._run = run
+        self._mode = mode  # the only value of ``training`` that it can compute with; None: both
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module. Raises UserError for a mode that the chunk was not made for."""
+        if self._mode is not None and mode != self._mode:
+            words = ("evaluation", "training") if self._mode else ("training", "evaluation")
+            raise UserError(
+                f"this model cannot change to {words[0]}: it was cut through torch.export, for {words[1]} only. "
+                f"Make its forward one that can be followed: move branches and state into submodules."
+            )
+        return super().train(mode)
 
     def forward(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return self._run(self, values)
@@ -67,7 +79,7 @@ def _chunk(line: Line, first: int, last: int) -> Chunk:
         graph.output({OUTPUT: fx.map_arg(result, copy)})
     else:
         graph.output({node.name: copies[node] for node in handed_on})
-    module = Part(_compiled(graph))
+    module = Part(_compiled(graph), line.recording.mode)
     names = _install(module, line, graph)
     return Chunk(
         module,
