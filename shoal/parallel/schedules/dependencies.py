@@ -1,7 +1,6 @@
 """What must be done before what: the one rule that simulation, lowering and verification share."""
 
 from collections import deque
-from typing import NamedTuple
 
 from shoal.errors import UserError
 from shoal.parallel.schedules.actions import Action, Kind
@@ -9,6 +8,7 @@ from shoal.parallel.schedules.schedule import Schedule
 
 Place = tuple[int, int]  # (worker, index into its actions)
 Needed = tuple[bool, int, int]  # (of a forward pass, chunk, micro-batch)
+Visit = tuple[int, int, Place | None]  # (worker, index into its actions, where the pass stands that gives its input)
 
 
 def needs(action: Action, chunks: int) -> Needed | None:
@@ -30,16 +30,8 @@ def gives(action: Action) -> Needed | None:
     return (action.kind is Kind.FORWARD, action.chunk, action.micro_batch)
 
 
-class Visit(NamedTuple):
-    """An action, where all that it needs has come before."""
-
-    worker: int
-    index: int  # into the worker's actions
-    giver: Place | None  # where the pass stands that it takes its input from
-
-
 def walk(schedule: Schedule) -> list[Visit]:
-    """All actions in an order in which they can be done one after the other.
+    """All actions in an order in which they can be done one after the other: each one's giver comes before it.
 
     Raises UserError, naming who waits for whom, when the order of the workers' actions lets nobody go on."""
     visits: list[Visit] = []
@@ -59,7 +51,7 @@ def walk(schedule: Schedule) -> list[Visit]:
                 waiting[need] = worker
                 at[worker] = index
                 break
-            visits.append(Visit(worker, index, giver))
+            visits.append((worker, index, giver))
             given = gives(action)
             if given:
                 done[given] = worker, index

@@ -1,19 +1,12 @@
 """Sends and receives, put into a schedule where no order of arrival can hang it."""
 
-from typing import NamedTuple
-
 from shoal.parallel.schedules.actions import Action, Kind
 from shoal.parallel.schedules.dependencies import Place
 from shoal.parallel.schedules.schedule import Schedule
 from shoal.parallel.schedules.simulation import simulate
 
+_Message = tuple[float, Place, Place]  # when it is sent if all passes take equally long, by which pass, for which pass
 Program = tuple[tuple[Action, ...], ...]  # by worker: computes, sends and receives, in order
-
-
-class _Message(NamedTuple):
-    sent: float  # when, if all passes take equally long and messages no time
-    giver: Place
-    taker: Place
 
 
 def lower(schedule: Schedule) -> Program:
@@ -42,7 +35,7 @@ def lower(schedule: Schedule) -> Program:
 def _messages(schedule: Schedule) -> list[_Message]:
     timeline = simulate(schedule)
     return sorted(
-        _Message(timeline.ends[giver[0]][giver[1]], giver, (worker, index))
+        (timeline.ends[giver[0]][giver[1]], giver, (worker, index))
         for worker, index, giver in timeline.visits
         if giver and giver[0] != worker
     )
