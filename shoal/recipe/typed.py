@@ -73,9 +73,17 @@ def hint_of(cls: type, key: str, where: str = "") -> Any:
             hint = typing.get_type_hints(hint)[part] if part in names else Any
         elif isinstance(origin, type) and issubclass(origin, Mapping):
             hint = typing.get_args(hint)[1]
+            if _is_leaf(hint):
+                return hint  # the rest of the key is one name, dots and all: rules.up.ffn
         else:
             raise UserError(f"{_at(key, where)}: {key.rpartition('.')[0]!r} is a value, not a table.")
     return hint
+
+
+def _is_leaf(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    nests = dataclasses.is_dataclass(hint) or (isinstance(origin, type) and issubclass(origin, Mapping))
+    return hint is not Any and not nests
 
 
 def dotted_keys(cls: type) -> list[str]:
@@ -131,6 +139,8 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         if len(args) == len(value):
             return tuple(_convert(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
     elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        if _is_leaf(args[1]):
+            value = flatten(value)  # dots belong to the names
         return {str(k): _convert(args[1], v, where, f"{key}.{k}") for k, v in value.items()}
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)

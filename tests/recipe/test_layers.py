@@ -118,6 +118,17 @@ def test_a_number_of_workers_unsets_a_placement_below_it(tmp_path):
     assert plan.workers == 3
 
 
+def test_rules_for_single_modules_have_names_with_dots(tmp_path):
+    file = tmp_path / "plan.toml"
+    file.write_text(
+        'mesh = { tensor = 2 }\n[rules]\n"up.ffn" = "tensor"\n[dimensions]\n"a.*.weight" = ["ffn", "width"]\n'
+    )
+    plan, origins = assemble_plan(file, dict([parse_setting("rules.down.width=tensor")]), shards=8, cores=1)
+    assert plan.rules == {"up.ffn": "tensor", "down.width": "tensor"}
+    assert plan.dimensions == {"a.*.weight": ("ffn", "width")}
+    assert origins["rules.down.width"] == "flag --set"
+
+
 def test_more_workers_than_shards_is_refused_before_anything_starts():
     with pytest.raises(UserError, match="9 workers for 8 shards"):
         assemble_plan(None, {"mesh.data": 9}, shards=8, cores=1)

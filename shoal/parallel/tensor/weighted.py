@@ -62,7 +62,7 @@ class SplitLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight, before, after = self.doors.parameters(self.weight, self.bias)
         y = self.doors.leave(F.linear(self.doors.enter(input), weight, before))
-        return y if after is None else y + after
+        return y if after is None else y + after.to(y.dtype)
 
 
 class SplitConv2d(Conv2d):
@@ -74,7 +74,7 @@ class SplitConv2d(Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         weight, before, after = self.doors.parameters(self.weight, self.bias)
         y = self.doors.leave(self.convolve(self.doors.enter(input), weight, before))
-        return y if after is None else y + after.view(-1, 1, 1)
+        return y if after is None else y + after.to(y.dtype).view(-1, 1, 1)
 
 
 class SplitEmbedding(nn.Embedding):
@@ -109,7 +109,7 @@ class SplitLogits(Logits):
         weight, before, after = doors.parameters(weight, bias)
         logits = doors.leave(F.linear(doors.enter(states), weight, before))
         if after is not None:
-            logits = logits + after
+            logits = logits + after.to(logits.dtype)
         if doors.flow.leaves == "features":
             assert doors.treatment.outputs is not None
             return VocabularyPart(logits, doors.treatment.outputs, doors.collectives)
