@@ -7,10 +7,6 @@ from shoal.parallel.schedules.actions import Action, Kind
 from shoal.parallel.schedules.activations import peak_activations
 from shoal.parallel.schedules.simulation import Timeline
 
-_FORMS: tuple[Callable[[Action], str], ...] = (  # the longest that fits is taken
-    lambda action: f"{action.kind}{action.chunk}.{action.micro_batch}",
-    lambda action: f"{action.kind}{action.micro_batch}",
-)
 _COLOURS = {  # by kind, tints of the same hue for a worker's later chunks; they tell apart for the colour-blind too
     Kind.FORWARD: ("#2f6fb5", "#7fb2e5"),
     Kind.BACKWARD: ("#c65a11", "#f0a060"),
@@ -27,15 +23,16 @@ _LEFT, _TOP, _ROW, _RIGHT = 84, 58, 34, 108
 
 
 def timeline_text(timeline: Timeline, width: int = 100) -> str:
-    """A line a worker: "F1.0" is the forward pass of chunk 1 on micro-batch 0, shortened until it fits; . is idle.
+    """A line a worker: "F1.0" is the forward pass of chunk 1 on micro-batch 0; . is idle.
 
-    One letter a pass is the shortest, small for later chunks of a worker. What does not fit then is cut off, and the
-    last line says so."""
+    Where that does not fit it is "F0", small for a later chunk of its worker, and then one letter a pass. What does not
+    fit then is cut off, and the last line says so."""
     rows = timeline.schedule.actions
     name = len(f"worker {len(rows) - 1}") + 2
     room = max(width - name, 20)
     shortest = _shortest(timeline)
-    forms = [(form, max(len(form(action)) for row in rows for action in row) + 1) for form in _FORMS]
+    labels: tuple[Callable[[Action], str], ...] = (str, lambda a: f"{_letter(timeline, a)}{a.micro_batch}")
+    forms = [(form, max(len(form(action)) for row in rows for action in row) + 1) for form in labels]
     letters: tuple[Callable[[Action], str], int] = (lambda action: _letter(timeline, action), 1)
     form, columns = next((f for f in forms if timeline.span / shortest * f[1] <= room), letters)
     scale = columns / shortest
