@@ -1,6 +1,6 @@
 """The idle share of every pipeline schedule in real processes, beside its formula and its simulation.
 
-    python bench/pipeline_schedules.py [--pass-ms 50] [--rounds 3]
+    python bench/pipeline_schedules.py [--pass-ms 60] [--rounds 3]
 
 A worker is a process that runs its lowered schedule to the letter: a pass sleeps its time, a message goes over the
 workers' sockets and is received where the schedule says. Idle is all of a worker's time between the step's first pass
@@ -25,7 +25,7 @@ from shoal.parallel.schedules.simulation import simulate
 
 RESULTS = Path(__file__).parent / "results"
 LOOPED = 2  # chunks a worker of the schedules that take any number
-SHAPES = ((2, 8), (4, 8), (4, 2))  # workers, micro-batches
+SHAPES = ((2, 6), (4, 8), (3, 2))  # workers, micro-batches
 MESSAGE = 77  # kind of the bench's messages
 
 
@@ -126,7 +126,7 @@ def verification() -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pass-ms", type=float, default=50.0, help="of one chunk: F, I and W each")
+    parser.add_argument("--pass-ms", type=float, default=60.0, help="of one chunk: F, I and W each")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     report: dict = {"pass_ms": args.pass_ms, "rounds": args.rounds, "load_before": os.getloadavg(), "steps": []}

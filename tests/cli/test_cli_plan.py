@@ -1,6 +1,8 @@
 """`shoal plan`: what is predicted is what the library predicts; what does not fit is one line."""
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -119,3 +121,12 @@ def test_a_part_added_to_the_sections_is_said_and_is_in_the_json(shoal, monkeypa
     monkeypatch.setattr(verb, "SECTIONS", (*verb.SECTIONS, lambda chosen, args: more))
     assert facts(shoal)["more"] == 1
     assert shoal("plan")[1].endswith("\n\nand more\n")
+
+
+def test_a_pipeline_is_planned_without_torch():
+    arguments = ["plan", "--mesh", "pipe=4", "--schedules", "all"]
+    program = (
+        f"import sys; from shoal.cli.main import main; assert main({arguments}) == 0; "
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -7,11 +7,16 @@ from shoal.parallel.schedules.actions import Action, Kind
 from shoal.parallel.schedules.activations import peak_activations
 from shoal.parallel.schedules.simulation import Timeline
 
-_COLOURS = {  # by kind, tints of the same hue for a worker's later chunks; they tell apart for the colour-blind too
-    Kind.FORWARD: ("#2f6fb5", "#7fb2e5"),
-    Kind.BACKWARD: ("#c65a11", "#f0a060"),
-    Kind.BACKWARD_INPUT: ("#c65a11", "#f0a060"),
-    Kind.BACKWARD_WEIGHT: ("#3f8f5f", "#8fcba5"),
+_BLUE, _ORANGE, _GREEN = (
+    ((47, 111, 181), (147, 190, 235)),
+    ((198, 90, 17), (246, 178, 120)),
+    ((63, 143, 95), (155, 210, 175)),
+)
+_COLOURS = {  # of a worker's first chunk and of its last one; they tell apart for the colour-blind too
+    Kind.FORWARD: _BLUE,
+    Kind.BACKWARD: _ORANGE,
+    Kind.BACKWARD_INPUT: _ORANGE,
+    Kind.BACKWARD_WEIGHT: _GREEN,
 }
 _MEANING = {
     Kind.FORWARD: "forward",
@@ -75,7 +80,7 @@ def timeline_svg(timeline: Timeline) -> str:
     height = _TOP + _ROW * schedule.workers + 62
     title = (
         f"{schedule.name}: {schedule.workers} workers, {schedule.chunks} chunks, "
-        f"{schedule.micro_batches} micro-batches, bubble {timeline.bubble:.1%}"
+        f"micro-batches: {schedule.micro_batches}, bubble {timeline.bubble:.1%}"
     )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
@@ -102,17 +107,22 @@ def _boxes(timeline: Timeline, worker: int, y: int, scale: float) -> list[str]:
     passes = zip(timeline.schedule.actions[worker], timeline.starts[worker], timeline.ends[worker], strict=True)
     for action, start, end in passes:
         x, wide = _LEFT + start * scale, (end - start) * scale
-        late = own.index(action.chunk) > 0
-        fill = _COLOURS[action.kind][late]
+        late = own.index(action.chunk) / max(len(own) - 1, 1)  # 0 the worker's first chunk, 1 its last one
+        fill = _tint(action.kind, late)
         boxes.append(
             f'<rect x="{x:.1f}" y="{y + 3}" width="{max(wide - 1, 0.5):.1f}" height="{_ROW - 6}" rx="2" fill="{fill}">'
             f"<title>{action}, {start:g} to {end:g}</title></rect>"
         )
         number = str(action.micro_batch)
         if wide >= 8 * len(number) + 2:
-            ink = "#1d2733" if late else "#ffffff"
+            ink = "#1d2733" if late > 0.3 else "#ffffff"
             boxes.append(f'<text x="{x + wide / 2:.1f}" y="{y + 21}" text-anchor="middle" fill="{ink}">{number}</text>')
     return boxes
+
+
+def _tint(kind: Kind, late: float) -> str:
+    first, last = _COLOURS[kind]
+    return "#" + "".join(f"{round(a + (b - a) * late):02x}" for a, b in zip(first, last, strict=True))
 
 
 def _legend(timeline: Timeline, height: int) -> list[str]:
@@ -120,16 +130,15 @@ def _legend(timeline: Timeline, height: int) -> list[str]:
     several = timeline.schedule.chunks > timeline.schedule.workers
     parts, x = [], _LEFT
     for kind in (kind for kind in _COLOURS if kind in used):
-        dark, pale = _COLOURS[kind]
-        parts.append(f'<rect x="{x}" y="{height - 40}" width="14" height="14" rx="2" fill="{dark}"/>')
+        parts.append(f'<rect x="{x}" y="{height - 40}" width="14" height="14" rx="2" fill="{_tint(kind, 0)}"/>')
         if several:
             x += 16
-            parts.append(f'<rect x="{x}" y="{height - 40}" width="14" height="14" rx="2" fill="{pale}"/>')
+            parts.append(f'<rect x="{x}" y="{height - 40}" width="14" height="14" rx="2" fill="{_tint(kind, 1)}"/>')
         parts.append(f'<text x="{x + 20}" y="{height - 28}" fill="#1d2733">{_MEANING[kind]}</text>')
         x += 36 + 6 * len(_MEANING[kind])
     if several:
         parts.append(
-            f'<text x="{_LEFT}" y="{height - 8}" fill="#5b6770">pale: not the first chunk of its worker</text>'
+            f'<text x="{_LEFT}" y="{height - 8}" fill="#5b6770">the paler, the later the chunk of its worker</text>'
         )
     return parts
 

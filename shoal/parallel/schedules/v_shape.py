@@ -75,7 +75,7 @@ class _Row:
         return tuple(action for action in self._actions if action.micro_batch < micro_batches)
 
     def _write(self, cell: str) -> None:
-        kind, chunk = cell
+        kind, chunk = cell[0], cell[1]
         counted = ("I" if kind == "B" else kind) + chunk
         self._actions.append(Action(Kind(kind), self._chunks[chunk], self.count[counted]))
         self.count[counted] += 1
