@@ -1,6 +1,7 @@
 """Models whose own code cannot be recorded, through ``torch.export``."""
 
 import inspect
+import logging
 import warnings
 
 import torch
@@ -22,11 +23,14 @@ def exported(model: nn.Module, bound: inspect.BoundArguments) -> nn.Module:
     sizes = tree_map(_open_sizes, dict(bound.arguments))
     before = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
+        logging.disable(logging.CRITICAL)  # it logs what it raises
         with warnings.catch_warnings(action="ignore"):
             program = torch.export.export(model, bound.args, bound.kwargs, dynamic_shapes=sizes, strict=False)
             made = program.module()
     except Exception as error:  # it fails in as many ways as there are models
         raise Untraceable(f"nor does torch.export follow it, {type(error).__name__}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     for name, parameter in model.named_parameters():
         parameter.grad = before[name]
         if made.get_parameter(name) is not parameter:

@@ -106,7 +106,7 @@ class Line:
                     why[place] = f"{names[0].name!r} is changed in place after it, and has another name"
         for what, places in self._together(changes):
             for place in range(min(places) + 1, max(places) + 1):
-                why[place] = f"{what} is changed before it and used after it"
+                why.setdefault(place, f"{what} is changed before it and used after it")
         return why
 
     def _together(self, changes: Iterable[int]) -> list[tuple[str, list[int]]]:

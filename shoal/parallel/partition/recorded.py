@@ -136,8 +136,11 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 def substitute(structure: Any, replace: Callable[[Any], Any]) -> Any:
-    """Tuples, lists, dicts and slices rebuilt, with ``replace`` applied to everything else."""
+    """Tuples, also what ``torch.max`` and the like return, lists, dicts and slices rebuilt, with ``replace`` applied
+    to all else."""
     kind = type(structure)
+    if kind.__module__ == "torch.return_types":
+        return kind([substitute(item, replace) for item in structure])
     if issubclass(kind, Shape):
         return tuple(substitute(item, replace) for item in structure)
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):

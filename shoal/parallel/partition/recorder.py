@@ -93,7 +93,7 @@ class Recorder(fx.proxy.TracerBase):
         except (ShoalError, Untraceable):
             raise
         except Exception as error:
-            raise Untraceable(_reason(error)) from error
+            raise Untraceable(reason(error)) from error
         self._prune()
         return self.graph
 
@@ -291,7 +291,7 @@ class Recorder(fx.proxy.TracerBase):
             except ShoalError:
                 raise
             except Exception as error:
-                self.whole[type(module)] = _reason(error)
+                self.whole[type(module)] = reason(error)
                 self._forget_after(last)
         return self.record("call_module", self._names[id(module)], args, kwargs)
 
@@ -340,7 +340,7 @@ class Recorder(fx.proxy.TracerBase):
         return False
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line."""
     text = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
     return (text.splitlines() or [""])[0]
@@ -348,7 +348,7 @@ def _reason(error: Exception) -> str:
 
 def place_of(error: Exception | None = None) -> str:
     """file:line of the model's own code, the innermost outside torch and this package."""
-    stack = traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack()
+    stack = traceback.extract_tb((error.__cause__ or error).__traceback__) if error else traceback.extract_stack()
     own = [f for f in stack if "/torch/" not in f.filename and "/parallel/partition/" not in f.filename]
     last = (own or list(stack))[-1]
     return f"{last.filename.rpartition('/')[2]}:{last.lineno}"

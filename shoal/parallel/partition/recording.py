@@ -12,7 +12,7 @@ from shoal.errors import UserError
 from shoal.parallel.partition.arguments import Example, bind
 from shoal.parallel.partition.exported import exported
 from shoal.parallel.partition.recorded import Untraceable
-from shoal.parallel.partition.recorder import Recorder, place_of
+from shoal.parallel.partition.recorder import Recorder, place_of, reason
 from shoal.parallel.partition.undisturbed import undisturbed
 
 
@@ -43,15 +43,28 @@ def record(model: nn.Module, example: Example) -> Recording:
             return _recorded(model, bound)
         except Untraceable as error:
             first = error
-        try:
-            if example is None:
-                raise Untraceable("an example batch would tell sizes and types")
+    kind = type(model).__name__
+    try:
+        if example is None:
+            raise Untraceable("an example batch would tell sizes and types")
+        with undisturbed(model), torch.no_grad():
+            model(*bound.args, **bound.kwargs)
+    except Untraceable as second:
+        raise _refusal(kind, first, second) from first
+    except Exception as error:
+        raise UserError(f"a {kind} does not run on the example ({place_of(error)}): {reason(error)}.") from error
+    try:
+        with undisturbed(model), torch.no_grad():
             return _recorded(exported(model, bound), bound, mode=model.training)
-        except Untraceable as second:
-            raise UserError(
-                f"cannot cut a {type(model).__name__}: its forward cannot be followed at {place_of(first)}, {first} "
-                f"({second}). Put that part into a submodule, which is then kept whole."
-            ) from first
+    except Untraceable as second:
+        raise _refusal(kind, first, second) from first
+
+
+def _refusal(kind: str, first: Untraceable, second: Untraceable) -> UserError:
+    return UserError(
+        f"cannot cut a {kind}: its forward cannot be followed at {place_of(first)}, {first} ({second}). "
+        f"Put that part into a submodule, which is then kept whole."
+    )
 
 
 def _recorded(model: nn.Module, bound: inspect.BoundArguments, mode: bool | None = None) -> Recording:
