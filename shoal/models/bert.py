@@ -159,7 +159,8 @@ class Bert(nn.Module):
         return name_dimensions(self, _DIMENSIONS)
 
     def grains(self) -> dict[str, Grain]:
-        return head_grains(self.config.width // self.config.heads)
+        followers = {"transformed": Grain(follows="width")}  # what comes out of ``transform`` is a width again
+        return {**head_grains(self.config.width // self.config.heads), **followers}
 
 
 _DIMENSIONS = {

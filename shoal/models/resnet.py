@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shoal.errors import UserError
 from shoal.models.cnn import image_shape
 from shoal.models.convolution import Conv2d
-from shoal.models.dimensions import Dimensions, name_dimensions
+from shoal.models.dimensions import Dimensions, Grain, name_dimensions
 from shoal.models.ends import GlobalAverage
 from shoal.models.facts import at_least_one
 
@@ -140,6 +140,9 @@ class ResNet(nn.Module):
 
     def dimensions(self) -> Dimensions:
         return name_dimensions(self, _BOTTLENECK if self.bottleneck else _BASIC)
+
+    def grains(self) -> dict[str, Grain]:
+        return {"narrower": Grain(follows="width")}  # the width of the stage before
 
 
 def _stage(

@@ -12,6 +12,8 @@ BERT = {"layers": 2, "heads": 3, "width": 12, "attention_dropout": 0.1}
 LABELLED = {**TEXT, "classes": CLASSES}
 PICTURES = {"shape": (12, 12), "classes": CLASSES}
 TALL = {"input": torch.randn(3, 1, 65, 12, generator=torch.Generator().manual_seed(2)), **LABELS}
+BIG = {"style": "imagenet", "depth": 18, "width": 2}
+TALL_FACTS = {"shape": (1, 65, 12), "classes": CLASSES}
 
 ROW_FIRST = {"width": "tensor", "heads": "", "ffn": "", "vocab": ""}
 COLUMN_ONLY = {
@@ -39,6 +41,7 @@ CASES: dict[str, Case] = {
     "gpt-column-only": _gpt(COLUMN_ONLY, **SEVEN),
     "bert-masked": _bert("masked-language-model", TEXT, FRAMED),
     "bert-masked-sliced": _bert("masked-language-model", TEXT, FRAMED, SLICED),
+    "bert-masked-row-first": _bert("masked-language-model", TEXT, FRAMED, ROW_FIRST),
     "bert-classes-row-first": _bert("classification", LABELLED, {**FRAMED, **LABELS}, ROW_FIRST),
     "bert-answers-sliced": _bert(
         "question-answering",
@@ -58,13 +61,8 @@ CASES: dict[str, Case] = {
     ),
     "cnn-rows": Case("cnn", {"channels": (5, 6), "kernel": 5, "hidden": 7, "norm": True}, PICTURES, IMAGES, ROWS),
     "resnet": Case("resnet", {"depth": 8, "width": 4}, PICTURES, IMAGES),
-    "resnet-rows": Case(
-        "resnet",
-        {"style": "imagenet", "depth": 18, "width": 2},
-        {"shape": (1, 65, 12), "classes": CLASSES},
-        TALL,
-        ROWS,
-    ),
+    "resnet-by-width": Case("resnet", BIG, TALL_FACTS, TALL, {"width": "tensor", "channels": ""}),
+    "resnet-rows": Case("resnet", BIG, TALL_FACTS, TALL, ROWS),
     "lstm": Case("lstm", {"width": 8, "hidden": 10}, TEXT, WINDOWS),
     "elmo": Case("elmo", {"width": 8}, TEXT, WINDOWS),
     "moe": Case("moe", {"layers": 1, "heads": 2, "width": 16, "experts": 3}, TEXT, WINDOWS),

@@ -12,6 +12,7 @@ from shoal.models.registry import build, task_for
 from shoal.parallel.layout.decide import layout_of
 from shoal.parallel.layout.treatment import Layout
 from shoal.parallel.tensor.apply import split_model
+from shoal.parallel.tensor.whole import join_tensors
 from shoal.recipe.recipe import ModelSpec
 
 
@@ -72,17 +73,15 @@ def run_case(group: Any, case: Case) -> Outcome:
     model.eval()
     figures = task.measure(model, batch)
 
-    def whole(name: str, t: Tensor) -> Tensor:
-        if name not in layout.splits:
-            return t.detach().clone()
-        split = layout.splits[name]
-        return split.ungrouped(collectives.all_gather(t, split.dim, split.sizes))
+    state = {name: t.clone() for name, t in model.state_dict().items()}
 
-    state = model.state_dict()
+    def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors if collectives is None else join_tensors(tensors, layout.splits, collectives)
+
     return Outcome(
         losses,
-        {name: whole(name, t) for name, t in state.items()},
-        {name: whole(name, t) for name, t in gradients.items()},
+        whole(state),
+        whole(gradients),
         {operation: after[operation] - before.get(operation, 0) for operation in after},
         figures,
         {name: t for name, t in state.items() if name not in layout.splits},

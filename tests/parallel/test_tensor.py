@@ -13,7 +13,15 @@ from parallel import split_cases, split_runs
 from parallel.split_cases import CASES, IN_FOUR, IN_THREE, IN_TWO
 from parallel.split_runs import Outcome, run_case, worst
 
-from shoal.parallel.tensor import crossing
+from shoal.comm.tensors import make_collectives
+from shoal.errors import RunFailed, UserError
+from shoal.models.registry import build
+from shoal.parallel.layout.decide import layout_of
+from shoal.parallel.layout.split import even_split
+from shoal.parallel.tensor import apply, banded, crossing, halo
+from shoal.parallel.tensor.apply import split_model
+from shoal.parallel.tensor.whole import join_tensors, own_parts
+from shoal.recipe.recipe import ModelSpec
 
 for module in (split_cases, split_runs, tiny_models):
     cloudpickle.register_pickle_by_value(module)
@@ -81,6 +89,61 @@ def _forgetful(group: Any, case: Any, forgotten: str) -> Outcome:
     return run_case(group, case)
 
 
-def test_a_missing_all_reduce_is_seen(on_workers):
-    found = on_workers(2, _forgetful, CASES["gpt"], "all-reduce")[0]
-    assert worst(found.gradients, _whole("gpt").gradients)[0] > 1e-3
+@pytest.mark.parametrize(
+    ("name", "forgotten"), [("gpt", "all-reduce"), ("gpt-sliced", "reduce-scatter"), ("cnn-joined", "all-gather")]
+)
+def test_a_missing_collective_is_seen(on_workers, name, forgotten):
+    try:
+        found = on_workers(2, _forgetful, CASES[name], forgotten)[0]
+    except RunFailed:
+        return  # what should have been joined or cut has another shape
+    assert worst(found.gradients, _whole(name).gradients)[0] > 1e-3
+
+
+def _without_halo(group: Any, case: Any) -> Outcome:
+    """The first halo row of each band is lost on its way."""
+    fetch = halo.fetch_rows
+
+    def lossy(x: torch.Tensor, window: Any, collectives: Any) -> torch.Tensor:
+        rows = fetch(x, window, collectives)
+        return torch.cat([torch.zeros_like(rows[:, :, :1]), rows[:, :, 1:]], 2) if collectives.rank else rows
+
+    banded.fetch_rows = lossy
+    return run_case(group, case)
+
+
+def _with_a_mask_of_its_own(group: Any, case: Any) -> Outcome:
+    """Each worker draws dropout for its part alone."""
+    apply.part_of = lambda *_: None
+    return run_case(group, case)
+
+
+@pytest.mark.parametrize(("name", "plant"), [("cnn-rows", _without_halo), ("mlp", _with_a_mask_of_its_own)])
+def test_a_lost_halo_row_and_a_wrong_mask_are_seen(on_workers, name, plant):
+    found = on_workers(2, plant, CASES[name])[0]
+    assert worst(found.gradients, _whole(name).gradients)[0] > 1e-3
+
+
+def _load_and_hash(group: Any, case: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What a whole state becomes when it is cut, loaded and joined again."""
+    torch.manual_seed(0)
+    model = build(ModelSpec(kind=case.kind, options=case.options), case.facts)
+    layout, collectives = layout_of(model, model.dimensions(), {}, group.world), make_collectives(group)
+    split_model(model, layout, collectives)
+    generator = torch.Generator().manual_seed(5)
+    state = model.state_dict()
+    shapes = {n: t.shape for n, t in join_tensors(state, layout.splits, collectives).items()}
+    given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    model.load_state_dict(own_parts(given, layout.splits, group.rank))
+    return given, join_tensors(model.state_dict(), layout.splits, collectives)
+
+
+def test_a_state_that_is_cut_loaded_and_joined_is_the_state(on_workers):
+    for given, joined in on_workers(3, _load_and_hash, CASES["gpt"]):
+        assert all(torch.equal(given[name], joined[name]) for name in given)
+
+
+def test_a_state_of_another_size_is_refused():
+    split = even_split(0, "tensor", 6, 2)
+    with pytest.raises(UserError, match=r"'w' \[5\] must have 6 elements in dim 0 to be split as the plan says"):
+        own_parts({"w": torch.zeros(5)}, {"w": split}, 0)

@@ -12,6 +12,7 @@ from shoal.errors import UserError, unknown_name
 from shoal.models.dimensions import Dimensions, Grain, Grained, Named
 from shoal.models.dropout import Dropout
 from shoal.models.ends import Joint, Logits, Positions, Segments
+from shoal.models.resnet import PaddedShortcut
 from shoal.parallel.layout.bands import band_treatments
 from shoal.parallel.layout.passage import Cut, Flow, Lie
 from shoal.parallel.layout.rules import TENSOR, Rules, fits
@@ -101,6 +102,12 @@ class _Deciding:
                     self._cut(f"{name}.{key}", self.names.get(f"{name}.weight", ()), name, module.num_features)
         elif isinstance(module, Dropout):
             self._draw(name, module)
+        elif isinstance(module, PaddedShortcut):
+            if self._lies("width", False) == "features":
+                raise UserError(
+                    f"plan.rules.width: {name} pads channels with zeros and needs all of them: write rules.width = '', "
+                    f"or use model.style = 'imagenet', whose shortcuts are convolutions."
+                )
         elif isinstance(module, Joint):
             if sliced:
                 self.modules[name] = Joined(module.dims.index("sequence"), None)
@@ -145,6 +152,8 @@ class _Deciding:
     def _cut(self, parameter: str, dims: tuple[str, ...], module: str, *sizes: int) -> int | None:
         """Decide how a parameter is cut; the index of the dim that is, if one is."""
         found = [index for index, dim in enumerate(dims) if self._axis(dim, module) == TENSOR]
+        if len(found) > 1:  # a dimension that only follows another gives way
+            found = [index for index in found if self.rules.root(dims[index]) == dims[index]] or found
         if len(found) > 1:
             both = [dims[index] for index in found]
             raise UserError(

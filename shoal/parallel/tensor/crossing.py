@@ -87,7 +87,7 @@ class Slices:
         if self._entered:
             self._entered = False
             return
-        self._length = int(self._collectives.all_gather(torch.tensor([x.shape[1]])).sum())
+        self._length = int(self._collectives.all_gather(torch.tensor([x.shape[1]], device=x.device)).sum())
 
     def split(self, dim: int = 1) -> Split:
         return even_split(dim, TENSOR, self._length, self._collectives.world)
