@@ -83,14 +83,15 @@ class HostGroup:
     def split(self, partition: Partition) -> "HostGroup":
         numbers = [next(self.parts) for _ in partition]  # all count alike, also those that are in another part
         part, number = next((p, n) for p, n in zip(partition, numbers, strict=True) if self.rank in p)
+        names = tuple(self.names[rank] for rank in part)
         return replace(
             self,
             rank=part.index(self.rank),
             world=len(part),
             mesh=self.mesh.part(part, number),
-            heap=self.heap.part(number),
+            heap=self.heap.part(number, min(names)),
             arenas=self.arenas.part(part),
-            names=tuple(self.names[rank] for rank in part),
+            names=names,
             servers=None,
             server_heap=None,
             _sequence=0,

@@ -12,7 +12,7 @@ PAGE = mmap.ALLOCATIONGRANULARITY
 PART_BYTES = (
     1 << 40
 )  # of the address range that the heap of a part of the workers has; what is not touched costs nothing
-MOST_PARTS = 1 << 20
+MOST_WORKERS, MOST_PARTS = 1 << 10, 1 << 20
 
 
 def anonymous_file(size: int) -> int:
@@ -40,9 +40,11 @@ class Heap:
         self._file = file
         self._end = self._start = number * PART_BYTES
 
-    def part(self, number: int) -> "Heap":
-        """The heap of some of the workers; ``number`` (from 1) is theirs alone."""
-        return Heap(self._file, number)
+    def part(self, number: int, first: int) -> "Heap":
+        """The heap of some of the workers, of whom ``first`` is one that has not had this ``number`` (from 1) before.
+
+        Workers of other parts may count alike, when parts are split again: their first one tells them apart."""
+        return Heap(self._file, number * MOST_WORKERS + first)
 
     def tensor(self, elements: int, dtype: "torch.dtype") -> "torch.Tensor":
         """A zeroed tensor [elements] that is the same memory in every worker. Aligned to a page."""

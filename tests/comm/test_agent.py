@@ -202,6 +202,19 @@ def _in_parts(group, elements):
     return [b"".join(words).decode() for words in heard], [t.tolist() for t in tensors], inner.world, inner.names
 
 
+def _in_parts_of_parts(group):
+    """Both halves are split again, and count alike."""
+    inner = group.split([(0, 1), (2, 3)]).split([(0, 1)])
+    own = inner.heap.tensor(2, torch.int64)
+    own[inner.rank] = 1 + group.rank
+    group.gather(b"")
+    return own.tolist()
+
+
+def test_parts_of_two_parts_have_memory_of_their_own(on_workers):
+    assert on_workers(4, _in_parts_of_parts) == [[1, 2], [1, 2], [3, 4], [3, 4]]
+
+
 def test_parts_of_a_group_have_words_and_memory_of_their_own(on_workers):
     told = on_workers(4, _in_parts, 4)
     assert [heard for heard, *_ in told] == [["02", "01"], ["13", "01"], ["02", "23"], ["13", "23"]]
