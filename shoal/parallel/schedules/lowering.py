@@ -1,23 +1,27 @@
 """Sends and receives, put into a schedule where no order of arrival can hang it."""
 
+from dataclasses import replace
+
 from shoal.parallel.schedules.actions import Action, Kind
 from shoal.parallel.schedules.dependencies import Place
 from shoal.parallel.schedules.schedule import Schedule
-from shoal.parallel.schedules.simulation import simulate
+from shoal.parallel.schedules.simulation import Times, simulate
 
-_Message = tuple[float, Place, Place]  # when it is sent if all passes take equally long, by which pass, for which pass
+_Message = tuple[float, Place, Place]  # when it is sent, by which pass, for which pass
+_LINK = 1 / 32  # time of a message, in passes, by which messages are numbered: any small one; see `lower`
 Program = tuple[tuple[Action, ...], ...]  # by worker: computes, sends and receives, in order
 
 
 def lower(schedule: Schedule) -> Program:
     """Each worker's actions with the sends and receives between them.
 
-    All messages are numbered by when they would be sent if all passes took equally long. A send follows its pass. A
-    worker receives in the order of the numbers and as late as it can: up to the message that its next pass needs, and
-    before a send of its own, all with lower numbers. So whoever stands still waits for a message with a lower number
-    than the one that it is waited for: nobody waits in a circle, even if a send only ends when its receive has begun.
-    And of any two workers, one receives in the order in which the other sends, activations and gradients alike: no
-    message needs a tag. What is received ahead of its need has been sent by then, if passes do take equally long.
+    All messages are numbered by when they would be sent if all passes took equally long and messages a little. (If
+    they took none, many would be sent at the same time, and a tie broken at will lets messages wait for each other
+    that could travel side by side.) A send follows its pass. A worker receives in the order of the numbers and as
+    late as it can: up to the message that its next pass needs, and before a send of its own, all with lower numbers.
+    So whoever stands still waits for a message with a lower number than the one that it is waited for: nobody waits
+    in a circle, even if a send only ends when its receive has begun. And of any two workers, one receives in the
+    order in which the other sends, activations and gradients alike: no message needs a tag.
 
     Chunks that are neighbours on the same worker hand over without a message. Raises UserError for a schedule that
     deadlocks as it is."""
@@ -33,7 +37,7 @@ def lower(schedule: Schedule) -> Program:
 
 
 def _messages(schedule: Schedule) -> list[_Message]:
-    timeline = simulate(schedule)
+    timeline = simulate(schedule, replace(Times.equal(schedule.chunks), link=_LINK))
     return sorted(
         (timeline.ends[giver[0]][giver[1]], giver, (worker, index))
         for worker, index, giver in timeline.visits
