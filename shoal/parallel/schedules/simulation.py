@@ -23,7 +23,7 @@ class Times:
         return Times((forward,) * chunks, (backward_input,) * chunks, (backward_weight,) * chunks)
 
     def of(self, action: Action) -> float:
-        """Raises UserError for a send or a receive, whose time is the link's."""
+        """Of a pass; a message takes the link's time."""
         chunk = action.chunk
         if action.kind is Kind.FORWARD:
             return self.forward[chunk]
