@@ -124,18 +124,19 @@ class Collectives:
 
     def send(self, t: Tensor, to: int) -> None:
         """To one other rank, which receives in the same order. May return before that one has begun to."""
-        source = _plain(t)
+        source, carrier = _plain(t), self._peer(to, "send")
         with self._counted("send", source.nbytes, 0):
-            self._peer(to, "send").send(source, to)
+            carrier.send(source, to)
 
     def recv(self, like: Like, origin: int) -> Tensor:
         """What rank ``origin`` sends; ``like`` gives its shape and type. Raises OutOfStep when they are others."""
+        carrier = self._peer(origin, "recv")
         if isinstance(like, Tensor):
             out = torch.empty_like(like.detach(), memory_format=torch.contiguous_format)
         else:
             out = torch.empty(tuple(like[0]), dtype=like[1])
         with self._counted("receive", 0, out.nbytes):
-            self._peer(origin, "recv").receive(out, origin)
+            carrier.receive(out, origin)
         return out
 
     def barrier(self) -> None:

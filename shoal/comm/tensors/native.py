@@ -3,6 +3,7 @@
 Tensors that lie in the workers' arenas are read, and sums written, where they lie."""
 
 import ctypes
+import resource
 import weakref
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_size_t, c_uint64, c_void_p
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from shoal.cluster.detect import usable_cores
 from shoal.comm.group import HostGroup
+from shoal.comm.heap import PAGE
 from shoal.comm.mesh import OutOfStep, PeerLost
 from shoal.comm.native import build
 from shoal.comm.status import Phase, Position
 from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, compare_message, told
 from shoal.errors import RunFailed
 
-RING = 4 << 20  # bytes of a message between two that lie ready while its sender goes on
+RING = 4 << 20  # bytes to one other rank that may be under way where address space is limited, and where it is not:
+RINGS, LARGEST_RING = 256 << 30, 4 << 30  # of all pairs together, of one; what is not under way costs no memory
 _HEAD_WORDS = 16  # Channels::kHead
 _ERRORS = {2: PeerLost, 3: OutOfStep}  # by 1 + Failure::Kind; RunFailed for the others
 _ANOTHER = -1  # another head came than was expected
@@ -68,7 +71,9 @@ class Native:
         self._in_place = library.shoal_ranks_in_place
         self._in_place.argtypes, self._in_place.restype = (c_void_p,), c_uint64
         library.shoal_ranks_bytes.argtypes, library.shoal_ranks_bytes.restype = (c_int, c_size_t), c_size_t
-        self._memory = own.heap.tensor(library.shoal_ranks_bytes(group.world, RING), torch.uint8)
+        unlimited = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+        ring = min(LARGEST_RING, RINGS // group.world**2 // PAGE * PAGE) if unlimited else RING
+        self._memory = own.heap.tensor(library.shoal_ranks_bytes(group.world, ring), torch.uint8)
         me = weakref.ref(self)  # the library holds on to the function, and that must not hold on to this
         self._asleep = _Asleep(lambda whom: carrier._sleeps(whom) if (carrier := me()) else 1)
         bases = own.arenas.bases
@@ -78,7 +83,7 @@ class Native:
         opened.argtypes = (c_void_p, c_int, c_int, c_char_p, c_int, c_size_t, c_void_p, c_size_t, _Asleep)
         name = f"of ranks {', '.join(map(str, group.names))}".encode()
         self._ranks = opened(
-            self._memory.data_ptr(), group.rank, group.world, name, _cores(group), RING, arenas, own.arenas.bytes,
+            self._memory.data_ptr(), group.rank, group.world, name, _cores(group), ring, arenas, own.arenas.bytes,
             self._asleep,
         )  # fmt: skip
         if not self._ranks:

@@ -12,7 +12,7 @@ from shoal.comm.distributed import DistributedGroup
 from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, add_up, bytes_of, compare, compare_message, told
 
 SMALL = 64 << 10  # bytes that everybody gets from everybody, where one operation is quicker than two
-PENDING = 64 << 20  # bytes of sends that may be under way
+PENDING, FEW = 64 << 20, 16  # bytes of older sends, and sends, that may be under way
 _HEAD = 18  # numbers before a message: type, dims, sizes
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
@@ -112,7 +112,8 @@ class ProcessGroup:
             self._agree("barrier", torch.device("cpu"))
 
     def send(self, data: Tensor, to: int) -> None:
-        """Does not wait for the receiver, who may be sending too, before PENDING bytes are under way."""
+        """Does not wait for the receiver, who may be sending too, until much is under way: gloo does not tell of what
+        has arrived before it is asked."""
         with self._group.explained(f"a send to rank {self._group.names[to]}"):
             head = torch.zeros(_HEAD, dtype=torch.int64)
             head[: 2 + data.dim()] = torch.tensor([DTYPES.index(data.dtype), data.dim(), *data.shape])
@@ -121,9 +122,7 @@ class ProcessGroup:
                     work = dist.isend(piece, group=self._pairs, group_dst=to)
                     assert work is not None
                     self._sends.append((work, piece))
-            while self._sends and (
-                self._sends[0][0].is_completed() or sum(piece.nbytes for _, piece in self._sends) > PENDING
-            ):
+            while len(self._sends) > FEW and sum(piece.nbytes for _, piece in self._sends) > PENDING:
                 self._sends.popleft()[0].wait()
 
     def receive(self, out: Tensor, origin: int) -> None:

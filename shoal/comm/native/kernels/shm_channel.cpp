@@ -35,12 +35,14 @@ void Channels::wake(std::atomic<std::uint32_t>& sleeps, int whom) const {
 void Channels::put(const Ring& ring, const void* head, const void* data, std::size_t bytes, int to) {
   std::uint64_t written = ring.words.written.load(std::memory_order_relaxed);
   const std::size_t all = kHead + bytes;
+  // Nobody reads in an empty ring; who sees what is written next sees this too.
+  if (ring.words.read.load(std::memory_order_seq_cst) == written) ring.words.base.store(written);
   for (std::size_t done = 0; done < all;) {
     const auto room = [&] { return room_ - (written - ring.words.read.load(std::memory_order_seq_cst)); };
     wait([&] { return room() > 0; }, ring.words.sleeps[0], to, "send");
     const bool in_head = done < kHead;
     const char* from = in_head ? static_cast<const char*>(head) + done : static_cast<const char*>(data) + done - kHead;
-    const std::size_t at = written % room_;
+    const std::size_t at = (written - ring.words.base.load(std::memory_order_relaxed)) % room_;
     const std::size_t piece = std::min({(in_head ? kHead : all) - done, room(), room_ - at, kPiece});
     copy(ring.bytes + at, from, piece);
     done += piece;
@@ -56,7 +58,7 @@ void Channels::take(const Ring& ring, void* data, std::size_t bytes, int from) {
   for (std::size_t done = 0; done < bytes;) {
     const auto there = [&] { return ring.words.written.load(std::memory_order_seq_cst) - read; };
     wait([&] { return there() > 0; }, ring.words.sleeps[1], from, "receive");
-    const std::size_t at = read % room_;
+    const std::size_t at = (read - ring.words.base.load(std::memory_order_relaxed)) % room_;
     const std::size_t piece = std::min<std::size_t>({bytes - done, there(), room_ - at, kPiece});
     if (data) copy(static_cast<char*>(data) + done, ring.bytes + at, piece);
     done += piece;

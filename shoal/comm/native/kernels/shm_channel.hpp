@@ -1,7 +1,8 @@
 // Messages from one rank to another: a ring of bytes for each ordered pair, over memory that the ranks share.
 //
 // A message is a head of kHead bytes, which tells how many bytes follow, and these. A sender goes on as soon as the
-// last byte is in the ring: it waits only where more than the ring holds is under way. Each ring has one sending and
+// last byte is in the ring: it waits only where more than the ring holds is under way. Rings may be large: an empty one
+// is filled from its beginning, so that no more memory is touched than was ever under way. Each ring has one sending and
 // one receiving thread at a time. What ends collectives ends these waits too; both sleep on the bell of their rank.
 #pragma once
 
@@ -24,6 +25,7 @@ class Channels {
  private:
   struct Words {
     alignas(kLine) std::atomic<std::uint64_t> written;  // bytes since the beginning; the sender writes it
+    std::atomic<std::uint64_t> base;                    // which of them lies at the beginning of the ring; likewise
     alignas(kLine) std::atomic<std::uint64_t> read;     // the receiver writes it
     alignas(kLine) std::atomic<std::uint32_t> sleeps[2];  // the sender, the receiver
   };
