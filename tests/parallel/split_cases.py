@@ -12,6 +12,7 @@ BERT = {"layers": 2, "heads": 3, "width": 12, "attention_dropout": 0.1}
 LABELLED = {**TEXT, "classes": CLASSES}
 PICTURES = {"shape": (12, 12), "classes": CLASSES}
 TALL = {"input": torch.randn(3, 1, 65, 12, generator=torch.Generator().manual_seed(2)), **LABELS}
+MIXED = {"layers": 1, "heads": 2, "width": 16, "ffn": 10}
 BIG = {"style": "imagenet", "depth": 18, "width": 2}
 TALL_FACTS = {"shape": (1, 65, 12), "classes": CLASSES}
 
@@ -65,7 +66,8 @@ CASES: dict[str, Case] = {
     "resnet-rows": Case("resnet", BIG, TALL_FACTS, TALL, ROWS),
     "lstm": Case("lstm", {"width": 8, "hidden": 10}, TEXT, WINDOWS),
     "elmo": Case("elmo", {"width": 8}, TEXT, WINDOWS),
-    "moe": Case("moe", {"layers": 1, "heads": 2, "width": 16, "experts": 3}, TEXT, WINDOWS),
+    "moe": Case("moe", {**MIXED, "experts": 3}, TEXT, WINDOWS),
+    "moe-top-1": Case("moe", {**MIXED, "experts": 2, "top_k": 1, "bias": False}, TEXT, WINDOWS),
 }
 IN_TWO = list(CASES)
 IN_THREE = ["gpt", "gpt-sliced", "gpt-row-first", "bert-masked", "mlp", "cnn", "cnn-rows", "resnet-rows"]

@@ -75,12 +75,12 @@ def _inputs(case: Any) -> list[torch.Tensor]:
     if "input" in case.batch:
         return [case.batch["input"]]
     tokens = case.batch["tokens"]
-    return [tokens[:, :-1] if case.kind in ("gpt", "lstm") else tokens]
+    return [tokens[:, :-1] if case.kind in ("gpt", "moe", "lstm") else tokens]
 
 
 COUNTED = ["gpt", "gpt-sliced", "gpt-row-first", "gpt-column-only", "gpt-sliced-whole-vocabulary", "mlp", "cnn",
            "cnn-joined", "cnn-rows", "resnet-rows", "resnet-by-width", "bert-answers-sliced",
-           "bert-classes-row-first", "lstm"]  # fmt: skip
+           "bert-classes-row-first", "lstm", "moe"]  # fmt: skip
 
 
 def _count_all(group: Any, cases: list[Any]) -> list[Any]:

@@ -16,6 +16,7 @@ from shoal.models.registry import build, task_for
 from shoal.parallel.context.model import split_sequence
 from shoal.parallel.context.ring import Ring
 from shoal.parallel.context.task import SplitTask
+from shoal.parallel.experts.model import split_experts
 from shoal.parallel.layout.decide import layout_for
 from shoal.parallel.tensor.apply import split_model
 from shoal.parallel.tensor.whole import join_tensors
@@ -27,7 +28,7 @@ for module in (split_cases, split_runs, tiny_models):
 
 
 def _gradients(group: Any, case: Any, mesh: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Of one batch: samples are dealt out over the axis data, places over the axis context."""
+    """Of one batch: samples are dealt out over the axes data and expert, places over the axis context."""
     torch.manual_seed(0)
     spec = ModelSpec(kind=case.kind, task=case.task, options=case.options)
     model, task = build(spec, case.facts).double(), task_for(spec, case.facts)
@@ -42,7 +43,9 @@ def _gradients(group: Any, case: Any, mesh: dict[str, int]) -> dict[str, torch.T
     across = group.split(plan.axes.partition(other))
     split_model(model, layout, along_tensor)
     batch = case.batch
-    if other == "data":
+    if other == "expert":
+        cut = split_experts(model, make_collectives(across))
+    if other in ("data", "expert"):
         batch = {key: t[across.rank :: across.world] for key, t in batch.items()}
     else:
         ring = Ring.of(across, case.kind == "gpt")
@@ -51,8 +54,11 @@ def _gradients(group: Any, case: Any, mesh: dict[str, int]) -> dict[str, torch.T
     total, _ = task.loss(model, batch)
     total.backward()
     sums = make_collectives(across)
-    own = {name: sums.all_reduce(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    return join_tensors(own, layout.splits, along_tensor)
+    cut = cut if other == "expert" else {}
+    own = {
+        n: p.grad if n in cut else sums.all_reduce(p.grad) for n, p in model.named_parameters() if p.grad is not None
+    }
+    return join_tensors(join_tensors(own, layout.splits, along_tensor), cut, sums)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +67,12 @@ def _gradients(group: Any, case: Any, mesh: dict[str, int]) -> dict[str, torch.T
         ("gpt", {"data": 2, "tensor": 2}),
         ("gpt-sliced", {"tensor": 2, "data": 2}),
         ("gpt", {"context": 2, "tensor": 2}),
+        ("moe", {"expert": 2, "tensor": 2}),
         ("bert-classes-row-first", {"tensor": 2, "context": 2}),
     ],
 )
 def test_gradients_over_a_mesh_are_those_of_one_process(on_workers, name, mesh):
-    options = {**CASES[name].options, "dropout": 0.0, "attention_dropout": 0.0}
+    options = {**CASES[name].options, "dropout": 0.0, "attention_dropout": 0.0}  # masks go by micro-batch
     case = replace(CASES[name], options=options)
     whole = _gradients(None, case, {})
     for found in on_workers(4, _gradients, case, mesh):

@@ -9,17 +9,20 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from shoal.errors import UserError, unknown_name
+from shoal.models.convolution import Conv2d
 from shoal.models.dimensions import Dimensions, Grain, Grained, Named
 from shoal.models.dropout import Dropout
 from shoal.models.ends import Joint, Logits, Positions, Segments
+from shoal.models.moe import ExpertLinear, Mixture
 from shoal.models.resnet import PaddedShortcut
 from shoal.parallel.layout.bands import band_treatments
 from shoal.parallel.layout.passage import Cut, Flow, Lie
 from shoal.parallel.layout.rules import TENSOR, Rules, fits
 from shoal.parallel.layout.split import Split, even_split
-from shoal.parallel.layout.treatment import Drawn, Joined, Layout, Normed, Placed, Treatment, Weighted
+from shoal.parallel.layout.treatment import Drawn, Joined, Layout, Mixed, Normed, Placed, Treatment, Weighted
 from shoal.recipe.plan import Plan
 
+FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, Conv2d.forward, nn.Embedding.forward)  # what a part can do
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -90,8 +93,12 @@ class _Deciding:
         sliced = bool(self.slices) and any(fits(name, pattern) for pattern in self.slices)
         if isinstance(module, Positions | Segments):
             self._place(name, module, sliced)
-        elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) and type(module).forward in FORWARDS:
             self._weigh(name, module, sliced)
+        elif isinstance(module, Mixture):
+            self._mix(f"{name}.experts", module)
+        elif isinstance(module, ExpertLinear):
+            pass  # with the mixture that it belongs to
         elif isinstance(module, Logits):
             self._give_logits(name, module, sliced)
         elif isinstance(module, nn.LayerNorm):
@@ -217,6 +224,18 @@ class _Deciding:
                 self._cut(full, (vocab,), weight.rpartition(".")[0], *bias.shape)
         flow = Flow(cut, self._lies(width, sliced), leaves)
         self._flow(name, flow, module.dims, 1, self.model.get_parameter(weight).shape)
+
+    def _mix(self, name: str, module: Mixture) -> None:
+        found = set()
+        for key, parameter in module.experts.named_parameters():
+            dims = self.names.get(f"{name}.{key}", ())
+            index = self._cut(f"{name}.{key}", dims, f"{name}.{key.partition('.')[0]}", *parameter.shape)
+            if parameter.dim() == 3:
+                found.add("" if index is None else dims[index])
+        if found == {"ffn"}:
+            self.modules[name] = Mixed(module.top_k)
+        elif found != {""}:
+            raise UserError(f"plan.rules: {name} are split by 'ffn' or not at all: leave other rules for them out.")
 
     def _norm(self, name: str, module: nn.LayerNorm, sliced: bool) -> None:
         dims = self.names.get(f"{name}.weight", self.names.get(f"{name}.bias", ()))

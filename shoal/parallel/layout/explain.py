@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shoal.models.ends import GlobalAverage, Joint, Logits, Positions, Segments
 from shoal.parallel.layout.passage import Operation
 from shoal.parallel.layout.shapes import Shapes, module_shapes
-from shoal.parallel.layout.treatment import Banded, Joined, Layout, Normed, Placed, Treatment, Weighted
+from shoal.parallel.layout.treatment import Banded, Joined, Layout, Mixed, Normed, Placed, Treatment, Weighted
 
 LOSS = "loss"  # the layer that the cross-entropy counts as
 _NUMBERS = 3  # that a cross-entropy in parts gathers for each target
@@ -45,7 +45,9 @@ def explain(
     rows: list[Sending] = []
     modules = dict(model.named_modules())
     for name, treatment in layout.modules.items():
-        if name in shapes:
+        if isinstance(treatment, Mixed):
+            rows += teller.mixed(f"{name}.down", modules[name], treatment, shapes[name.rpartition(".")[0]][1])
+        elif name in shapes:
             rows += teller.rows(name, modules[name], treatment, shapes, targets)
     return [row for row in rows if row.bytes]
 
@@ -110,6 +112,14 @@ class _Teller:
         else:
             yield self._send(name, "forward", "all-gather", [self.ways, *made[:-1], 2], size=self.wide)
             yield self._send(name, "backward", "all-reduce", [*made[:-1], 2], size=self.wide)
+
+    def mixed(self, name: str, module: nn.Module, treatment: Mixed, made: Sequence[int]) -> Iterator[Sending]:
+        rows = [prod(made[:-1]), treatment.top_k, made[-1]]  # every token goes to so many experts
+        yield self._send(name, "forward", "all-reduce", rows)
+        yield self._send(name, "backward", "all-reduce", rows)
+        biases = [p for key, p in module.named_parameters() if key == "down.bias"]
+        for bias in biases:
+            yield self._send(name, "backward", "all-reduce", list(bias.shape))
 
     def _banded(
         self, name: str, module: nn.Module, treatment: Banded, given: Sequence[int], made: Sequence[int]

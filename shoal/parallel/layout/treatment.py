@@ -62,7 +62,14 @@ class Banded:
     height: int  # rows that come in, over all bands
 
 
-Treatment = Weighted | Normed | Placed | Drawn | Joined | Banded
+@dataclass(frozen=True)
+class Mixed:
+    """The experts of a mixture, each split as a hidden layer is; every token goes to ``top_k`` of them."""
+
+    top_k: int
+
+
+Treatment = Weighted | Normed | Placed | Drawn | Joined | Banded | Mixed
 
 
 @dataclass(frozen=True)

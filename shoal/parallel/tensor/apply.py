@@ -9,10 +9,12 @@ from torch import nn
 from shoal.comm.tensors import Collectives
 from shoal.models.dropout import Dropout
 from shoal.models.ends import Joint, Logits, Positions, Segments
+from shoal.models.moe import Experts
 from shoal.parallel.layout.split import Split
-from shoal.parallel.layout.treatment import Banded, Drawn, Layout, Treatment, Weighted
+from shoal.parallel.layout.treatment import Banded, Drawn, Layout, Mixed, Treatment, Weighted
 from shoal.parallel.tensor.banded import banded
 from shoal.parallel.tensor.crossing import Slices
+from shoal.parallel.tensor.mixture import split_mixture
 from shoal.parallel.tensor.pointwise import (
     SlicedJoint,
     SlicedNorm,
@@ -42,6 +44,10 @@ def split_model(model: nn.Module, layout: Layout, collectives: Collectives) -> N
         if isinstance(treatment, Drawn):
             assert isinstance(module, Dropout)
             module.part = part_of(treatment, collectives, slices)
+            continue
+        if isinstance(treatment, Mixed):
+            assert isinstance(module, Experts)
+            split_mixture(module, collectives)
             continue
         made = _replacement(module, treatment, collectives, slices)
         for place in places[module]:
