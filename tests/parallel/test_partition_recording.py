@@ -1,6 +1,7 @@
 """What a recording of a forward pass rests on is checked, and what it cannot hold is kept whole or refused."""
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -115,7 +116,7 @@ def test_a_branch_that_would_go_the_other_way_is_an_error_and_not_another_result
 
 def test_a_part_that_branches_is_kept_whole_and_goes_either_way() -> None:
     model = Two(LongerInside())
-    assert record(model, (X,)).whole == {"LongerInside": "it branches on the sizes or values of its input"}
+    assert record(model, (X,)).whole == {"LongerInside": "it branches on the sizes of its input"}
     chunks = cut(model, 3, example=(X,))
     for mode in (True, False):
         for module in (model, *(chunk.module for chunk in chunks.chunks)):
@@ -280,6 +281,54 @@ def test_no_cut_crosses_a_part_of_a_tensor() -> None:
     assert chunks[0].outputs == ("join",), "the whole of it goes over, and is taken apart there"
 
 
+class Masked(nn.Module):
+    """Layers behind a branch on values, which differ from batch to batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if (x > -9).all() else x * 2
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_part_that_branches_on_values_is_kept_whole_and_named_when_pieces_are_too_few() -> None:
+    model = Two(Masked())
+    chunks = cut(model, 3, example=(X,))
+    for x in (X, X - 20):
+        assert not whole(model, {"x": x}).differs(in_chunks(model, chunks, {"x": x}))
+    said = refused(model, count=4)
+    assert "a Two has 3 pieces, too few for 4 chunks: take at most 3" in said
+    assert "Kept whole are parts (Masked: it branches on the values of its input)" in said
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+    loss: Tensor | None = None
+
+
+class Answers(Two):
+    def forward(self, x: Tensor) -> Answer:
+        y = self.first(x)
+        return Answer(self.second(y), (y,))
+
+
+def test_a_dataclass_that_a_model_returns_is_made_by_the_last_chunk() -> None:
+    model = Answers()
+    chunks = cut(model, 2, example=(X,))
+
+    def loss(answer: Answer) -> Tensor:
+        assert isinstance(answer, Answer)
+        return answer.logits.sum() + answer.hidden[0].square().sum()
+
+    assert not whole(model, {"x": X}, loss).differs(in_chunks(model, chunks, {"x": X}, loss))
+
+
 def test_hooks_of_layers_run_in_chunks_too() -> None:
     model = Two(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
     model.between.register_forward_hook(lambda module, args, output: output * 3)
@@ -304,3 +353,24 @@ def test_a_traced_or_exported_model_can_be_cut_as_well() -> None:
     for made in (traced, program):
         chunks = cut(made, 3, example=(X,))
         assert torch.equal(in_chunks(made, chunks, {"x": X}).loss, expected.loss)
+
+
+def test_models_of_transformers_are_cut_with_and_without_padding() -> None:
+    """Code that nobody wrote with a recording in mind."""
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    bert = BertForSequenceClassification(
+        BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **sizes)
+    )
+    gpt = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, use_cache=False, **sizes))
+    tokens = torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(0))
+    whole_mask = torch.ones_like(tokens)
+    padded = torch.where(torch.arange(12) < 9, whole_mask, 0)
+    for model in (bert.train(), gpt.train()):
+        chunks = cut(model, 4, example={"input_ids": tokens, "attention_mask": whole_mask})
+        for mask in (whole_mask, padded):
+            arguments = {"input_ids": tokens[:2], "attention_mask": mask[:2]}
+            expected = whole(model, arguments, lambda answer: answer.logits.square().sum())
+            assert not expected.differs(in_chunks(model, chunks, arguments, lambda a: a.logits.square().sum()))

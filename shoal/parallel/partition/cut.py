@@ -41,6 +41,12 @@ def cut(
     when the model's forward cannot be followed, and when the chunks give another output for the example."""
     line = Line(record(model, example))
     begins = starts(line)
+    if len(begins) < count and not cuts:
+        kept = "; ".join(f"{kind}: {why}" for kind, why in line.recording.whole.items())
+        raise UserError(
+            f"a {type(model).__name__} has {len(begins)} pieces, too few for {count} chunks: take at most {len(begins)}"
+            f" (pipeline workers x chunks of each){f'. Kept whole are parts ({kept})' if kept else ''}."
+        )
     if cuts:
         places = named(line, count, cuts)
     else:

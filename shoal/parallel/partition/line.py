@@ -28,7 +28,7 @@ _CHEAP_METHODS = {
 _CHEAP_METHODS |= {"flatten", "expand", "eq", "ne", "lt", "le", "gt", "ge"}
 _CHEAP_FUNCTIONS: set[Callable[..., Any]] = {getattr, len, operator.getitem, operator.eq, operator.ne, operator.lt}
 _CHEAP_FUNCTIONS |= {operator.le, operator.gt, operator.ge, operator.invert, operator.neg, operator.add, operator.sub}
-_CHEAP_FUNCTIONS |= {operator.mul, operator.floordiv}
+_CHEAP_FUNCTIONS |= {operator.mul, operator.floordiv, torch.arange, torch.zeros, torch.ones, torch.full}
 
 
 class Line:
@@ -43,8 +43,10 @@ class Line:
         graph = recording.graph
         self.result: fx.Node = next(iter(reversed(graph.nodes)))
         self.batch: set[fx.Node] = set()
+        changed = {memory for node in graph.nodes for memory in node.meta.get("changed", ())}
         for node in graph.nodes:
-            if node.op == "placeholder" or (_is_cheap(node) and all(a in self.batch for a in node.all_input_nodes)):
+            repeatable = _is_cheap(node) and not changed & node.meta.get("memories", set())
+            if node.op == "placeholder" or (repeatable and all(a in self.batch for a in node.all_input_nodes)):
                 self.batch.add(node)
         free = self.batch | {node for node in graph.nodes if node.op == "get_attr"} | {self.result}
         self.nodes: tuple[fx.Node, ...] = tuple(node for node in graph.nodes if node not in free)

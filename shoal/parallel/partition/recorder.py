@@ -4,6 +4,7 @@ As in ``torch.fx``, with two additions. Values carry what an example gives, so t
 known; what a branch or a loop count rests on is checked again whenever the graph runs (``expect``). And a module whose
 inside cannot be followed, or that branches, is one node, whatever the rest of the model does."""
 
+import dataclasses
 import inspect
 import operator
 import traceback
@@ -126,8 +127,10 @@ class Recorder(fx.proxy.TracerBase):
         module = self._stack[-1]
         if self._depends_on_mode(value.node):
             raise Untraceable("it does something else in evaluation than in training")
-        if module is not self.model and not any(isinstance(part, _LISTS) for part in module.children()):
-            raise Untraceable("it branches on the sizes or values of its input")
+        if module is not self.model and isinstance(value.example, Tensor):
+            raise Untraceable("it branches on the values of its input")
+        if module is not self.model and not _holds_layers(module):
+            raise Untraceable("it branches on the sizes of its input")
         with self._while_live(False):
             found = read(value.example)
         where = f"{type(module).__name__}.forward ({place_of()})"
@@ -158,6 +161,12 @@ class Recorder(fx.proxy.TracerBase):
             return a
         if id(a) in self._state:
             return self._read(self._state[id(a)], a)
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if f.init}
+            if any(type(part) in (Recorded, UnknownAttribute) for part in leaves(fields)):
+                return self.record("call_function", type(a), (), fields).node
+        if inspect.isfunction(a) and a.__closure__:
+            raise Untraceable("it hands a function to a function")
         if any(type(part) is Recorded for part in getattr(a, "__dict__", {}).values()):
             raise Untraceable(f"it hands values over inside a {type(a).__name__}")
         return self._read(self._constant(a), a)
@@ -338,6 +347,14 @@ class Recorder(fx.proxy.TracerBase):
             if one.op == "call_function":
                 above.extend(a for a in one.all_input_nodes if a not in above and not a.meta.get("bytes"))
         return False
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """Whether it has a list of parts, or one further inside of parts that have parts."""
+    if any(isinstance(part, _LISTS) for part in module.children()):
+        return True
+    lists = (part for part in module.modules() if isinstance(part, _LISTS))
+    return any(sum(1 for part in found.children() if next(part.children(), None)) > 1 for found in lists)
 
 
 def reason(error: Exception) -> str:
