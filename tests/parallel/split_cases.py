@@ -62,6 +62,7 @@ CASES: dict[str, Case] = {
     ),
     "cnn-rows": Case("cnn", {"channels": (5, 6), "kernel": 5, "hidden": 7, "norm": True}, PICTURES, IMAGES, ROWS),
     "resnet": Case("resnet", {"depth": 8, "width": 4}, PICTURES, IMAGES),
+    "resnet-padded": Case("resnet", {"depth": 8, "width": 3}, PICTURES, IMAGES, {"width": "tensor", "channels": ""}),
     "resnet-by-width": Case("resnet", BIG, TALL_FACTS, TALL, {"width": "tensor", "channels": ""}),
     "resnet-rows": Case("resnet", BIG, TALL_FACTS, TALL, ROWS),
     "lstm": Case("lstm", {"width": 8, "hidden": 10}, TEXT, WINDOWS),

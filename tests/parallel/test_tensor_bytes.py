@@ -79,7 +79,7 @@ def _inputs(case: Any) -> list[torch.Tensor]:
 
 
 COUNTED = ["gpt", "gpt-sliced", "gpt-row-first", "gpt-column-only", "gpt-sliced-whole-vocabulary", "mlp", "cnn",
-           "cnn-joined", "cnn-rows", "resnet-rows", "resnet-by-width", "bert-answers-sliced",
+           "cnn-joined", "cnn-rows", "resnet-rows", "resnet-by-width", "resnet-padded", "bert-answers-sliced",
            "bert-classes-row-first", "lstm", "moe"]  # fmt: skip
 
 

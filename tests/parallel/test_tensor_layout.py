@@ -139,7 +139,6 @@ def test_with_one_worker_nothing_is_cut():
         ("lstm", {"vocab": ""}, 2, "splits nothing of this LSTM: give its dimensions .* a rule such as"),
         ("cnn", {**ROWS, "channels": "tensor"}, 2, "both 'rows' and 'channels' .* write rules.channels = ''"),
         ("cnn", ROWS, 5, "has 3 rows, fewer than the 5 workers"),
-        ("resnet", {"width": "tensor", "channels": ""}, 2, "pads channels with zeros and needs all of them: write"),
         ("moe", {"routes": "tensor"}, 2, "router.weight has dimension 'routes', and a Router is not split by it"),
         ("moe", {"width": "tensor", "vocab": "", "heads": ""}, 2, "experts.* twice, by 'ffn' and 'width'"),
         ("mlp", ROWS, 2, "needs a model that tells the shape of its images"),

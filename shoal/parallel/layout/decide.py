@@ -111,10 +111,7 @@ class _Deciding:
             self._draw(name, module)
         elif isinstance(module, PaddedShortcut):
             if self._lies("width", False) == "features":
-                raise UserError(
-                    f"plan.rules.width: {name} pads channels with zeros and needs all of them: write rules.width = '', "
-                    f"or use model.style = 'imagenet', whose shortcuts are convolutions."
-                )
+                self._widen(name, module)
         elif isinstance(module, Joint):
             if sliced:
                 self.modules[name] = Joined(module.dims.index("sequence"), None)
@@ -236,6 +233,13 @@ class _Deciding:
             self.modules[name] = Mixed(module.top_k)
         elif found != {""}:
             raise UserError(f"plan.rules: {name} are split by 'ffn' or not at all: leave other rules for them out.")
+
+    def _widen(self, name: str, module: PaddedShortcut) -> None:
+        """It works on all channels: they are joined before it and cut after it."""
+        channels = self.model.get_submodule(f"{name.rpartition('.')[0]}.conv1").in_channels
+        assert isinstance(channels, int)
+        inputs, outputs = (self._split("width", size, 1, name) for size in (channels, channels + module.added))
+        self.modules[name] = Weighted(Flow("whole", "features", "features"), inputs, outputs, learns=True)
 
     def _norm(self, name: str, module: nn.LayerNorm, sliced: bool) -> None:
         dims = self.names.get(f"{name}.weight", self.names.get(f"{name}.bias", ()))

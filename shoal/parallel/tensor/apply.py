@@ -10,6 +10,7 @@ from shoal.comm.tensors import Collectives
 from shoal.models.dropout import Dropout
 from shoal.models.ends import Joint, Logits, Positions, Segments
 from shoal.models.moe import Experts
+from shoal.models.resnet import PaddedShortcut
 from shoal.parallel.layout.split import Split
 from shoal.parallel.layout.treatment import Banded, Drawn, Layout, Mixed, Treatment, Weighted
 from shoal.parallel.tensor.banded import banded
@@ -23,7 +24,7 @@ from shoal.parallel.tensor.pointwise import (
     SplitNorm,
     part_of,
 )
-from shoal.parallel.tensor.weighted import Doors, SplitConv2d, SplitEmbedding, SplitLinear, SplitLogits
+from shoal.parallel.tensor.weighted import Doors, SplitConv2d, SplitEmbedding, SplitLinear, SplitLogits, SplitShortcut
 
 
 def split_model(model: nn.Module, layout: Layout, collectives: Collectives) -> None:
@@ -78,7 +79,10 @@ def _replacement(module: nn.Module, treatment: Treatment, collectives: Collectiv
     if isinstance(treatment, Banded):
         return banded(module, treatment, collectives)
     if isinstance(treatment, Weighted):
-        doors = Doors(treatment, collectives, slices, 1 if isinstance(module, nn.Conv2d) else -1)
+        images = isinstance(module, nn.Conv2d | PaddedShortcut)
+        doors = Doors(treatment, collectives, slices, 1 if images else -1)
+        if isinstance(module, PaddedShortcut):
+            return SplitShortcut(module, doors)
         if isinstance(module, nn.Linear):
             return SplitLinear(module, doors)
         if isinstance(module, nn.Conv2d):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from shoal.comm.tensors import Collectives
 from shoal.models.convolution import Conv2d
 from shoal.models.ends import Logits
+from shoal.models.resnet import PaddedShortcut
 from shoal.models.tasks.cross_entropy import PartOfLogits
 from shoal.parallel.layout.passage import Passage
 from shoal.parallel.layout.split import Split
@@ -95,6 +96,15 @@ class SplitEmbedding(nn.Embedding):
         elsewhere = (local < 0) | (local >= len(self.weight))
         found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         return doors.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+
+
+class SplitShortcut(PaddedShortcut):
+    def __init__(self, whole: PaddedShortcut, doors: Doors) -> None:
+        adopt(self, whole)
+        self.doors = doors
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.doors.leave(super().forward(self.doors.enter(x)))
 
 
 class SplitLogits(Logits):
