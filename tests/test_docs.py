@@ -61,6 +61,12 @@ def test_the_page_about_layouts_shows_what_its_program_prints(tmp_path: Path) ->
     assert run(program) == blocks("docs/layouts.md", "text")[0]
 
 
+def test_the_page_about_pipelines_shows_what_its_program_prints(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(blocks("docs/pipeline.md", "python")))
+    assert run(program) == blocks("docs/pipeline.md", "text")[0]
+
+
 def test_every_file_that_a_page_points_at_is_there() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):

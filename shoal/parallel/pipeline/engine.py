@@ -24,6 +24,7 @@ from shoal.parallel.pipeline.stage import Stage
 from shoal.parallel.pipeline.tied import Ties, with_own_copies
 from shoal.parallel.schedules import Action, Kind, Schedule, verify
 from shoal.parallel.schedules.activations import Peak, peak_activations
+from shoal.parallel.schedules.simulation import Times, simulate
 
 _ACTIVATION, _GRADIENT, _TIED_GRADIENT, _TIED_WEIGHT, _MEASURED = range(5)  # what a message is: the first of its key
 
@@ -55,7 +56,13 @@ class Figures:
     forward_s: float
     backward_s: float
     waiting_s: float  # for messages
+    seconds: float  # from the step's start to the worker's last action
     peak: Peak  # activations, in (chunk, micro-batch) pairs
+
+    @property
+    def waiting_share(self) -> float:
+        """Of the time from the step's start to the worker's last action; after that it has nothing left to do."""
+        return self.waiting_s / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -113,18 +120,31 @@ class Pipeline:
         """All micro-batches of a step, there and back."""
         if schedule not in self._verified:
             self._verified[schedule] = verify(schedule).program[self.group.rank]
-        waited = self._messages.waited_s + self._tied.waited_s
+        begun, waited = self._clock(), self._messages.waited_s + self._tied.waited_s
         step = _Step(work, task)
         for action in self._verified[schedule]:
             self._do(step, action)
             step.flights.did(action)
+        self.settle()
+        waiting = self._messages.waited_s + self._tied.waited_s - waited
+        took = self._clock() - begun
+        return Figures(step.seconds["forward"], step.seconds["backward"], waiting, took, step.flights.peak)
+
+    def settle(self) -> None:
+        """Wait until what was sent has been taken; after the last `measure` and before leaving the group."""
         self._messages.settle()
         self._tied.settle()
-        waiting = self._messages.waited_s + self._tied.waited_s - waited
-        return Figures(step.seconds["forward"], step.seconds["backward"], waiting, step.flights.peak)
 
     def predicted_peak(self, schedule: Schedule) -> Peak:
         return peak_activations(schedule)[self.group.rank]
+
+    def predicted_waiting_share(self, schedule: Schedule, times: Times | None = None) -> float:
+        """What `Figures.waiting_share` would be if passes took these times, by default all equally long.
+
+        A worker waits from the step's start on: what comes before its first pass counts."""
+        timeline, rank = simulate(schedule, times), self.group.rank
+        last = timeline.ends[rank][-1] if timeline.ends[rank] else 0.0
+        return 1 - timeline.busy(rank) / last if last else 0.0
 
     def _do(self, step: _Step, action: Action) -> None:
         kind, chunk, micro_batch, peer = action
@@ -277,18 +297,19 @@ class Pipeline:
     @torch.no_grad()
     def share_tied(self) -> None:
         """Owners of tied parameters hand their weights to those that hold copies; all workers of the group call it."""
-        for name, (owner, *others) in self.ties.users.items():
+        for number, (name, (owner, *others)) in enumerate(self.ties.users.items()):
             if owner not in self.stages:
                 continue
-            weight = dict(self.stages[owner].chunk.module.named_parameters())[name].detach()
+            with self._inside():  # a copy: the next update may come before the others have read it
+                weight = dict(self.stages[owner].chunk.module.named_parameters())[name].detach().clone()
             for chunk in others:
                 if chunk in self.stages:
                     self.stages[chunk].copies[name].copy_(weight)
                 else:
-                    key = (_TIED_WEIGHT, list(self.ties.users).index(name), chunk)
-                    self._tied.send(self.placement[chunk], key, {"weight": weight.clone()})
+                    self._tied.send(self.placement[chunk], (_TIED_WEIGHT, number, chunk), {"weight": weight})
         for number, (name, (owner, *others)) in enumerate(self.ties.users.items()):
             for chunk in others:
                 if chunk in self.stages and owner not in self.stages:
                     came = self._tied.receive(self.placement[owner], (_TIED_WEIGHT, number, chunk))
                     self.stages[chunk].copies[name].copy_(came["weight"])
+        self.settle()

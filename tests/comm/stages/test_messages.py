@@ -2,13 +2,13 @@
 
 import gc
 import os
-import socket
 from types import SimpleNamespace
 
+import cloudpickle
 import pytest
 import torch
+import torchrun_workers
 
-from shoal.comm.distributed import DistributedGroup
 from shoal.comm.native import build
 from shoal.comm.stages import make_messages
 from shoal.comm.status import Phase
@@ -17,24 +17,13 @@ from shoal.errors import RunFailed
 CPU = torch.device("cpu")
 
 
-def as_torchrun(group, function, *arguments):
-    """Run the function in the same workers, as torchrun would have started them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = group.gather(str(free.getsockname()[1]).encode())[0].decode()
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(group.rank), WORLD_SIZE=str(group.world))
-    joined = DistributedGroup(20.0, accelerator=False)
-    try:
-        return function(joined, *arguments)
-    finally:
-        joined.close()
-
-
 @pytest.fixture(params=["host", "torch.distributed"])
 def on_group(request, on_workers):
     if request.param == "host":
         return on_workers
-    return lambda workers, function, *arguments: on_workers(workers, as_torchrun, function, *arguments)
+    cloudpickle.register_pickle_by_value(torchrun_workers)
+    joined = torchrun_workers.as_torchrun
+    return lambda workers, function, *arguments: on_workers(workers, joined, function, *arguments)
 
 
 def content(number, rank):

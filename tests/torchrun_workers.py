@@ -1,0 +1,22 @@
+"""Workers that an agent forked, joined as torchrun would have started them."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from shoal.comm.distributed import DistributedGroup
+from shoal.comm.group import HostGroup
+
+
+def as_torchrun(group: HostGroup, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run the function in the same workers, as torchrun would have started them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = group.gather(str(free.getsockname()[1]).encode())[0].decode()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(group.rank), WORLD_SIZE=str(group.world))
+    joined = DistributedGroup(20.0, accelerator=False)
+    try:
+        return function(joined, *arguments)
+    finally:
+        joined.close()
