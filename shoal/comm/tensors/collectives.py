@@ -123,7 +123,9 @@ class Collectives:
         return t.detach() if sends else data
 
     def send(self, t: Tensor, to: int) -> None:
-        """To one other rank, which receives in the same order. May return before that one has begun to."""
+        """To one other rank, which receives in the same order. May return before that one has begun to.
+
+        A worker that leaves before it has been received may take it along: end with a barrier."""
         source, carrier = _plain(t), self._peer(to, "send")
         with self._counted("send", source.nbytes, 0):
             carrier.send(source, to)

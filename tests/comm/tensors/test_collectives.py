@@ -247,6 +247,7 @@ def counted(group):
     collectives.broadcast(torch.zeros(7), 1)
     collectives.send(torch.zeros(4), (rank + 1) % world)
     collectives.recv(torch.zeros(4), (rank - 1) % world)
+    collectives.barrier()  # who leaves takes what is still under way along
     totals = group.counters.totals()
     return {place[0]: (total.calls, total.sent_bytes, total.received_bytes) for place, total in totals.items()}
 
