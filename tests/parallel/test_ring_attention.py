@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from shoal.comm.group import HostGroup
-from shoal.comm.tensors import Collectives, make_collectives
 from shoal.errors import UserError
 from shoal.models.registry import build, task_for
 from shoal.models.tasks.language_model import BidirectionalLanguageModel
@@ -58,7 +57,7 @@ def _full(length: int, mask: Tensor | None, causal: bool, dtype: torch.dtype) ->
 
 
 def _in_a_ring(group: HostGroup, length: int, mask: Tensor | None, causal: bool, dtype: torch.dtype) -> list[Tensor]:
-    ring = Ring.of(make_collectives(group), causal)
+    ring = Ring.of(group, causal)
     ring.cut(length)
     q, k, v, toward = (ring.own(part.unsqueeze(0), 3)[0].requires_grad_() for part in _parts(length, dtype))
     out = ring.attention(q, k, v, mask, causal)
@@ -99,7 +98,7 @@ def test_a_row_that_sees_nothing_is_zero_with_a_gradient_of_zero(on_workers):
 
 def _memory(group: HostGroup, length: int) -> int:
     """Elements that the forward pass keeps for the backward pass."""
-    ring = Ring.of(make_collectives(group), True)
+    ring = Ring.of(group, True)
     ring.cut(length)
     q, k, v, _ = (ring.own(part.unsqueeze(0), 3)[0].requires_grad_() for part in _parts(length, torch.float32))
     kept = []
@@ -116,12 +115,12 @@ def test_what_a_worker_keeps_shrinks_with_the_workers_and_grows_with_the_length_
 
 def _bytes(group: HostGroup, length: int) -> list[float]:
     """What a forward pass sends, and what it and the backward pass do."""
-    ring = Ring.of(make_collectives(group), True)
+    ring = Ring.of(group, True)
     ring.cut(length)
     q, k, v, _ = (ring.own(part.unsqueeze(0), 3)[0].requires_grad_() for part in _parts(length, torch.float32))
 
     def sent() -> float:
-        return sum(total.sent_bytes for place, total in group.counters.totals().items() if place[0] == "send")
+        return sum(total.sent_bytes for place, total in group.counters.totals().items() if place[0] == "stage send")
 
     out = ring.attention(q, k, v, causal=True)
     forward = sent()
@@ -133,8 +132,8 @@ def _bytes(group: HostGroup, length: int) -> list[float]:
 def test_keys_and_values_go_round_once_forward_and_once_backward_with_their_gradients(on_workers, world):
     block = 2 * 2 * 3 * (64 // world) * 8 * 4  # keys and values of a slice
     for forward, both in on_workers(world, _bytes, 64):
-        assert forward == (world - 1) * block
-        assert both == (3 * world - 2 if world > 1 else 0) * block
+        for sent, blocks in ((forward, world - 1), (both, 3 * world - 2 if world > 1 else 0)):
+            assert blocks * block <= sent <= blocks * (block + 512)  # each message says what is in it
 
 
 SIZES = {"layers": 2, "heads": 2, "width": 16}
@@ -181,7 +180,7 @@ def _split_pass(group: HostGroup, name: str) -> tuple[Any, ...]:
     spec, batch = WHOLE[name]
     model = _model(name)
     names = [n for n, _ in model.named_parameters()]
-    ring = Ring.of(make_collectives(group), spec.kind != "bert")
+    ring = Ring.of(group, spec.kind != "bert")
     split_sequence(model, ring)
     assert [n for n, _ in model.named_parameters()] == names
     return _pass(model, SplitTask(task_for(spec, FACTS), ring), batch)
@@ -207,7 +206,7 @@ class Alone:
 
 
 def _alone() -> Ring:
-    return Ring.of(Collectives(Alone(), None), True)
+    return Ring.of(Alone(), True)
 
 
 def test_what_cannot_be_split_is_refused_with_the_repair():

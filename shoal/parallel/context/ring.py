@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm.tensors import Collectives
+from shoal.comm.group import Group
+from shoal.comm.stages import StageMessages, make_messages
+from shoal.comm.tensors import Collectives, make_collectives
 from shoal.errors import UserError
 from shoal.parallel.context.slices import SEQUENCE, contiguous, places, zigzag
 from shoal.parallel.layout.split import Split
 
 COLUMNS = 128  # keys whose scores are held at a time: memory grows with the queries alone
+_KINDS = ("block", "gradients")  # what goes round
 
 
 @dataclass
@@ -25,16 +28,34 @@ class Ring:
     """The workers that share each sequence, and how the present one is cut."""
 
     collectives: Collectives
+    messages: StageMessages | None  # sends do not wait for the receiver; None for one worker
     causal: bool  # later places have more to do: cut in zigzag
     slices: Split
 
     @staticmethod
-    def of(collectives: Collectives, causal: bool) -> "Ring":
-        return Ring(collectives, causal, contiguous(0, collectives.world))
+    def of(group: Group, causal: bool, device: torch.device | None = None) -> "Ring":
+        """Called by all workers of the group."""
+        messages = make_messages(group, device or torch.device("cpu")) if group.world > 1 else None
+        return Ring(make_collectives(group), messages, causal, contiguous(0, group.world))
 
     @property
     def rank(self) -> int:
         return self.collectives.rank
+
+    @property
+    def world(self) -> int:
+        return self.collectives.world
+
+    def pass_on(self, hop: int, what: str, t: Tensor) -> None:
+        """To the next worker. The tensor must not be written to afterwards."""
+        if self.messages is not None:
+            self.messages.send((self.rank + 1) % self.world, (hop, _KINDS.index(what)), {what: t})
+
+    def take(self, hop: int, what: str) -> Tensor:
+        """From the worker before. The tensor must not be written to."""
+        assert self.messages is not None
+        taken: Tensor = self.messages.receive((self.rank - 1) % self.world, (hop, _KINDS.index(what)))[what]
+        return taken
 
     def cut(self, length: int) -> None:
         """From now on sequences have this many places."""
@@ -65,7 +86,7 @@ class _RingAttention(torch.autograd.Function):
         wide = _wide(q)
         top = wide.new_full((*q.shape[:-1], 1), -torch.inf)  # the largest score of each row so far
         total, mixed = torch.zeros_like(top), wide.new_zeros((*q.shape[:-1], v.shape[-1]))
-        for owner, (keys, values) in _go_round(ring, _stack(k, v)):
+        for _, owner, (keys, values) in _go_round(ring, _stack(k, v)):
             for rows, columns, hidden in pieces.of(owner):
                 scores = _scores(q[:, :, rows], keys[:, :, columns], hidden)
                 before = top[:, :, rows]
@@ -93,23 +114,19 @@ class _RingAttention(torch.autograd.Function):
         dq = torch.zeros_like(wide)
         drop = (_wide(grad) * _wide(out)).sum(-1, keepdim=True)  # what the softmax's own gradient takes off
         ring: Ring = context.ring
-        carried = wide.new_zeros((2, *k.shape))  # dk, dv of the block at hand, from all ranks that it has been at
-        for owner, (keys, values) in _go_round(ring, _stack(k, v), context.pieces.slices):
-            if owner != ring.rank:
-                carried = ring.collectives.recv(((2, *keys.shape), wide.dtype), _before(ring))
+        for hop, owner, (keys, values) in _go_round(ring, _stack(k, v)):
+            found = wide.new_zeros((2, *keys.shape))  # dk and dv of this block, as far as own queries go
             for rows, columns, hidden in context.pieces.of(owner):
                 some, mine, toward = keys[:, :, columns], q[:, :, rows], grad[:, :, rows]
                 weights = _scores(mine, some, hidden).sub_(log_total[:, :, rows]).exp_()
-                carried[1][:, :, columns] += weights.to(v.dtype).transpose(-1, -2) @ toward
+                found[1][:, :, columns] += weights.to(v.dtype).transpose(-1, -2) @ toward
                 pull = _wide(toward @ values[:, :, columns].transpose(-1, -2)).sub_(drop[:, :, rows])
                 pull = pull.mul_(weights).mul_(scale).to(q.dtype)
                 dq[:, :, rows] += pull @ some
-                carried[0][:, :, columns] += pull.transpose(-1, -2) @ mine
-            if ring.collectives.world > 1:
-                ring.collectives.send(carried, _after(ring))
-        if ring.collectives.world > 1:
-            carried = ring.collectives.recv(((2, *k.shape), wide.dtype), _before(ring))
-        dk, dv = carried.to(k.dtype)
+                found[0][:, :, columns] += pull.transpose(-1, -2) @ mine
+            # what those before have found comes with the block, and goes on with it until it is home
+            ring.pass_on(hop, "gradients", found if hop == 0 else ring.take(hop - 1, "gradients") + found)
+        dk, dv = (found if ring.world == 1 else ring.take(ring.world - 1, "gradients")).to(k.dtype)
         return dq.to(q.dtype), dk, dv, None, None, None
 
 
@@ -146,26 +163,14 @@ class _Pieces:
                     yield rows, columns, hidden
 
 
-def _go_round(ring: Ring, block: Tensor, slices: Split | None = None) -> Iterator[tuple[int, Tensor]]:
-    """(owner, keys and values [2, n, heads, T of the owner, d]), the own first; each goes on before it is used."""
-    slices = slices or ring.slices
-    world, rank = ring.collectives.world, ring.rank
-    for hop in range(world):
-        owner = (rank - hop) % world
+def _go_round(ring: Ring, block: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(hop, owner, keys and values [2, n, heads, T of the owner, d]), the own first; each goes on before it is used."""
+    for hop in range(ring.world):
         if hop:
-            shape = (*block.shape[:3], slices.sizes[owner], block.shape[-1])
-            block = ring.collectives.recv((shape, block.dtype), _before(ring))
-        if hop < world - 1:
-            ring.collectives.send(block, _after(ring))
-        yield owner, block
-
-
-def _before(ring: Ring) -> int:
-    return (ring.rank - 1) % ring.collectives.world
-
-
-def _after(ring: Ring) -> int:
-    return (ring.rank + 1) % ring.collectives.world
+            block = ring.take(hop - 1, "block")
+        if hop < ring.world - 1:
+            ring.pass_on(hop, "block", block)
+        yield hop, (ring.rank - hop) % ring.world, block
 
 
 def _stack(k: Tensor, v: Tensor) -> Tensor:
