@@ -13,6 +13,7 @@ from shoal.errors import UserError
 from shoal.prove.plans import standard_plans
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
+from shoal.train.able import check_trainable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +57,7 @@ def prove(
         plans = standard_plans(counts, recipe.shards)
     for plan in plans:
         plan.owned(recipe.shards)
+        check_trainable(plan)
         if plan.sync == "local" or plan.staleness:
             raise UserError(f"proofs compare steps that all workers share; in this plan {plan.lossy}: leave it out.")
         if plan.device == "cuda":

@@ -26,7 +26,7 @@ def size_bytes(size: int | str, where: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", size)
     if found is None or found[2].lower() not in UNITS:
         raise UserError(f'{where} = {size!r} is no size: write "512MiB", "2GiB", "1.5GB" or a number of bytes.')
-    return math.floor(float(found[1]) * UNITS[found[2].lower()])
+    return math.floor(float(found[1]) * int(UNITS[found[2].lower()]))
 
 
 def size_text(count: int) -> str:

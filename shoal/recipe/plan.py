@@ -38,7 +38,7 @@ class Plan:
     compression: Literal["none", "fp16", "bf16", "int8", "topk", "1bit", "powersgd"] = "none"  # lossy: of gradients
     compression_force: bool = False  # compress although a measurement says that it does not pay
     states: Literal["replicated", "zero1", "zero2", "zero3"] = "replicated"
-    # what each data replica holds a slice of: optimiser states; gradients too; parameters too (Rajbhandari et al., 2020)
+    # data replicas hold slices of optimiser states, gradients too, parameters too (Rajbhandari et al., 2020)
     state_group: int = 0  # zero1-3: replicas that share one copy of the states; 0: all of them
     pipeline: PipelinePlan = field(default_factory=PipelinePlan)
     memory: MemoryPlan = field(default_factory=MemoryPlan)

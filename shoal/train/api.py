@@ -16,6 +16,7 @@ from shoal.errors import ShoalError, UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
+from shoal.train.able import check_trainable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +53,7 @@ def train(
     joins = launched_workers()
     plan = plan or Plan(mesh={"data": joins or 1})
     plan.owned(recipe.shards)  # refused before anything is spent
+    check_trainable(plan)
     folder = Run.find(resume).path if resume is not None else run_dir
     order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
     if joins is not None:
@@ -165,6 +167,7 @@ def launch(
     joins = launched_workers()
     plan = plan or Plan(mesh={"data": workers or joins or min(usable_cores(), shards)})
     plan.owned(shards)
+    check_trainable(plan)
     settings = {"shards": shards, "micro_batches": micro_batches, "seed": seed, "clip": clip}
     if joins is not None:
         with _joined(plan, threads) as group:

@@ -21,6 +21,7 @@ from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher
 from shoal.data.source import Source
 from shoal.errors import RunFailed, UserError
+from shoal.memory.apply import recompute
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint
 from shoal.train.device import device_for
@@ -81,6 +82,9 @@ class Worker:
             raise UserError("worker.model was called twice: wrap several modules in one nn.ModuleDict.")
         self._module = module.to(self.device)
         self._share_weights(module)
+        if compile and self.plan.memory.recompute != "none":
+            raise UserError("plan: memory.recompute is for models that are not compiled: leave model.compile out.")
+        recompute(module, self.plan.memory)
         placement = placement_of(self.plan, self._ownership, self.rank)
         most = tuple(self.micro_batches for _ in range(self._shard_count))
         self._gradients = Gradients(

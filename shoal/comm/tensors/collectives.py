@@ -56,7 +56,7 @@ class Collectives:
         source, rest = _plain(t), _without(t, dim)
         whole = source.new_empty((*t.shape[:dim], sum(sizes), *t.shape[dim + 1 :])) if dim == 0 else None
         outs = (
-            list(whole.split(sizes))
+            list(torch.split(whole, sizes))
             if whole is not None
             else [source.new_empty((*t.shape[:dim], size, *t.shape[dim + 1 :])) for size in sizes]
         )
@@ -80,7 +80,7 @@ class Collectives:
         sizes = [t.shape[dim] // self.world] * self.world if sizes is None else list(sizes)
         if len(sizes) != self.world or sum(sizes) != t.shape[dim]:
             raise UserError(f"reduce_scatter: sizes {sizes} do not cut dim {dim} of {told(t)} for {self.world} ranks.")
-        sources = [part.contiguous() for part in t.detach().split(sizes, dim)]
+        sources = [part.contiguous() for part in torch.split(t.detach(), sizes, dim)]
         mine = sources[self.rank]
         out = torch.empty_like(mine)
         others = sum(source.nbytes for source in sources) - mine.nbytes

@@ -127,13 +127,13 @@ class Messages:
 
     def send(self, data: Tensor, to: int) -> None:
         self._pairs.send(to, _HEAD, 0, told(data).encode())
-        for piece in bytes_of(data).split(LONGEST):
+        for piece in torch.split(bytes_of(data), LONGEST):
             self._pairs.send(to, _PIECE, 0, piece.numpy().tobytes())
 
     def receive(self, out: Tensor, origin: int) -> None:
         sent = self._heard(self._pairs, origin, _HEAD, 0).decode()
         compare_message(sent, out, self._names[origin], self._names[self.rank])
-        for piece in bytes_of(out).split(LONGEST):
+        for piece in torch.split(bytes_of(out), LONGEST):
             payload = self._pairs.receive(origin, _PIECE, 0)
             if payload:
                 piece.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))

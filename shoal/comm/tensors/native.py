@@ -81,9 +81,9 @@ class Native:
         opened = library.shoal_ranks_open
         opened.restype = c_void_p
         opened.argtypes = (c_void_p, c_int, c_int, c_char_p, c_int, c_size_t, c_void_p, c_size_t, _Asleep)
-        name = f"of ranks {', '.join(map(str, group.names))}".encode()
+        label = f"of ranks {', '.join(map(str, group.names))}".encode()
         self._ranks = opened(
-            self._memory.data_ptr(), group.rank, group.world, name, _cores(group), ring, arenas, own.arenas.bytes,
+            self._memory.data_ptr(), group.rank, group.world, label, _cores(group), ring, arenas, own.arenas.bytes,
             self._asleep,
         )  # fmt: skip
         if not self._ranks:

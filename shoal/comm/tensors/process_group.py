@@ -48,7 +48,7 @@ class ProcessGroup:
         """All-to-all of bytes: ``flat`` is cut into ``to_each``. What comes from each."""
         arrived = flat.new_empty(sum(from_each))
         dist.all_to_all_single(arrived, flat, from_each, to_each, group=self._pg)
-        return list(arrived.split(from_each))
+        return list(torch.split(arrived, from_each))
 
     def _gathered(self, source: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Everybody's bytes, ``sizes[r]`` of rank r: the shorter ones are padded."""
@@ -57,7 +57,7 @@ class ProcessGroup:
             source = torch.cat([source, source.new_zeros(longest - len(source))])
         rows = source.new_empty(self.world * longest)
         _gather(rows, source, group=self._pg)
-        return [row[:size] for row, size in zip(rows.split(longest), sizes, strict=True)]
+        return [row[:size] for row, size in zip(torch.split(rows, longest), sizes, strict=True)]
 
     def all_reduce(self, source: Tensor, out: Tensor, signature: str) -> None:
         with self._group.explained("an all-reduce"):

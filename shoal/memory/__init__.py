@@ -1,0 +1,1 @@
+"""Recomputation, offload and states in fewer bits: less memory for the same result."""

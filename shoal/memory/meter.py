@@ -1,0 +1,77 @@
+"""Counting the bytes that are held for backward passes."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+class Hold:
+    """A share in the memory of a tensor, counted for as long as this object lives."""
+
+    __slots__ = ("_key", "_meter", "tensor")
+
+    def __init__(self, meter: "Meter", tensor: Tensor, key: int) -> None:
+        self._meter, self.tensor, self._key = meter, tensor, key
+
+    def get(self) -> Tensor:
+        return self.tensor
+
+    def __del__(self) -> None:
+        self._meter._release(self._key)
+
+
+class Meter:
+    """Live bytes and their peak; memory that several tensors share is counted once, that of parameters never."""
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.peak = 0
+        self._held: dict[int, list[int]] = {}  # storage -> holds, bytes
+        self._ignored: set[int] = set()
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Memory that is there anyway: parameters and buffers."""
+        self._ignored = {storage_of(tensor) for tensor in tensors}
+
+    def hold(self, tensor: Tensor) -> Hold:
+        key = storage_of(tensor)
+        if key in self._ignored:
+            key = 0
+        elif key in self._held:
+            self._held[key][0] += 1
+        else:
+            count = bytes_of(tensor)
+            self._held[key] = [1, count]
+            self.add(count)
+        return Hold(self, tensor, key)
+
+    def add(self, count: int) -> None:
+        """Bytes that come (or go, below 0) without a tensor of their own."""
+        self.live += count
+        self.peak = max(self.peak, self.live)
+
+    def storages(self) -> set[int]:
+        """All that is counted now, and all that never is."""
+        return self._ignored | self._held.keys()
+
+    def restart(self) -> None:
+        """Forget the peak, not what lives."""
+        self.peak = self.live
+
+    def _release(self, key: int) -> None:
+        if key == 0:
+            return
+        held = self._held[key]
+        held[0] -= 1
+        if held[0] == 0:
+            del self._held[key]
+            self.live -= held[1]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number for the memory that a tensor lies in, unique while it lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()

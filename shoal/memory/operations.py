@@ -1,0 +1,168 @@
+"""Kinds of operations, and a forward pass that keeps the results of some of them.
+
+What a pass kept, the same pass done again takes instead of computing it (as torch.utils.checkpoint's selective
+policies do); here a result that is written to later is not kept, and a draw of random numbers is always repeated.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shoal.memory.meter import Hold, Meter, storage_of
+
+_KINDS = {
+    "matmul": "mm addmm bmm baddbmm addbmm mv addmv dot linear _addmm_activation _thnn_fused_lstm_cell "
+    "_thnn_fused_gru_cell mkldnn_rnn_layer _cudnn_rnn miopen_rnn lstm gru",
+    "attention": "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "_scaled_dot_product_fused_attention_overrideable _flash_attention_forward _efficient_attention_forward",
+    "convolution": "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution",
+    "activation": "gelu relu relu_ silu tanh sigmoid elu leaky_relu hardswish mish threshold softplus",
+    "norm": "native_layer_norm native_batch_norm _native_batch_norm_legit _batch_norm_with_update "
+    "cudnn_batch_norm miopen_batch_norm native_group_norm _fused_rms_norm rms_norm",
+    "softmax": "_softmax _log_softmax _safe_softmax softmax log_softmax",
+    "dropout": "native_dropout bernoulli bernoulli_ random_",
+}
+_KIND_OF = {f"aten::{name}": kind for kind, names in _KINDS.items() for name in names.split()}
+
+
+def kind_of(operation: Any) -> str:
+    """The kind of an ATen operation: see OPERATIONS in shoal/recipe/memory_plan.py."""
+    return _KIND_OF.get(operation._schema.name, "elementwise")
+
+
+def _makes_new(operation: Any) -> bool:
+    """It writes to nothing, and what it gives is no view of what it takes."""
+    schema = operation._schema
+    return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
+
+
+def _draws(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it takes random numbers: an attention kernel without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
+        return False
+    for index, argument in enumerate(operation._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[index] if index < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return bool(given)
+    return True
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for each in value for t in _tensors(each)] if isinstance(value, tuple | list) else []
+
+
+def _aliases(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return type(value)(_aliases(each) for each in value) if isinstance(value, tuple | list) else value
+
+
+@dataclass
+class Results:
+    """Results of one pass, by their place among all that might have been kept; None is computed again."""
+
+    kept: list[Any] = field(default_factory=list)
+    holds: list[list[Hold] | None] = field(default_factory=list)
+
+    def cut(self, count: int) -> None:
+        """Forget what came after the first ``count`` of them: nothing that is needed follows."""
+        del self.kept[count:], self.holds[count:]
+
+    def forget(self, storages: Collection[int]) -> None:
+        for place, value in enumerate(self.kept):
+            if any(storage_of(tensor) in storages for tensor in _tensors(value)):
+                self.kept[place] = self.holds[place] = None
+
+
+class Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The first pass: keeps what operations of other kinds than ``dropped`` give."""
+
+    def __init__(self, dropped: Collection[str], meter: Meter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.results = Results()
+        self._dropped, self._meter = dropped, meter
+        self._keeps: dict[Any, bool] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        keeps = self._keeps.get(func)
+        if keeps is None:
+            keeps = self._keeps[func] = kind_of(func) not in self._dropped and _makes_new(func)
+        if keeps:
+            kept = None if _draws(func, args, kwargs) else _aliases(result)
+            self.results.kept.append(kept)
+            self.results.holds.append([self._meter.hold(tensor) for tensor in _tensors(kept)])
+        elif func._schema.is_mutable:
+            arguments = func._schema.arguments
+            given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+            written = {storage_of(t) for a, v in given if a.alias_info and a.alias_info.is_write for t in _tensors(v)}
+            self.results.forget(written)
+        return result
+
+
+class Reuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The pass done again: takes what the first one kept, once, and computes the rest."""
+
+    def __init__(self, dropped: Collection[str], results: Results) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dropped, self._results = dropped, results
+        self._keeps: dict[Any, bool] = {}
+        self._place = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keeps = self._keeps.get(func)
+        if keeps is None:
+            keeps = self._keeps[func] = kind_of(func) not in self._dropped and _makes_new(func)
+        if keeps:
+            place, self._place = self._place, self._place + 1
+            if place < len(self._results.kept):
+                found, self._results.kept[place], self._results.holds[place] = self._results.kept[place], None, None
+                if found is not None:
+                    return found
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Done:
+    """One operation of an observed pass."""
+
+    kind: str
+    seconds: float
+    results: tuple[Tensor, ...]  # empty where they could not be kept
+
+
+class Observe(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A pass that writes down what it does, and holds on to the results until it has been looked through."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        """``wait`` returns when the device has done all that it was given."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.done: list[Done] = []
+        self._wait = wait
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._wait()
+        begun = time.perf_counter()
+        result = func(*args, **kwargs)
+        self._wait()
+        seconds = time.perf_counter() - begun
+        keepable = _makes_new(func) and not _draws(func, args, kwargs)
+        kept = tuple(tensor.detach() for tensor in _tensors(result)) if keepable else ()
+        self.done.append(Done(kind_of(func), seconds, kept))
+        return result

@@ -1,0 +1,90 @@
+"""Recomputation changes the memory of a run, never its bits; what a plan can say and training cannot do is refused."""
+
+import pytest
+import torch
+from train.test_exactness import plan, trail
+from train.tiny_runs import recipe, splits
+
+import shoal
+from shoal.errors import RunFailed, UserError
+from shoal.memory.apply import recompute
+from shoal.memory.meter import storage_of
+from shoal.models.registry import build
+from shoal.recipe.memory_plan import MemoryPlan
+from shoal.recipe.pipeline_plan import PipelinePlan
+from shoal.recipe.plan import Plan
+
+WAYS = {
+    "full": MemoryPlan(recompute="full"),
+    "every third": MemoryPlan(recompute="every", recompute_every=3),
+    "selective": MemoryPlan(recompute="selective"),
+}
+
+
+@pytest.mark.parametrize("kind", ["gpt", "resnet", "lstm"])
+def test_a_run_that_recomputes_has_the_bits_of_one_that_does_not(run, kind):
+    wanted, data = recipe(kind, micro_batches=2, clip=0.05), splits(kind, 101)
+    plain = run(wanted, 1, data=data)
+    for memory in WAYS.values():
+        result = run(wanted, plan=plan(3, 5, memory=memory), data=data)
+        assert result["weights_sha256"] == plain["weights_sha256"], memory
+        assert trail(result) == trail(plain), memory
+
+
+def kept_bytes(memory: MemoryPlan) -> int:
+    """What one forward pass of a GPT leaves for its backward pass, parameters apart."""
+    torch.manual_seed(0)
+    model = build(recipe("gpt").model, splits("gpt", 101).train.facts)
+    weights = {storage_of(p) for p in model.parameters()}
+    blocks = recompute(model, memory)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if storage_of(tensor) not in weights:
+            saved[storage_of(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(torch.zeros(8, 8, dtype=torch.int64))
+    assert logits.requires_grad
+    return sum(saved.values()) + sum(block.store.meter.live for block in blocks[:1])  # all blocks have one meter
+
+
+def test_recomputation_keeps_less_the_more_is_recomputed():
+    none, some, every = (kept_bytes(m) for m in (MemoryPlan(), WAYS["selective"], WAYS["full"]))
+    assert every < some < none
+    assert every < 0.4 * none
+
+
+def test_a_block_that_does_not_compute_the_same_again_is_named():
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(3, 3), Fickle()), torch.nn.Linear(3, 1))
+    recompute(model, MemoryPlan(recompute="full", blocks=("0",)))
+    with pytest.raises(RunFailed, match="block '0' did not compute the same again"):
+        model(torch.ones(2, 3)).sum().backward()
+
+
+class Fickle(torch.nn.Module):
+    """Another dtype each time."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x.double().sin().float() if self.calls % 2 else x.sin().sin()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Plan(mesh={"data": 2, "pipe": 2}), "training runs over mesh axis 'data' so far, and the mesh has pipe = 2"),
+        (Plan(mesh={"tensor": 2}, pipeline=PipelinePlan()), "the mesh has tensor = 2"),
+        (Plan(states="zero3"), "states = 'zero3' is not carried out yet"),
+        (Plan(memory=MemoryPlan(peak_bytes="1GiB")), "memory.peak_bytes is not carried out yet"),
+        (Plan(memory=MemoryPlan(offload_activations="disk")), "memory.offload_activations is not carried out yet"),
+        (Plan(memory=MemoryPlan(optimizer_bits=8)), "memory.optimizer_bits is not carried out yet"),
+    ],
+)
+def test_what_a_plan_can_say_and_training_cannot_do_is_refused_before_anything_starts(tmp_path, wanted, message):
+    with pytest.raises(UserError, match=message):
+        shoal.train(recipe("gpt"), wanted, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
