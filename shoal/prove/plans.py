@@ -1,9 +1,9 @@
 """Which plans a proof tries, and what they are called."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 from shoal.recipe.plan import Plan
+from shoal.recipe.typed import flatten, to_mapping
 
 
 def standard_plans(workers: Sequence[int], shards: int) -> list[Plan]:
@@ -37,6 +37,7 @@ def label(plan: Plan) -> str:
         parts.append(f"placement={'+'.join(map(str, plan.placement))}")
     if plan.sync != "exact":
         parts.append(plan.sync)
-    told = ("mesh", "rules", "placement", "sync", "device")
-    others = [f for f in fields(Plan) if f.name not in told and getattr(plan, f.name) != f.default]
-    return " ".join([*parts, *(f"{f.name}={getattr(plan, f.name)}" for f in others)])
+    told = ("mesh", "placement", "sync", "device")
+    usual, own = flatten(to_mapping(Plan())), flatten(to_mapping(plan))
+    others = {key: value for key, value in own.items() if key.split(".")[0] not in told and usual.get(key) != value}
+    return " ".join([*parts, *(f"{key}={value}" for key, value in others.items())])
