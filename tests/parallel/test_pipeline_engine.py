@@ -85,8 +85,6 @@ def test_every_kind_of_model_has_the_bits_of_one_process(on_workers, name):
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_micro_batches_than_stages_work(on_workers, schedule, count):
     make = awkward("unet", count)
-    if schedule == "interleaved" and count == 1:
-        pytest.skip("needs a round of micro-batches")
     kept = run(on_workers, make, schedule, workers=3 if schedule == "1f1b" else 2, chunks=SCHEDULES[schedule])
     assert differences(merged(kept), one_process(make())) == []
 
