@@ -68,14 +68,7 @@ class DistributedMessages:
         self._sends.call(sent=sum(piece.nbytes for piece in pieces))
 
     def receive(self, origin: int, key: Key) -> dict[str, Any]:
-        found = self._unasked.take(origin, key)
-        while found is None:
-            got, values = self._next(origin)
-            if got == key:
-                found = values
-            else:
-                self._unasked.put(origin, got, values)
-        return found
+        return self._unasked.until(origin, key, self._next)
 
     def _next(self, origin: int) -> tuple[Key, dict[str, Any]]:
         before, asked, name = self._report.position, self._clock(), self._name(origin)

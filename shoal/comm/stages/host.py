@@ -77,14 +77,7 @@ class HostMessages:
 
     def receive(self, origin: int, key: Key) -> dict[str, Any]:
         self._tidy()
-        found = self._unasked.take(origin, key)
-        while found is None:
-            got, values = self._next(origin)
-            if got == key:
-                found = values
-            else:
-                self._unasked.put(origin, got, values)
-        return found
+        return self._unasked.until(origin, key, self._next)
 
     def _next(self, origin: int) -> tuple[Key, dict[str, Any]]:
         expected = self._heard[origin]

@@ -1,6 +1,6 @@
 """What a stage says to another, whatever carries it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.errors import RunFailed, UserError
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shoal.comm.group import Group
 
 Key = tuple[int, ...]  # which message of a step it is, as sender and receiver know it
+Following = Callable[[int], tuple[Key, dict[str, Any]]]
 SEND, RECEIVE = "stage send", "stage receive"  # operations in the counters
 
 
@@ -38,11 +39,17 @@ class Unasked:
     def __init__(self) -> None:
         self._kept: dict[tuple[int, Key], dict[str, Any]] = {}
 
-    def put(self, origin: int, key: Key, values: dict[str, Any]) -> None:
-        self._kept[origin, key] = values
-
-    def take(self, origin: int, key: Key) -> dict[str, Any] | None:
-        return self._kept.pop((origin, key), None)
+    def until(self, origin: int, key: Key, following: Following) -> dict[str, Any]:
+        """The values of the message that is asked for: kept from before, or brought by ``following``, which gives
+        what rank ``origin`` sent next. What comes before it is kept."""
+        found = self._kept.pop((origin, key), None)
+        while found is None:
+            got, values = following(origin)
+            if got == key:
+                found = values
+            else:
+                self._kept[origin, got] = values
+        return found
 
     def check_none(self) -> None:
         if self._kept:

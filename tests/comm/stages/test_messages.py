@@ -91,7 +91,7 @@ def out_of_order(group):
         messages.receive(0, (1,))
         messages.settle()
         found.append(1)
-        messages._unasked.put(0, (9,), {})
+        messages._unasked._kept[0, (9,)] = {}
         messages.settle()
     except RunFailed as error:
         return found, str(error)
