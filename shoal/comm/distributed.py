@@ -22,6 +22,7 @@ from shoal.comm.accounting.account import Account
 from shoal.comm.accounting.clocks import clock_name
 from shoal.comm.accounting.counters import Counters, Kind, Place
 from shoal.comm.accounting.moments import Moments
+from shoal.comm.all_gather import all_gather
 from shoal.comm.exchange import Denominators, Placement, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat, global_norm
 from shoal.comm.group import Partition
@@ -29,7 +30,6 @@ from shoal.comm.layout import Bucket, Layout
 from shoal.comm.status import Phase, Reporter
 from shoal.errors import RunFailed
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 PROBES = 5  # gathers that are timed before the first step
 PRESENCE_S = 1.0  # how often a worker writes down where it is
 
@@ -47,7 +47,7 @@ class DistributedGroup:
         self.names = tuple(range(self.world))  # what its ranks are called among all workers of the run
         self.host = socket.gethostname()
         self.report = Reporter(self.rank, os.getpid(), None)
-        self.counters = Counters.of_workers(self.rank, self.world)
+        self.counters = Counters.of_workers(self.rank, self.names)
         self._gathers = self.counters.tally("gather", "tcp")
         self._listener: Callable[[Any], None] = lambda message: None
         self._stop = threading.Event()
@@ -69,13 +69,13 @@ class DistributedGroup:
         begun = self.counters.clock()
         with self.explained("a gather"):
             sizes = torch.zeros(self.world, dtype=torch.int64)
-            _all_gather(sizes, torch.tensor([len(payload)]), group=self.pg)
+            all_gather(sizes, torch.tensor([len(payload)]), group=self.pg)
             longest = int(sizes.max())
             padded = torch.zeros(max(1, longest), dtype=torch.uint8)
             if payload:
                 padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
             rows = torch.zeros(self.world * len(padded), dtype=torch.uint8)
-            _all_gather(rows, padded, group=self.pg)
+            all_gather(rows, padded, group=self.pg)
             moved = (self.world - 1) * (len(padded) + 8)
             self._gathers.call(sent=moved, received=moved)
             self._gathers.spend(Kind.transferring, self.counters.clock() - begun, exposed=True)
@@ -90,7 +90,7 @@ class DistributedGroup:
             if self.names[self.rank] in part:
                 made.pg, made.names = pg, part
         made.rank, made.world = made.names.index(self.names[self.rank]), len(made.names)
-        made.counters = Counters(made.rank, [f"rank {name}" for name in made.names])
+        made.counters = Counters.of_workers(made.rank, made.names)
         made._gathers = made.counters.tally("gather", "tcp")
         return made
 
@@ -228,7 +228,7 @@ class DistributedExchange:
         best = float("inf")
         for _ in range(PROBES):
             begun = self.account.now()
-            _all_gather(all_ones, one, group=self._pg)
+            all_gather(all_ones, one, group=self._pg)
             float(all_ones[0])  # on a GPU: wait for it
             best = min(best, self.account.now() - begun)
         return best
@@ -278,7 +278,7 @@ class DistributedExchange:
             self._posted += 1
 
     def _gather_facts(self, into: torch.Tensor, row: torch.Tensor) -> "dist.Work | None":
-        work: dist.Work | None = _all_gather(into.view(-1), row.clone(), async_op=True, group=self._pg)
+        work: dist.Work | None = all_gather(into.view(-1), row.clone(), async_op=True, group=self._pg)
         self._count("facts", row.nbytes)
         return work
 
@@ -336,7 +336,7 @@ class DistributedExchange:
             parts = [operand[start - owned.start : stop - owned.start] for operand in operands]
             finish_flat(parts, self._placement.adds(self._passes), denominator(start, self.layout, denominators))
         whole = self._result[bucket.start : bucket.stop]
-        work = _all_gather(whole, operands[0], async_op=True, group=self._results)
+        work = all_gather(whole, operands[0], async_op=True, group=self._results)
         assert work is not None
         self._gathers.append(work)
         self._count("all-gather", operands[0].nbytes)

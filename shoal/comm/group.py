@@ -63,7 +63,7 @@ class HostGroup:
 
     def __post_init__(self) -> None:
         self.names = self.names or tuple(range(self.world))
-        self.counters = Counters(self.rank, [f"rank {name}" for name in self.names])
+        self.counters = Counters.of_workers(self.rank, self.names)
         self._gathers = self.counters.tally("gather", "sockets")
 
     def gather(self, payload: bytes) -> list[bytes]:

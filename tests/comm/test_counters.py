@@ -39,7 +39,7 @@ def test_a_tally_adds_up_calls_bytes_and_seconds_by_kind():
 
 
 def test_threads_have_tallies_of_their_own_that_add_up_to_one():
-    counters = Counters.of_workers(0, 2)
+    counters = Counters.of_workers(0, range(2))
     together = threading.Barrier(4)
     found = []
 
@@ -59,7 +59,7 @@ def test_threads_have_tallies_of_their_own_that_add_up_to_one():
 
 
 def test_what_came_between_two_moments_leaves_out_what_did_not_move():
-    counters = Counters.of_workers(0, 2)
+    counters = Counters.of_workers(0, range(2))
     counters.tally("gather", "tcp").call(sent=1)
     before = counters.totals()
     counters.tally("push", "tcp").call(sent=2)

@@ -156,8 +156,9 @@ class Counters:
         Counters.live.add(self)
 
     @classmethod
-    def of_workers(cls, rank: int, world: int) -> Self:
-        return cls(rank, [f"rank {r}" for r in range(world)])
+    def of_workers(cls, rank: int, names: Iterable[int]) -> Self:
+        """``names``: what the ranks of the group are called among all workers of the run."""
+        return cls(rank, [f"rank {name}" for name in names])
 
     def tally(self, operation: str, link: str) -> Tally:
         """The calling thread's tally of an operation over a kind of link. Keep hold of it: looking it up takes time."""

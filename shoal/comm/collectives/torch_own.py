@@ -5,13 +5,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.comm.all_gather import all_gather
+
 _OPS = {
     "sum": dist.ReduceOp.SUM,
     "max": dist.ReduceOp.MAX,
     "min": dist.ReduceOp.MIN,
     "prod": dist.ReduceOp.PRODUCT,
 }
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -34,7 +35,7 @@ def run(
     elif collective == "reduce_scatter":
         _reduce_scatter(result, operand, _OPS[op], group)
     elif collective == "all_gather":
-        _all_gather(result, operand, group)
+        all_gather(result, operand, group)
     elif collective == "all_to_all":
         dist.all_to_all_single(result, operand, group=group)
     elif collective == "gather":

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.comm.all_gather import all_gather
+
 if TYPE_CHECKING:
     from shoal.comm.group import HostGroup
 
 _STAGES = 6  # message kinds from here on are those of stages; exchanges use the kinds below
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
 class Handle(Protocol):
@@ -87,7 +88,7 @@ class TorchLinks:
     def all_gather(self, stage: int, rows: tuple[Tensor, Tensor]) -> Handle:
         own, everybody = rows
         self.sent_bytes += (self.world - 1) * len(own)
-        work: Handle = _all_gather(everybody.view(-1), own, group=self._group(stage), async_op=True)
+        work: Handle = all_gather(everybody.view(-1), own, group=self._group(stage), async_op=True)
         return work
 
     def all_reduce(self, numbers: Tensor) -> Handle:

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.comm.all_gather import all_gather
+
 # Renamed in torch 2.13, where the old names warn.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 PERIOD = 4093  # of the test patterns: prime, so that a block at the wrong place is not equal by chance
@@ -124,7 +125,7 @@ def native_call(op: str, t: Tensors, group: dist.ProcessGroup) -> Callable[[], o
     if op == "broadcast":
         return lambda: dist.broadcast(t.input, root, group=group)
     if op == "all_gather":
-        return lambda: _all_gather(t.output, t.input, group=group)
+        return lambda: all_gather(t.output, t.input, group=group)
     if op == "reduce_scatter":
         return lambda: _reduce_scatter(t.output, t.input, group=group)
     if op == "all_to_all":

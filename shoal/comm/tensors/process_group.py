@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.comm.all_gather import all_gather
 from shoal.comm.distributed import DistributedGroup
 from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, add_up, bytes_of, compare, compare_message, told
 
 SMALL = 64 << 10  # bytes that everybody gets from everybody, where one operation is quicker than two
 PENDING, FEW = 64 << 20, 16  # bytes of older sends, and sends, that may be under way
 _HEAD = 18  # numbers before a message: type, dims, sizes
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
 class ProcessGroup:
@@ -39,7 +39,7 @@ class ProcessGroup:
         digest = hashlib.blake2b(f"{self._operation} {signature}".encode(), digest_size=8).digest()
         mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
         all_of_them = mine.new_empty(self.world)
-        _gather(all_of_them, mine, group=self._pg)
+        all_gather(all_of_them, mine, group=self._pg)
         if len(set(all_of_them.tolist())) > 1:
             said = [row.decode() for row in self._group.gather(signature.encode())]
             compare(said, self._group.names, self._operation)
@@ -56,7 +56,7 @@ class ProcessGroup:
         if len(source) < longest:
             source = torch.cat([source, source.new_zeros(longest - len(source))])
         rows = source.new_empty(self.world * longest)
-        _gather(rows, source, group=self._pg)
+        all_gather(rows, source, group=self._pg)
         return [row[:size] for row, size in zip(torch.split(rows, longest), sizes, strict=True)]
 
     def all_reduce(self, source: Tensor, out: Tensor, signature: str) -> None:
