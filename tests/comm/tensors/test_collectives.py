@@ -3,13 +3,13 @@
 import os
 import random
 import signal
-import socket
 import time
 
+import cloudpickle
 import pytest
 import torch
+import torchrun_workers
 
-from shoal.comm.distributed import DistributedGroup
 from shoal.comm.mesh import OutOfStep, PeerLost
 from shoal.comm.native import build
 from shoal.comm.status import Phase
@@ -28,21 +28,14 @@ def in_kind(group, kind, function, *arguments):
     if kind != "torch.distributed":
         os.environ["SHOAL_NATIVE"] = "1" if kind == "C++" else "0"
         return function(group, *arguments)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = group.gather(str(free.getsockname()[1]).encode())[0].decode()
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(group.rank), WORLD_SIZE=str(group.world))
-    joined = DistributedGroup(20.0, accelerator=False)
-    try:
-        return function(joined, *arguments)
-    finally:
-        joined.close()
+    return torchrun_workers.as_torchrun(group, function, *arguments)
 
 
 @pytest.fixture(params=KINDS)
 def on_kind(request, on_workers):
     if request.param == "C++" and build.ranks() is None:
         pytest.skip(build.why_not(("ranks",)))
+    cloudpickle.register_pickle_by_value(torchrun_workers)
     return lambda workers, function, *arguments: on_workers(workers, in_kind, request.param, function, *arguments)
 
 
