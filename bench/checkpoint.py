@@ -19,6 +19,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from turns import turns
 
 from shoal.train.checkpoint import newest
 from shoal.train.snapshot import BackgroundWriter
@@ -92,10 +93,8 @@ def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
                 raise SystemExit(done[0].error)
             raw["write_s"].append(done[0].write_s)
 
-        order = [copy, clone, submit]
-        for turn in range(rounds):
-            for work in order[turn % 3 :] + order[: turn % 3]:
-                work()
+        for work in turns([copy, clone, submit], rounds):
+            work()
     loaded = newest(folder)[0]
     if loaded is None or not all(torch.equal(loaded.tensors[name], state[name]) for name in state):
         raise SystemExit("what was written is not the state that was submitted")

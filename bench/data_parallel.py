@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from turns import turns
 
 from shoal.comm.launch import Agent
 from shoal.models.registry import build, task_for
@@ -155,15 +156,13 @@ def measure(group, model: str, precision: str, rounds: int, port: int) -> dict:
             next(arm)
     wall: dict[str, list[float]] = {name: [] for name in running}
     cpu: dict[str, list[float]] = {name: [] for name in running}
-    names = list(running)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            group.gather(b"")
-            begun, used = time.perf_counter(), time.process_time()
-            elsewhere = sum(next(running[name]) or 0.0 for _ in range(STEPS))
-            group.gather(b"")
-            wall[name].append((time.perf_counter() - begun) / STEPS)
-            cpu[name].append((time.process_time() - used + elsewhere) / STEPS)
+    for name in turns(list(running), rounds):
+        group.gather(b"")
+        begun, used = time.perf_counter(), time.process_time()
+        elsewhere = sum(next(running[name]) or 0.0 for _ in range(STEPS))
+        group.gather(b"")
+        wall[name].append((time.perf_counter() - begun) / STEPS)
+        cpu[name].append((time.process_time() - used + elsewhere) / STEPS)
     for arm in running.values():
         arm.close()
     if group.world > 1:

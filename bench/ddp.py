@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from turns import turns
 
 import shoal.comm
 from shoal.comm.launch import Agent
@@ -119,17 +120,14 @@ def measure(group, size: str, rounds: int, steps: int, file: str) -> dict:
         for _ in range(3):
             next(arm)
     out: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in running}
-    names = list(running)
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            group.gather(b"")
-            begun, used = time.perf_counter(), time.process_time()
-            for _ in range(steps):
-                next(running[name])
-            group.gather(b"")
-            out[name]["wall"].append((time.perf_counter() - begun) / steps)
-            out[name]["cpu"].append((time.process_time() - used) / steps)
+    for name in turns(list(running), rounds):
+        group.gather(b"")
+        begun, used = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            next(running[name])
+        group.gather(b"")
+        out[name]["wall"].append((time.perf_counter() - begun) / steps)
+        out[name]["cpu"].append((time.process_time() - used) / steps)
     for arm in running.values():
         arm.close()
     dist.destroy_process_group()

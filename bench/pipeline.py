@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
+from turns import turns
 
 from shoal.comm.launch import Agent
 from shoal.models.gpt import GPT, GPTConfig
@@ -174,15 +175,12 @@ def measure(group: Any, size: str, rounds: int, micro_batches: int, file: str) -
         step()
         losses[name] = step()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            group.gather(b"")
-            begun = time.perf_counter()
-            arms[name]()
-            group.gather(b"")
-            seconds[name].append(time.perf_counter() - begun)
+    for name in turns(list(arms), rounds):
+        group.gather(b"")
+        begun = time.perf_counter()
+        arms[name]()
+        group.gather(b"")
+        seconds[name].append(time.perf_counter() - begun)
     dist.destroy_process_group()
     return {"seconds": seconds, "losses": losses}
 

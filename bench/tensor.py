@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from turns import turns
 
 from shoal.comm.launch import Agent
 from shoal.comm.tensors import make_collectives
@@ -129,15 +130,12 @@ def measure(group, size: str, rounds: int, steps: int, file: str) -> dict:
     for step in arms.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            group.gather(b"")
-            begun = time.perf_counter()
-            for _ in range(steps):
-                arms[name]()
-            seconds[name].append((time.perf_counter() - begun) / steps)
+    for name in turns(list(arms), rounds):
+        group.gather(b"")
+        begun = time.perf_counter()
+        for _ in range(steps):
+            arms[name]()
+        seconds[name].append((time.perf_counter() - begun) / steps)
     dist.destroy_process_group()
     return {"seconds": seconds, "sent_bytes": counted}
 
