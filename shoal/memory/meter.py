@@ -21,11 +21,10 @@ class Hold:
 
 
 class Meter:
-    """Live bytes and their peak; memory that several tensors share is counted once, that of parameters never."""
+    """Live bytes; memory that several tensors share is counted once, that of parameters never."""
 
     def __init__(self) -> None:
         self.live = 0
-        self.peak = 0
         self._held: dict[int, list[int]] = {}  # storage -> holds, bytes
         self._ignored: set[int] = set()
 
@@ -42,21 +41,8 @@ class Meter:
         else:
             count = bytes_of(tensor)
             self._held[key] = [1, count]
-            self.add(count)
+            self.live += count
         return Hold(self, tensor, key)
-
-    def add(self, count: int) -> None:
-        """Bytes that come (or go, below 0) without a tensor of their own."""
-        self.live += count
-        self.peak = max(self.peak, self.live)
-
-    def storages(self) -> set[int]:
-        """All that is counted now, and all that never is."""
-        return self._ignored | self._held.keys()
-
-    def restart(self) -> None:
-        """Forget the peak, not what lives."""
-        self.peak = self.live
 
     def _release(self, key: int) -> None:
         if key == 0:

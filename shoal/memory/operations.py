@@ -4,8 +4,7 @@ What a pass kept, the same pass done again takes instead of computing it (as tor
 policies do); here a result that is written to later is not kept, and a draw of random numbers is always repeated.
 """
 
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,36 +132,3 @@ class Reuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if found is not None:
                     return found
         return func(*args, **(kwargs or {}))
-
-
-@dataclass(frozen=True)
-class Done:
-    """One operation of an observed pass."""
-
-    kind: str
-    seconds: float
-    results: tuple[Tensor, ...]  # empty where they could not be kept
-
-
-class Observe(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A pass that writes down what it does, and holds on to the results until it has been looked through."""
-
-    def __init__(self, wait: Callable[[], None]) -> None:
-        """``wait`` returns when the device has done all that it was given."""
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.done: list[Done] = []
-        self._wait = wait
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self._wait()
-        begun = time.perf_counter()
-        result = func(*args, **kwargs)
-        self._wait()
-        seconds = time.perf_counter() - begun
-        keepable = _makes_new(func) and not _draws(func, args, kwargs)
-        kept = tuple(tensor.detach() for tensor in _tensors(result)) if keepable else ()
-        self.done.append(Done(kind_of(func), seconds, kept))
-        return result

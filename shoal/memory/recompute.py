@@ -9,7 +9,7 @@ back for the second pass and written once, and each value is let go as soon as i
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any, Literal, Protocol
 
@@ -88,7 +88,6 @@ class Block:
         self.name, self.module, self.store = name, module, store
         self.mode: Mode = "none"
         self.dropped: frozenset[str] = frozenset()  # selective: kinds of operations that are computed again
-        self.observer: Callable[[Pass], Any] | None = None  # what has a pass done, to see what is in it
         self.inner = module.forward
         self.written: list[tuple[nn.Module, str]] | None = None  # buffers that a pass writes; None: not known yet
         module.forward = MethodType(_forward, module)
@@ -104,14 +103,12 @@ class Block:
         copied.__dict__.update(self.__dict__)
         copied.module = memo.get(id(self.module), self.module)
         copied.inner = copy.deepcopy(self.inner, memo)
-        copied.written, copied.observer = None, None
+        copied.written = None
         return copied
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
-        if self.observer is not None:
-            return self.observer(Pass(self, args, kwargs))
         if self.mode == "none":
             return self.inner(*args, **kwargs)
         return Pass(self, args, kwargs).first()
@@ -149,10 +146,8 @@ class Pass:
 
     # --- the first time ---------------------------------------------------------------------------------------
 
-    def first(self, watched_by: Callable[[Tensor], None] | None = None) -> Any:
-        """Do it; ``watched_by`` sees each tensor that would have been saved."""
+    def first(self) -> Any:
         block = self.block
-        self._watch = watched_by
         args, kwargs = self._arguments
         del self._arguments
         watched = block.written if block.written is not None else block.buffers()
@@ -176,14 +171,11 @@ class Pass:
                     f"leave it out by naming the others in plan.memory.blocks."
                 )
         self._versions = [version for _, version in self._seen]
-        self._watch = None
         del self._seen
         return output
 
     def _pack(self, tensor: Tensor) -> _Slot:
         slot = _Slot(self, tensor)
-        if self._watch is not None:
-            self._watch(tensor)
         self._slots.append(weakref.ref(slot))
         if self._results is not None:
             self._needed = len(self._results.kept)

@@ -29,16 +29,6 @@ def size_bytes(size: int | str, where: str) -> int:
     return math.floor(float(found[1]) * int(UNITS[found[2].lower()]))
 
 
-def size_text(count: int) -> str:
-    """2147483648 -> "2GiB", at most three figures after a rounding up: read as a budget, it is never too small."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= factor:
-            digits = 2 if count < 10 * factor else 1 if count < 100 * factor else 0
-            rounded = math.ceil(count / factor * 10**digits) / 10**digits
-            return f"{rounded:.{digits}f}".rstrip("0").rstrip(".") + unit if digits else f"{rounded:.0f}{unit}"
-    return f"{count}B"
-
-
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     recompute: Literal["none", "every", "full", "selective"] = "none"
