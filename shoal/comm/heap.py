@@ -9,9 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 PAGE = mmap.ALLOCATIONGRANULARITY
-PART_BYTES = (
-    1 << 40
-)  # of the address range that the heap of a part of the workers has; what is not touched costs nothing
+PART_BYTES = 1 << 40  # of addresses that the heap of a part of the workers has: what is not touched costs nothing
 MOST_WORKERS, MOST_PARTS = 1 << 10, 1 << 20
 
 
@@ -38,7 +36,7 @@ class Heap:
 
     def __init__(self, file: int, number: int = 0) -> None:
         self._file = file
-        self._end = self._start = number * PART_BYTES
+        self._end = number * PART_BYTES
 
     def part(self, number: int, first: int) -> "Heap":
         """The heap of some of the workers, of whom ``first`` is one that has not had this ``number`` (from 1) before.

@@ -86,13 +86,8 @@ class GPT(nn.Module):
     Raises UserError in ``forward`` when T is longer than the context."""
 
     block: Callable[..., nn.Module] = Block
-    sequences: tuple[str, ...] = (
-        "tokens",
-        "positions",
-        "blocks.*",
-        "norm",
-        "logits",
-    )  # modules that may see slices of the sequence
+    # modules that may see slices of the sequence
+    sequences: tuple[str, ...] = ("tokens", "positions", "blocks.*", "norm", "logits")
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

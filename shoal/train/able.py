@@ -1,7 +1,10 @@
 """Which plans can be trained: said before anything is spent."""
 
 from shoal.errors import UserError
+from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
+
+_NOT_YET = ("offload_activations", "offload_optimizer", "offload_parameters", "optimizer_bits", "parameters")
 
 
 def check_trainable(plan: Plan) -> None:
@@ -14,13 +17,9 @@ def check_trainable(plan: Plan) -> None:
         )
     if plan.states != "replicated":
         raise UserError(f"plan: states = {plan.states!r} is not carried out yet: use states = 'replicated'.")
-    memory = plan.memory
-    moved = [key for key in ("offload_activations", "offload_optimizer", "offload_parameters")
-             if getattr(memory, key) != "none"]  # fmt: skip
-    asked = [*(["peak_bytes"] if memory.budget_bytes else []), *moved]
-    asked += [
-        key for key, usual in (("optimizer_bits", 32), ("parameters", "float32")) if getattr(memory, key) != usual
-    ]
+    memory, usual = plan.memory, MemoryPlan()
+    asked = ["peak_bytes"] if memory.budget_bytes else []
+    asked += [key for key in _NOT_YET if getattr(memory, key) != getattr(usual, key)]
     if asked:
         raise UserError(
             f"plan: memory.{asked[0]} is not carried out yet: memory.recompute is what saves memory so far."
