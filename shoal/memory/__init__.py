@@ -1,1 +1,1 @@
-"""Recomputation, offload and states in fewer bits: less memory for the same result."""
+"""Less memory for the same result: activations that are computed again instead of kept."""
