@@ -22,12 +22,12 @@ from shoal.comm.accounting.account import Account
 from shoal.comm.accounting.clocks import clock_name
 from shoal.comm.accounting.counters import Counters, Kind, Place
 from shoal.comm.accounting.moments import Moments
-from shoal.comm.all_gather import all_gather
 from shoal.comm.exchange import Denominators, Placement, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat, global_norm
 from shoal.comm.group import Partition
 from shoal.comm.layout import Bucket, Layout
 from shoal.comm.status import Phase, Reporter
+from shoal.comm.torch_all_gather import all_gather
 from shoal.errors import RunFailed
 
 PROBES = 5  # gathers that are timed before the first step

@@ -5,7 +5,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.comm.all_gather import all_gather
+from shoal.comm.torch_all_gather import all_gather
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,

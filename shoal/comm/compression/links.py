@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.comm.all_gather import all_gather
+from shoal.comm.torch_all_gather import all_gather
 
 if TYPE_CHECKING:
     from shoal.comm.group import HostGroup

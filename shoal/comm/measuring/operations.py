@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.comm.all_gather import all_gather
+from shoal.comm.torch_all_gather import all_gather
 
 # Renamed in torch 2.13, where the old names warn.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.comm.all_gather import all_gather
 from shoal.comm.distributed import DistributedGroup
 from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, add_up, bytes_of, compare, compare_message, told
+from shoal.comm.torch_all_gather import all_gather
 
 SMALL = 64 << 10  # bytes that everybody gets from everybody, where one operation is quicker than two
 PENDING, FEW = 64 << 20, 16  # bytes of older sends, and sends, that may be under way

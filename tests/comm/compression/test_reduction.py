@@ -47,7 +47,7 @@ def _segment_by_hand(name: str, operands: list[torch.Tensor]) -> torch.Tensor:
 def reduced(rank: int, world: int, sizes: list[int]) -> list[tuple[str, int, bytes, int, int, int]]:
     """(name, elements, bytes of the result, bytes by the formula, bytes counted, bytes handed to torch.distributed)"""
     handed = 0
-    all_to_all, all_gather = dist.all_to_all_single, shoal.comm.compression.links._all_gather
+    all_to_all, all_gather = dist.all_to_all_single, shoal.comm.compression.links.all_gather
 
     def counting(original, mine):
         def call(out, into, **options):
@@ -58,7 +58,7 @@ def reduced(rank: int, world: int, sizes: list[int]) -> list[tuple[str, int, byt
         return call
 
     dist.all_to_all_single = counting(all_to_all, lambda rows: rows.nbytes * (world - 1) // world)
-    shoal.comm.compression.links._all_gather = counting(all_gather, lambda row: row.nbytes * (world - 1))
+    shoal.comm.compression.links.all_gather = counting(all_gather, lambda row: row.nbytes * (world - 1))
     out = []
     for name in NAMES:
         for elements in sizes:
