@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from shoal.comm.group import Partition
 from shoal.comm.layout import Bucket, Layout
 from shoal.comm.status import Phase, Reporter
 from shoal.comm.torch_all_gather import all_gather
-from shoal.errors import RunFailed
+from shoal.errors import RunFailed, UserError
 
 PROBES = 5  # gathers that are timed before the first step
 PRESENCE_S = 1.0  # how often a worker writes down where it is
@@ -86,7 +87,7 @@ class DistributedGroup:
         """See Group. torch.distributed wants every worker of the run to take part: parts are split alike."""
         made = copy(self)
         for part in self._all_parts(partition):
-            pg = dist.new_group(list(part), timeout=self.patience)
+            pg = _process_group(part, self.patience)
             if self.names[self.rank] in part:
                 made.pg, made.names = pg, part
         made.rank, made.world = made.names.index(self.names[self.rank]), len(made.names)
@@ -144,6 +145,20 @@ class DistributedGroup:
         self._thread.join()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _process_group(part: tuple[int, ...], patience: timedelta) -> "dist.ProcessGroup | None":
+    """Of these workers of the run, in this order; None for those that are not among them."""
+    order: dict[str, Any] = {}
+    if list(part) != sorted(part):
+        if "sort_ranks" not in signature(dist.new_group).parameters:
+            raise UserError(
+                f"split: torch {torch.__version__} keeps no order but the ascending one, and part {part} has another: "
+                f"give {tuple(sorted(part))}, or take a newer torch."
+            )
+        order = {"sort_ranks": False}
+    made: dist.ProcessGroup | None = dist.new_group(list(part), timeout=patience, **order)
+    return made
 
 
 class _Explained:

@@ -1,0 +1,58 @@
+"""Parts of a group: their ranks are places in the part, in the order that was given."""
+
+import cloudpickle
+import pytest
+import torch
+import torch.distributed as dist
+import torchrun_workers
+
+from shoal.comm.tensors import make_collectives
+from shoal.errors import UserError
+
+
+@pytest.fixture(params=["host", "torch.distributed"])
+def on_group(request, on_workers):
+    if request.param == "host":
+        return on_workers
+    cloudpickle.register_pickle_by_value(torchrun_workers)
+    joined = torchrun_workers.as_torchrun
+    return lambda workers, function, *arguments: on_workers(workers, joined, function, *arguments)
+
+
+def descending(group):
+    part = group.split([[3, 1], [0, 2]])
+    collectives = make_collectives(part)
+    mine = torch.tensor([group.rank])
+    whole = collectives.all_gather(mine).tolist()
+    first = collectives.broadcast(mine, 0).item()
+    collectives.send(mine, 1 - part.rank)
+    other = collectives.recv(mine, 1 - part.rank).item()
+    collectives.barrier()
+    again = part.split([[1, 0]])
+    return part.rank, part.names, [int(r) for r in part.gather(str(group.rank).encode())], whole, first, other, [
+        int(r) for r in again.gather(str(group.rank).encode())
+    ]  # fmt: skip
+
+
+def test_a_part_keeps_the_order_that_it_was_given_in(on_group):
+    assert on_group(4, descending) == [
+        (0, (0, 2), [0, 2], [0, 2], 0, 2, [2, 0]),
+        (1, (3, 1), [3, 1], [3, 1], 3, 3, [1, 3]),
+        (1, (0, 2), [0, 2], [0, 2], 0, 0, [2, 0]),
+        (0, (3, 1), [3, 1], [3, 1], 3, 1, [1, 3]),
+    ]
+
+
+def with_a_torch_that_sorts(group):
+    def new_group(ranks, timeout):
+        raise AssertionError("was asked for a group that it cannot give")
+
+    dist.new_group = new_group
+    with pytest.raises(UserError, match=r"keeps no order but the ascending one, and part \(1, 0\) has another: give"):
+        group.split([[1, 0]])
+    return True
+
+
+def test_a_torch_that_cannot_keep_the_order_is_not_asked_to(on_workers):
+    cloudpickle.register_pickle_by_value(torchrun_workers)
+    assert on_workers(2, torchrun_workers.as_torchrun, with_a_torch_that_sorts) == [True, True]
