@@ -39,7 +39,7 @@ clean:
 
 .venv/.run: .venv/.made pyproject.toml constraints.txt
 	@echo "installing Shoal into .venv: some minutes the first time" >&2
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[serve]'
 	@.venv/bin/python -m shoal.comm.native || true
 	@touch $@
 
