@@ -23,10 +23,10 @@ from shoal.comm.accounting.account import Account
 from shoal.comm.accounting.clocks import clock_name
 from shoal.comm.accounting.counters import Counters, Kind, Place
 from shoal.comm.accounting.moments import Moments
-from shoal.comm.exchange import Denominators, Placement, cuts, denominator
+from shoal.comm.exchange import Terms, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat, global_norm
 from shoal.comm.group import Partition
-from shoal.comm.layout import Bucket, Layout
+from shoal.comm.layout import Bucket
 from shoal.comm.status import Phase, Reporter
 from shoal.comm.torch_all_gather import all_gather
 from shoal.errors import RunFailed, UserError
@@ -188,18 +188,9 @@ class DistributedExchange:
     shared_result = False
     operations: tuple[str, ...] = ("reduce-scatter", "all-gather", "facts")
 
-    def __init__(
-        self,
-        group: DistributedGroup,
-        layout: Layout,
-        placement: Placement,
-        most_passes: tuple[int, ...],
-        facts: int,
-        denominators: Denominators,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.layout, self._placement, self._denominators = layout, placement, denominators
+    def __init__(self, group: DistributedGroup, terms: Terms) -> None:
+        self.layout, self._placement, self._denominators = terms.layout, terms.placement, terms.denominators
+        layout, facts, dtype, device = terms.layout, terms.facts, terms.dtype, terms.device
         self._group = group
         # Collectives of one group are matched by their order. When a result can go out depends on what has come in, so
         # that workers start these in another order among the scatters: they need a group of their own.
@@ -222,7 +213,7 @@ class DistributedExchange:
         self.facts = self._row[:facts]
         self.all_facts = self._all_rows[:, :facts]
         self._early_facts = torch.zeros(group.world, facts, dtype=torch.float64)
-        counts = placement.partials(most_passes)
+        counts = terms.partials()
         self._buffers = [torch.zeros(layout.elements, dtype=dtype, device=device) for _ in range(counts[group.rank])]
         largest = max(bucket.slice for bucket in layout.buckets)
         self._arrived = torch.zeros(len(layout.buckets) * sum(counts) * largest, dtype=dtype, device=device)

@@ -16,6 +16,7 @@ The protocol of a step, the same for every exchange:
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,6 +68,23 @@ class Placement:
         return completion(self.ownership, passes)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What an exchange is made for. Equal on all workers, but for the rank of the placement and the device."""
+
+    layout: Layout
+    placement: Placement
+    most_passes: tuple[int, ...]  # of a full step, a leaf: what memory is reserved for
+    facts: int  # numbers in a worker's row
+    denominators: Denominators
+    dtype: torch.dtype  # of the flat buffers
+    device: torch.device  # where these lie
+
+    def partials(self) -> list[int]:
+        """How many partial sums each worker has at most."""
+        return self.placement.partials(self.most_passes)
+
+
 class Exchange(Protocol):
     layout: Layout
     facts: torch.Tensor  # float64 [facts]: this worker's row, to be filled before the first post
@@ -116,18 +134,9 @@ class HeapExchange:
 
     shared_result = True
 
-    def __init__(
-        self,
-        group: "HostGroup",
-        layout: Layout,
-        placement: Placement,
-        most_passes: tuple[int, ...],
-        facts: int,
-        denominators: Denominators,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.layout, self._placement, self._denominators = layout, placement, denominators
+    def __init__(self, group: "HostGroup", terms: Terms) -> None:
+        self.layout, self._placement, self._denominators = terms.layout, terms.placement, terms.denominators
+        layout, facts, dtype, device = terms.layout, terms.facts, terms.dtype, terms.device
         self._group, self._mesh, self._dtype = group, group.mesh, dtype
 
         def allocate(elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -147,7 +156,7 @@ class HeapExchange:
         self._rows = group.heap.tensor(shape[0] * shape[1], torch.float64).view(shape).numpy()
         self.rows = np.zeros(shape)
         self._squares = allocate(layout.elements // BLOCK, torch.float64)
-        counts = placement.partials(most_passes)
+        counts = terms.partials()
         self._buffers = [[allocate(layout.elements, dtype) for _ in range(count)] for count in counts]
         self.partials: Sequence[torch.Tensor] = ()
         self._sequence = 0

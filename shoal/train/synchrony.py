@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from shoal.comm.exchange import Exchange, Placement
+from shoal.comm.exchange import Denominators, Exchange, Placement, Terms
 from shoal.comm.group import Group
-from shoal.comm.layout import flat_layout
+from shoal.comm.layout import Layout, flat_layout
 from shoal.comm.server import optimizer as optimizers
 from shoal.comm.server import roster
 from shoal.comm.server.client import Client
@@ -72,24 +72,24 @@ def exchange_of(
     most: tuple[int, ...],
     device: torch.device,
     module: nn.Module,
-    *arguments: Any,
+    layout: Layout,
+    facts: int,
+    denominators: Denominators,
+    dtype: torch.dtype,
 ) -> Exchange:
+    terms = Terms(layout, placement, most, facts, denominators, dtype, device)
     if plan.compresses:
         from shoal.comm.compression.exchange import compressed_exchange
 
         shapes = [tuple(p.shape) for p in module.parameters() if p.requires_grad][::-1]  # in the order of the layout
-        force = plan.compression_force
-        return compressed_exchange(
-            plan.compression, group, placement, most, device, *arguments, shapes=shapes, force=force
-        )
+        return compressed_exchange(plan.compression, group, terms, shapes=shapes, force=plan.compression_force)
     if plan.sync in ("exact", "fast"):
-        return make_exchange(group, placement, most, device, *arguments)
+        return make_exchange(group, terms)
     if device.type != "cpu":
         raise UserError(f"plan: sync = {plan.sync!r} trains on the processor only: leave device = {plan.device!r} out.")
-    layout, facts, denominators, dtype = arguments
     served = StaleExchange if plan.staleness else ServedExchange
     kind = LocalExchange if plan.sync == "local" else served
-    made: Exchange = kind(group, layout, placement, most, facts, denominators, dtype)
+    made: Exchange = kind(group, terms)
     return made
 
 
@@ -161,7 +161,7 @@ class _OnServers(Everywhere):
         if self._client is not None:
             return
         gradients, plan = self.gradients, self.plan
-        dtype: torch.dtype = self.exchange.dtype
+        dtype = self.exchange.terms.dtype
         setup = roster.setup_of(
             self.exchange,
             gradients.parameters,
@@ -392,8 +392,8 @@ class _Average:
             layout = flat_layout(sizes, [], world, self._bucket_bytes // dtype.itemsize)
             placement = Placement([range(rank, rank + 1) for rank in range(world)], self._group.rank, fast=False)
             mean = (float(world), float(world))
-            one = (1,) * world
-            device = torch.device("cpu")
-            self._exchange = make_exchange(self._group, placement, one, device, layout, 1, lambda facts: mean, dtype)
+            cpu = torch.device("cpu")
+            terms = Terms(layout, placement, (1,) * world, 1, lambda facts: mean, dtype, cpu)
+            self._exchange = make_exchange(self._group, terms)
             self._sizes = sizes
         return self._exchange

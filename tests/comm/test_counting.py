@@ -9,7 +9,7 @@ import torch
 from shoal.comm.accounting.counters import Total
 from shoal.comm.accounting.recording import record
 from shoal.comm.accounting.telling import transport
-from shoal.comm.exchange import Placement
+from shoal.comm.exchange import Placement, Terms
 from shoal.comm.layout import BLOCK, flat_layout
 from shoal.comm.status import Phase
 from shoal.comm.transport import make_exchange
@@ -23,7 +23,8 @@ def _exchange(group, ownership, fast=False):
     placement = Placement(ownership, group.rank, fast=fast)
     passes = (1,) * ownership[-1].stop
     cpu = torch.device("cpu")
-    return make_exchange(group, placement, passes, cpu, layout, 2, lambda facts: (1.0, 1.0), torch.float32), passes
+    terms = Terms(layout, placement, passes, 2, lambda facts: (1.0, 1.0), torch.float32, cpu)
+    return make_exchange(group, terms), passes
 
 
 def _step(group, exchange, passes, number, before_post=lambda bucket: None):

@@ -7,7 +7,7 @@ from parallel import cut_passes, pipeline_runs
 from torch import nn
 from train import tiny_runs
 
-from shoal.comm.exchange import Placement
+from shoal.comm.exchange import Placement, Terms
 from shoal.comm.transport import make_exchange
 from shoal.models.registry import build, task_for
 from shoal.parallel.partition.cut import cut
@@ -95,7 +95,9 @@ def trained(group, mesh, kind, schedule_name, chunks):
             placement,
             SHARDS,
             1 << 20,
-            lambda *a: make_exchange(data, placement, passes, CPU, *a),
+            lambda layout, facts, by, dtype: make_exchange(
+                data, Terms(layout, placement, passes, facts, by, dtype, CPU)
+            ),
         )
         for chunk, stage in pipeline.stages.items()
     }

@@ -22,7 +22,7 @@ from shoal.comm.compression.links import HostLinks, Links, TorchLinks
 from shoal.comm.compression.reduction import MOST_STAGES, Division, Line, RawReduction, Steps
 from shoal.comm.compression.worth import Verdict, agreed, on_one_host
 from shoal.comm.distributed import DistributedExchange, DistributedGroup
-from shoal.comm.exchange import Denominators, Exchange, Placement, cuts
+from shoal.comm.exchange import Exchange, Terms, cuts
 from shoal.comm.finishing import block_squares, global_norm
 from shoal.comm.group import Group, HostGroup
 from shoal.comm.layout import Bucket, Layout
@@ -35,13 +35,7 @@ _WHEN = struct.Struct("<d")
 def compressed_exchange(
     name: str,
     group: Group,
-    placement: Placement,
-    most_passes: tuple[int, ...],
-    device: torch.device,
-    layout: Layout,
-    facts: int,
-    denominators: Denominators,
-    dtype: torch.dtype,
+    terms: Terms,
     *,
     shapes: Shapes = (),
     force: bool = False,
@@ -49,10 +43,11 @@ def compressed_exchange(
     """The exchange for ``compression = name``. Called by every worker; raises UserError where compressing does not pay.
 
     ``shapes``: of the parameters, in the layout's order, for PowerSGD. ``force``: compress all the same."""
-    if dtype != torch.float32:
+    if terms.dtype != torch.float32:
         raise UserError(
-            f"plan: compression = {name!r} takes float32 gradients, this model's are {dtype}: leave it out."
+            f"plan: compression = {name!r} takes float32 gradients, this model's are {terms.dtype}: leave it out."
         )
+    device = terms.device
     compressor = COMPRESSORS[name](min_bytes=0, force=force)
     if isinstance(group, HostGroup):
         if device.type != "cpu" and group.world > 1:
@@ -62,14 +57,13 @@ def compressed_exchange(
         mine = on_one_host(compressor, group.world)
         told = json.loads(group.gather(json.dumps([mine.yes, mine.why]).encode())[0])  # rank 0's, for all
         _insist(Verdict(*told), "the workers share this host's memory, and " if group.world > 1 else "")
-        return HostExchange(group, layout, placement, facts, denominators, device, compressor, shapes)
+        return HostExchange(group, terms, compressor, shapes)
     if not isinstance(group, DistributedGroup):
         raise UserError(f"no compressed exchange works over a {type(group).__name__}.")
     links = TorchLinks(None, device, MOST_STAGES, group.patience)
     _insist(agreed(compressor, links, device))
     links.sent_bytes = 0  # measuring does not count
-    arguments = (group, layout, placement, most_passes, facts, denominators, dtype, device)
-    return TorchExchange(*arguments, compressor, links, shapes)
+    return TorchExchange(group, terms, compressor, links, shapes)
 
 
 def _insist(verdict: Verdict, where: str = "") -> None:
@@ -172,21 +166,10 @@ class TorchExchange(DistributedExchange):
     """Workers that others started: payloads over torch.distributed."""
 
     def __init__(
-        self,
-        group: DistributedGroup,
-        layout: Layout,
-        placement: Placement,
-        most_passes: tuple[int, ...],
-        facts: int,
-        denominators: Denominators,
-        dtype: torch.dtype,
-        device: torch.device,
-        compressor: Compressor,
-        links: TorchLinks,
-        shapes: Shapes,
+        self, group: DistributedGroup, terms: Terms, compressor: Compressor, links: TorchLinks, shapes: Shapes
     ) -> None:
-        super().__init__(group, layout, placement, most_passes, facts, denominators, dtype, device)
-        self._pieces = _Pieces(compressor, layout, shapes, links, device)
+        super().__init__(group, terms)
+        self._pieces = _Pieces(compressor, terms.layout, shapes, links, terms.device)
         self._meter = _Meter(self.account.reduces, self.account.reduced, self._sent)
 
     def _sent(self, number: int, nbytes: int) -> None:
@@ -222,18 +205,9 @@ class HostExchange:
 
     shared_result = False
 
-    def __init__(
-        self,
-        group: HostGroup,
-        layout: Layout,
-        placement: Placement,
-        facts: int,
-        denominators: Denominators,
-        device: torch.device,
-        compressor: Compressor,
-        shapes: Shapes,
-    ) -> None:
-        self.layout, self._placement, self._denominators = layout, placement, denominators
+    def __init__(self, group: HostGroup, terms: Terms, compressor: Compressor, shapes: Shapes) -> None:
+        self.layout, self._placement, self._denominators = terms.layout, terms.placement, terms.denominators
+        layout, facts, device = terms.layout, terms.facts, terms.device
         self._group, self._mesh = group, group.mesh
         self._facts = group.heap.tensor(group.world * facts, torch.float64).view(group.world, facts)
         self.facts = self._facts[group.rank]

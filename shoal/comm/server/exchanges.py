@@ -12,10 +12,10 @@ from shoal.comm.accounting.account import Account
 from shoal.comm.accounting.clocks import clock_name
 from shoal.comm.accounting.counters import Kind
 from shoal.comm.accounting.moments import Moments
-from shoal.comm.exchange import Denominators, Placement
+from shoal.comm.exchange import Placement, Terms
 from shoal.comm.finishing import finish_flat, global_norm
 from shoal.comm.group import Group
-from shoal.comm.layout import BLOCK, Layout
+from shoal.comm.layout import BLOCK
 from shoal.comm.server.client import Client, Grant
 from shoal.comm.status import Phase
 from shoal.comm.tree import Add
@@ -44,23 +44,13 @@ class _Own:
     shared_result = False
     result: Tensor
 
-    def __init__(
-        self,
-        group: Group,
-        layout: Layout,
-        placement: Placement,
-        most_passes: tuple[int, ...],
-        facts: int,
-        denominators: Denominators,
-        dtype: torch.dtype,
-    ) -> None:
-        self.group, self.layout, self.placement, self.dtype = group, layout, placement, dtype
-        self.most_passes = most_passes
-        self._denominators = denominators
-        self.facts = torch.zeros(facts, dtype=torch.float64)
-        self.all_facts = torch.zeros(len(placement.ownership), facts, dtype=torch.float64)
+    def __init__(self, group: Group, terms: Terms) -> None:
+        self.group, self.terms = group, terms
+        self.layout, self.placement, self._denominators = terms.layout, terms.placement, terms.denominators
+        self.facts = torch.zeros(terms.facts, dtype=torch.float64)
+        self.all_facts = torch.zeros(len(self.placement.ownership), terms.facts, dtype=torch.float64)
         operations = (("push", "servers"), ("pull", "servers"))
-        bucket_bytes = [bucket.slice * bucket.workers * dtype.itemsize for bucket in layout.buckets]
+        bucket_bytes = [bucket.slice * bucket.workers * terms.dtype.itemsize for bucket in self.layout.buckets]
         self.account = Account(group.counters, group.report, operations, bucket_bytes)
         self.rows = np.zeros((group.world, self.account.form.width))
         self.partials: Sequence[Tensor] = ()
@@ -119,20 +109,11 @@ class _Own:
 class OwnSum(_Own):
     """The mean gradient of this worker's own shards; it is reduced bucket by bucket, as these become ready."""
 
-    def __init__(
-        self,
-        group: Group,
-        layout: Layout,
-        placement: Placement,
-        most_passes: tuple[int, ...],
-        facts: int,
-        denominators: Denominators,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, layout, placement, most_passes, facts, denominators, dtype)
-        self._squares = torch.zeros(layout.elements // BLOCK, dtype=torch.float64)
-        count = max(1, placement.partials(most_passes)[0])
-        self._buffers = [torch.zeros(layout.elements, dtype=dtype) for _ in range(count)]
+    def __init__(self, group: Group, terms: Terms) -> None:
+        super().__init__(group, terms)
+        self._squares = torch.zeros(self.layout.elements // BLOCK, dtype=torch.float64)
+        count = max(1, terms.partials()[0])
+        self._buffers = [torch.zeros(self.layout.elements, dtype=terms.dtype) for _ in range(count)]
         self.result = self._buffers[0]
 
     def begin(self, passes: tuple[int, ...]) -> None:
@@ -203,24 +184,15 @@ class StaleExchange(OwnSum):
 class ServedExchange(_Own):
     """Every step is one round of all workers: partial sums go to the servers, which finish the canonical tree."""
 
-    def __init__(
-        self,
-        group: Group,
-        layout: Layout,
-        placement: Placement,
-        most_passes: tuple[int, ...],
-        facts: int,
-        denominators: Denominators,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, layout, placement, most_passes, facts, denominators, dtype)
+    def __init__(self, group: Group, terms: Terms) -> None:
+        super().__init__(group, terms)
         clocks = [name.decode() for name in group.gather(clock_name().encode())]
         self._moments = Moments(self.account, clocks)
 
     def connect(self, client: Client) -> None:
         super().connect(client)
         self._buffers = client.operands()
-        self.result = torch.zeros(self.layout.elements, dtype=self.dtype)
+        self.result = torch.zeros(self.layout.elements, dtype=self.terms.dtype)
 
     def begin(self, passes: tuple[int, ...]) -> None:
         super().begin(passes)

@@ -89,7 +89,8 @@ def setup_of(
     name = optimizers.check(optimizer)
     slots = {id(parameter): slot for slot, parameter in enumerate(parameters)}
     synchronous = isinstance(exchange, ServedExchange)
-    layout, placement = exchange.layout, exchange.placement
+    terms, placement = exchange.terms, exchange.placement
+    layout = terms.layout
     members = [[slots[id(p)] for p in group["params"] if id(p) in slots] for group in optimizer.param_groups]
     setup = Setup(
         scheme="synchronous" if synchronous else "stale",
@@ -102,11 +103,11 @@ def setup_of(
         state=tuple(b.numel() for b in state),
         workers=layout.buckets[0].workers,
         bucket_elements=bucket_elements,
-        dtype=_name(exchange.dtype),
-        leaves=len(exchange.most_passes),
+        dtype=_name(terms.dtype),
+        leaves=len(terms.most_passes),
         ownership=tuple((own.start, own.stop) for own in placement.ownership) if synchronous else (),
-        partials=tuple(placement.partials(exchange.most_passes) if synchronous else [1] * exchange.group.world),
-        facts=len(exchange.facts),
+        partials=tuple(terms.partials() if synchronous else [1] * exchange.group.world),
+        facts=terms.facts,
         whole=optimizers.needs_whole(name, [p.dtype for p in parameters]),
         optimizer=name,
         defaults={k: optimizers.plain(v) for k, v in optimizer.defaults.items()},
