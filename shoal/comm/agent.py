@@ -48,6 +48,10 @@ class Job:
         """Servers are numbered after the workers."""
         return f"rank {rank}" if rank < self.workers else f"server {rank - self.workers}"
 
+    def carry_out(self, launcher: Connection, forward: Callable[[Any], None]) -> "Ended":
+        """Called in the agent. ``forward`` hands a worker's message to the launcher."""
+        return _run(self, launcher, forward)
+
 
 @dataclass(frozen=True)
 class Said:
@@ -68,7 +72,7 @@ class Ended:
     trace: str = ""
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Linux: the kernel kills this process when its parent dies, even when the parent could not say goodbye."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -76,7 +80,7 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)  # it died before we could ask
 
 
-def _process_state(pid: int) -> str:
+def process_state(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/stat") as stat:
             letter = stat.read().rsplit(")", 1)[1].split()[0]
@@ -109,7 +113,7 @@ class Crew:
         for rank in range(count):
             pid = os.fork()
             if pid == 0:
-                _die_with_parent(parent)
+                die_with_parent(parent)
                 launcher.close()
                 peers: list[socket.socket | None] = [None] * count
                 for (a, b), (left, right) in pairs.items():
@@ -173,7 +177,7 @@ class Crew:
             return None
         named = culprits or late
         waiting = [p for p in running if p.phase is Phase.waiting and p not in named]
-        said = "; ".join(f"{self.position(p.rank)} hangs at {p} since {now - p.since_s:.0f} s ({_process_state(p.pid)})"
+        said = "; ".join(f"{self.position(p.rank)} hangs at {p} since {now - p.since_s:.0f} s ({process_state(p.pid)})"
                          for p in named)  # fmt: skip
         others = ", ".join(f"{self.job.name(p.rank)} is {p}" for p in waiting)
         return said + (f"; {others}" if others else "")
@@ -190,7 +194,7 @@ class Crew:
                 continue
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """glibc: hand freed tensors out again instead of giving their pages back, which costs a fault each next time."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -223,7 +227,7 @@ def _work(job: Job, rank: int, peers: list[socket.socket | None], pipe: socket.s
     code = 1
     report = Reporter(rank, os.getpid(), shared.board)
     try:
-        _keep_freed_memory()
+        keep_freed_memory()
         torch.set_num_threads(job.threads)
         if rank < job.workers:
             function, arguments = cloudpickle.loads(job.program)
@@ -333,6 +337,6 @@ def main() -> None:
         while True:
             request = launcher.recv_bytes()
             if request not in (STOP, END):  # those came just after the job that they were meant for had ended
-                forward(_run(cloudpickle.loads(request), launcher, forward))
+                forward(cloudpickle.loads(request).carry_out(launcher, forward))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the launcher has gone, and with it the reason to be here

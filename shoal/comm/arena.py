@@ -35,19 +35,35 @@ def arena_files(workers: int) -> list[int]:
     return [anonymous_file(size) for _ in range(workers)]
 
 
+def _mapped(file: int) -> mmap.mmap:
+    reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return mmap.mmap(file, os.fstat(file).st_size, flags=mmap.MAP_SHARED | reserve)
+
+
 class Arenas:
     """All workers' arenas, as one of them sees them."""
 
     def __init__(self, rank: int, files: Sequence[int]) -> None:
         """``files`` as `arena_files` made them, before the workers were forked. Without files nothing is inside."""
         self.rank = rank
-        reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
-        self._maps = [mmap.mmap(file, os.fstat(file).st_size, flags=mmap.MAP_SHARED | reserve) for file in files]
+        self._maps = [_mapped(file) for file in files]
         self.bases = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in self._maps]
         self._size = len(self._maps[rank]) if self._maps else 0
         self._library = build.allocator() if self._maps and build.kernels() else None
         if self._library:
             self._library.shoal_arena_install(ctypes.c_void_p(self.bases[rank]), ctypes.c_size_t(self._size))
+
+    def again(self, rank: int, files: Sequence[int]) -> "Arenas":
+        """Those of other workers, in the order of their ranks: this worker's own, of ``rank``, is the one that it has.
+
+        A process has one arena for life: torch's memory lies in it."""
+        made = copy(self)
+        made.rank = rank
+        if self._maps:
+            own = self._maps[self.rank]
+            made._maps = [own if other == rank else _mapped(file) for other, file in enumerate(files)]
+            made.bases = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in made._maps]
+        return made
 
     @property
     def bytes(self) -> int:

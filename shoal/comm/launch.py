@@ -7,13 +7,19 @@ import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from shoal.comm.agent import END, STOP, Ended, Job, Said
 from shoal.errors import RunFailed, UserError
 
 MOST_SERVERS = 64  # processes of one host
 GRACE_S = 5.0  # how long an agent may take to leave before it is killed
+
+
+class Errand(Protocol):
+    """What an agent is sent: it travels by pickle, and is carried out over there."""
+
+    def carry_out(self, launcher: Connection, forward: Callable[[Any], None]) -> Ended: ...
 
 
 class Agent:
@@ -67,10 +73,24 @@ class Agent:
         if servers > MOST_SERVERS:
             raise UserError(f"{servers} parameter servers on one host: use at most {MOST_SERVERS}, better 1 or 2.")
         program = cloudpickle.dumps((function, arguments))
-        self._connection.send_bytes(cloudpickle.dumps(Job(program, workers, threads, hang_after_s, servers)))
+        job = Job(program, workers, threads, hang_after_s, servers)
+        return self.carry_out(job, workers, listen=listen, on_start=on_start)
+
+    def carry_out(
+        self,
+        job: Errand,
+        results: int,
+        *,
+        listen: Callable[[int, Any], None] | None = None,
+        on_start: Callable[[Callable[[], None]], None] | None = None,
+    ) -> list[Any]:
+        """As `run`, for any kind of job that says itself what the agent does, and that has so many ``results``."""
+        import cloudpickle
+
+        self._connection.send_bytes(cloudpickle.dumps(job))
         if on_start:
             on_start(self._ask_stop)
-        results: list[Any] = [None] * workers
+        found: list[Any] = [None] * results
         while True:
             message = self._receive()
             if isinstance(message, Ended):
@@ -81,9 +101,9 @@ class Agent:
                     if message.trace:
                         failure.add_note(message.trace)
                     raise failure
-                return results
+                return found
             if message.kind == "result":
-                results[message.rank] = message.value
+                found[message.rank] = message.value
             elif listen:
                 try:
                     listen(message.rank, message.value)

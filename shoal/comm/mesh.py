@@ -38,6 +38,11 @@ class _Wire:
         assert found is not None
         return found
 
+    def close(self) -> None:
+        for peer in self.peers:
+            if peer is not None:
+                peer.close()
+
     def inbox(self, origin: int, channel: int) -> deque[tuple[int, int, bytes]]:
         return self._inbox[origin, channel]
 
@@ -94,6 +99,10 @@ class Mesh:
         made._places = tuple(self._places[rank] for rank in ranks)
         made._names = tuple(self._names[rank] for rank in ranks)
         return made
+
+    def close(self) -> None:
+        """Hang up on all peers: each finds it out at its next word."""
+        self._wire.close()
 
     @property
     def others(self) -> list[int]:

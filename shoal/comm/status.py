@@ -12,6 +12,8 @@ _ROW = struct.Struct("<qqqqqq")  # step, phase, shard, peer, since (monotonic ns
 _STRIDE = 64  # a cache line a worker
 _TRAIL = 512  # changes of phase that a worker remembers
 _STOP = 0  # byte 0: somebody asked the run to stop after the step in flight
+_CHANGE = 1  # byte 1: other workers go on after the step in flight
+_BROKEN = 2  # byte 2: a worker has been lost, and the step in flight with it
 
 
 SERVERS = 1 << 20  # peers from here on are parameter servers, not workers
@@ -85,6 +87,20 @@ class StatusBoard:
     def ask_stop(self) -> None:
         self._page[_STOP] = 1
 
+    @property
+    def change_asked(self) -> bool:
+        return self._page[_CHANGE] != 0
+
+    def ask_change(self, asked: bool) -> None:
+        self._page[_CHANGE] = asked
+
+    @property
+    def broken(self) -> bool:
+        return self._page[_BROKEN] != 0
+
+    def call_broken(self, broken: bool) -> None:
+        self._page[_BROKEN] = broken
+
 
 class Reporter:
     """One worker's hand on its status; without a board (a worker started by others) it only remembers."""
@@ -105,6 +121,10 @@ class Reporter:
         self.trail.append((phase, now))
         self.position = Position(old.rank, old.step if step is None else step, phase, shard, peer, now, old.pid)
         self._write()
+
+    @property
+    def change_asked(self) -> bool:
+        return self.board is not None and self.board.change_asked
 
     def _write(self) -> None:
         if self.board:

@@ -12,7 +12,7 @@ from shoal.comm.layout import Layout, flat_layout
 from shoal.comm.tree import Accumulate, Accumulation, tree_sum
 from shoal.errors import UserError
 
-_STOP, _CHECKSUM, _WAITED, _FIRED = 0, 1, 2, 3  # places in a row of facts; per-leaf sums and counts follow
+_STOP, _CHECKSUM, _WAITED, _CHANGE, _FIRED = 0, 1, 2, 3, 4  # places in a row of facts; per-leaf sums and counts follow
 _TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is
 
 ExchangeFactory = Callable[[Layout, int, Callable[[torch.Tensor], tuple[float, float]], torch.dtype], Exchange]
@@ -36,6 +36,7 @@ class StepFigures:
     norm: float  # of the mean gradient, before clipping
     leaf_losses: tuple[float, ...]  # sum of each leaf's losses
     stop: bool  # a worker was asked to stop after this step
+    change: bool  # other workers go on after this step
     checksums: tuple[float, ...]  # of each worker's parameters; 0.0 when not taken
     waited: tuple[float, ...]  # seconds that each worker waited for data up to its last backward pass
 
@@ -71,8 +72,10 @@ class Gradients:
         facts = _FIRED + len(named) + 2 * leaves
         self.exchange = make_exchange(self.layout, facts, self._denominators, dtype)
         self._buckets_of = [self.layout.buckets_of(slot) for slot in range(len(self.layout.slots))]
-        for index, parameter in enumerate(self.parameters):
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))  # type: ignore[no-untyped-call]
+            for index, parameter in enumerate(self.parameters)
+        ]
         self._views: list[list[torch.Tensor]] = []  # [slot][buffer]: in the flat buffers
         self._at: list[list[torch.Tensor]] = []  # the same in the step under way, adopted gradients in their places
         self._state_views: list[list[torch.Tensor]] = []
@@ -91,9 +94,10 @@ class Gradients:
 
     # --- one step ---------------------------------------------------------------------------------------------
 
-    def begin(self, passes: tuple[int, ...], *, stop: bool, checksum: float) -> None:
+    def begin(self, passes: tuple[int, ...], *, stop: bool, checksum: float, change: bool = False) -> None:
         """Start a step in which leaf i has ``passes[i]`` backward passes, over all workers."""
         self._passes = passes
+        self._begun_state = [b.clone() for b in self._state]
         self._program = self._placement.accumulation(passes)
         self._state_program = self._placement.accumulation(tuple(min(1, p) for p in passes))
         self.exchange.begin(passes)
@@ -106,10 +110,9 @@ class Gradients:
         self._used = [False] * len(self.parameters)
         self._done = self._leaf_ends = self._posted = 0
         self._leaf = -1
-        self._begun_state = [b.clone() for b in self._state]
         facts = self.exchange.facts
         facts.zero_()
-        facts[_STOP], facts[_CHECKSUM] = float(stop), checksum
+        facts[_STOP], facts[_CHANGE], facts[_CHECKSUM] = float(stop), float(change), checksum
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -298,6 +301,17 @@ class Gradients:
                 buffer.logical_xor_(change > 0)
             else:
                 buffer.add_(change.to(buffer.dtype))
+        self._begun_state = []
+
+    def release(self) -> None:
+        """Let go of the module: no hook of this object acts any more, and what a step in flight has done is undone."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._at = []
+        if self._begun_state:
+            self._restore_state()
 
     def unused(self) -> list[int]:
         """The parameters that no pass of the finished step has reached, by number."""
@@ -332,6 +346,7 @@ class Gradients:
             norm=norm,
             leaf_losses=tuple(losses),
             stop=bool(facts[:, _STOP].any()),
+            change=bool(facts[:, _CHANGE].any()),
             checksums=tuple(facts[:, _CHECKSUM].tolist()),
             waited=tuple(facts[:, _WAITED].tolist()),
         )

@@ -67,7 +67,7 @@ class Step:
         if number % COMPARE_EVERY == 0 and update.equal:
             update.arrive()
             checksum = parameter_checksum(gradients.module)
-        gradients.begin(self._passes, stop=crew.group.stop_asked, checksum=checksum)
+        gradients.begin(self._passes, stop=crew.group.stop_asked, change=self._report.change_asked, checksum=checksum)
         self._place: Place | None = None
         self._mark = time.perf_counter()
 

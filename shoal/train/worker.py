@@ -5,6 +5,7 @@ docs/your_own_loop.md shows one; `shoal.train` runs `shoal.train.loop` on it.
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +22,12 @@ from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher
 from shoal.data.source import Source
 from shoal.errors import RunFailed, UserError
-from shoal.memory.apply import recompute
+from shoal.memory.apply import set_up
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint
 from shoal.train.device import device_for
 from shoal.train.gradients import Gradients, StepFigures
+from shoal.train.sharded_states import check as check_sharded
 from shoal.train.snapshot import BackgroundWriter, Written
 from shoal.train.state import load_model, load_optimizer, model_tensors, optimizer_facts, optimizer_tensors
 from shoal.train.step import Place, Step, compare, parameter_checksum
@@ -63,6 +65,7 @@ class Worker:
         self._update: Update | None = None
         self._teller: Teller | None = None
         self._writers: dict[Path, BackgroundWriter] = {}
+        self._prepared: set[Path] = set()
         self._resumed: checkpoint.Checkpoint | None = None
         torch.manual_seed(seed)
 
@@ -82,20 +85,43 @@ class Worker:
             raise UserError("worker.model was called twice: wrap several modules in one nn.ModuleDict.")
         self._module = module.to(self.device)
         self._share_weights(module)
-        if compile and self.plan.memory.recompute != "none":
-            raise UserError("plan: memory.recompute is for models that are not compiled: leave model.compile out.")
-        recompute(module, self.plan.memory)
+        if compile and self.plan.memory.works_on_blocks:
+            raise UserError("plan: memory is saved in models that are not compiled: leave model.compile out.")
+        set_up(module, self.plan.memory, self._say)
+        self._gradients = self._hooked(module)
+        called: Any = torch.compile(module) if compile else module
+        return cast(nn.Module, called)
+
+    def _hooked(self, module: nn.Module) -> Gradients:
         placement = placement_of(self.plan, self._ownership, self.rank)
         most = tuple(self.micro_batches for _ in range(self._shard_count))
-        self._gradients = Gradients(
+        return Gradients(
             module,
             placement,
             self._shard_count,
             self.plan.bucket_bytes,
             lambda *a: exchange_of(self.plan, self.group, placement, most, self.device, module, *a),
         )
-        called: Any = torch.compile(module) if compile else module
-        return cast(nn.Module, called)
+
+    def leave(self) -> None:
+        """Let go of the group: what a step in flight has done is dropped, and its memory is free."""
+        if self._gradients is not None:
+            self._gradients.release()
+            self._gradients = None
+
+    def join(self, group: Group, plan: Plan) -> None:
+        """Go on with other workers from the last committed step, after `leave`; weights and optimiser stay as they are.
+
+        For schemes in which every worker makes the same update."""
+        self.group, self.plan = group, plan
+        self.rank, self.world = group.rank, group.world
+        self._ownership = plan.owned(self._shard_count)
+        self._teller = None
+        self.stopping = False
+        self._gradients = self._hooked(self._trained())
+
+    def _say(self, line: str) -> None:
+        print(f"shoal: rank {self.rank}: {line}", file=sys.stderr, flush=True)
 
     def _share_weights(self, module: nn.Module) -> None:
         """Rank 0's weights for all: a factory that draws from elsewhere than the seed would differ by worker."""
@@ -119,6 +145,8 @@ class Worker:
             raise UserError("LBFGS evaluates the loss again inside its step, which a distributed step cannot do.")
         if self.plan.sync == "parameter-server":
             check_optimizer(optimizer)
+        if self.plan.states != "replicated":
+            check_sharded(self.plan.states, optimizer, self._trained())
         self._optimizer = optimizer
         return optimizer
 
@@ -273,12 +301,18 @@ class Worker:
     def prepare_to_save(self, folder: str | Path, *, keep: int = 3) -> None:
         """Reserve the memory of checkpoints now, so that the first one holds training up no longer than the others.
 
-        ``keep``: how many of the newest stay in ``folder``, beside the best; 0: all."""
+        Called by every worker. ``keep``: how many of the newest stay in ``folder``, beside the best; 0: all."""
         place = Path(folder).absolute()
-        if self.rank == 0 and place not in self._writers:
-            if self._update is not None:
-                self._update.fetch()
+        if place in self._prepared:
+            return
+        self._prepared.add(place)
+        self._fetch()
+        if self.rank == 0:
             self._writers[place] = BackgroundWriter(place, self.tensors(), keep=keep)
+
+    def _fetch(self) -> None:
+        if self._update is not None:
+            self._update.fetch()
 
     def save(self, folder: str | Path, *, best: bool = False, final: bool = False, **facts: Any) -> float:
         """Checkpoint the run as it stands into ``folder``, behind the training; the seconds that this worker waited.
@@ -286,11 +320,10 @@ class Worker:
         Called by every worker; rank 0 holds all and writes. ``written`` tells what became of it."""
         self.settle()
         waited = 0.0
+        self.group.report(Phase.saving, step=self.step)
+        self.prepare_to_save(folder)
+        self._fetch()
         if self.rank == 0:
-            self.group.report(Phase.saving, step=self.step)
-            if self._update is not None:
-                self._update.fetch()
-            self.prepare_to_save(folder)
             state, told = self.tensors(), {**self.facts(), **facts}
             waited = self._writers[Path(folder).absolute()].submit(state, told, best, final)
         if self._update is not None and not self._update.equal:

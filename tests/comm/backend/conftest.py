@@ -98,9 +98,9 @@ def _parent_of(
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
-            from shoal.comm.agent import _die_with_parent
+            from shoal.comm.agent import die_with_parent
 
-            _die_with_parent(os.getppid())
+            die_with_parent(os.getppid())
             try:
                 place = types.SimpleNamespace(rank=rank, world=workers)
                 result: Any = _inside(place, kind, file, timeout_s, None, function, *rest)
