@@ -15,8 +15,6 @@ def check_trainable(plan: Plan) -> None:
             f"plan: training runs over mesh axis 'data' so far, and the mesh has {', '.join(split)}: "
             f"use --workers N, or look at the plan with shoal plan."
         )
-    if plan.states != "replicated":
-        raise UserError(f"plan: states = {plan.states!r} is not carried out yet: use states = 'replicated'.")
     memory, usual = plan.memory, MemoryPlan()
     asked = ["peak_bytes"] if memory.budget_bytes else []
     asked += [key for key in _NOT_YET if getattr(memory, key) != getattr(usual, key)]

@@ -50,7 +50,7 @@ class Update(Protocol):
         """Make weights and buffers equal on all workers."""
 
     def fetch(self) -> None:
-        """Make ``optimizer`` hold the state that belongs to the weights; on rank 0, after `settle`."""
+        """Make ``optimizer`` hold the state that belongs to the weights, on rank 0; called by all, after `settle`."""
 
     def told(self) -> list[Told]:
         """On rank 0: steps that all workers have done since the last call, in order."""
@@ -98,6 +98,10 @@ def update_of(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.o
         return Averaging(plan, group, gradients, optimizer)
     if plan.sync == "parameter-server":
         return (Stale if plan.staleness else Served)(plan, group, gradients, optimizer)
+    if plan.states != "replicated":
+        from shoal.train.sharded_states import sharded
+
+        return sharded(plan, group, gradients, optimizer)
     return Everywhere(optimizer)
 
 
@@ -189,7 +193,7 @@ class _OnServers(Everywhere):
             self.exchange.arrive()
 
     def fetch(self) -> None:
-        if self._client is not None:
+        if self._client is not None and self.group.rank == 0:
             self.arrive()
             self.client.fetch_state(self.optimizer)
 

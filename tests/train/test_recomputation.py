@@ -78,7 +78,6 @@ class Fickle(torch.nn.Module):
     [
         (Plan(mesh={"data": 2, "pipe": 2}), "training runs over mesh axis 'data' so far, and the mesh has pipe = 2"),
         (Plan(mesh={"tensor": 2}, pipeline=PipelinePlan()), "the mesh has tensor = 2"),
-        (Plan(states="zero3"), "states = 'zero3' is not carried out yet"),
         (Plan(memory=MemoryPlan(peak_bytes="1GiB")), "memory.peak_bytes is not carried out yet"),
         (Plan(memory=MemoryPlan(offload_activations="disk")), "memory.offload_activations is not carried out yet"),
         (Plan(memory=MemoryPlan(optimizer_bits=8)), "memory.optimizer_bits is not carried out yet"),

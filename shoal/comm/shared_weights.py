@@ -1,0 +1,88 @@
+"""Parameters of workers of one host in one memory: each writes its own slices, and all read the whole."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm.group import HostGroup
+from shoal.comm.layout import ALIGNMENT, Layout, Slot
+from shoal.comm.slices import Piece
+
+_UPDATED = 6  # message kind: the group and the exchange use the ones below
+
+
+class SharedWeights:
+    """The parameters lie on the heap in the order of the flat buffer: an all-gather that costs a barrier.
+
+    An update goes between two barriers, that of the exchange (nobody reads the old weights any more) and `arrive`
+    (everybody has written the new ones)."""
+
+    whole = True
+
+    def __init__(
+        self, group: HostGroup, layout: Layout, parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter] = ()
+    ) -> None:
+        """``parameters`` in the order of the layout. ``frozen`` ones, never written, are shared too."""
+        self._group, self._layout = group, layout
+        self.parameters = parameters
+        self._sequence = self._arrived = 0
+        self._flats: dict[torch.dtype, Tensor] = {}
+        self._place(parameters, layout.slots[: len(parameters)], layout.state_start)
+        slots, end = [], 0
+        for parameter in frozen:
+            slots.append(Slot(end, parameter.numel()))
+            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        self.frozen = self._place(frozen, slots, end, keep=False)
+
+    @torch.no_grad()
+    def _place(
+        self, parameters: Sequence[nn.Parameter], slots: Sequence[Slot], elements: int, *, keep: bool = True
+    ) -> list[Tensor]:
+        """Let the parameters lie in one flat tensor for each dtype, at these slots."""
+        group = self._group
+        flats: dict[torch.dtype, Tensor] = {}
+        for dtype in dict.fromkeys(p.dtype for p in parameters):
+            device = parameters[0].device
+            on_host = device.type == "cpu"  # a lone worker with an accelerator shares nothing
+            flats[dtype] = (
+                group.heap.tensor(elements, dtype) if on_host else torch.zeros(elements, dtype=dtype, device=device)
+            )
+        views = [
+            flats[p.dtype][slot.offset : slot.offset + slot.size].view(p.shape)
+            for p, slot in zip(parameters, slots, strict=True)
+        ]
+        if group.rank == 0:
+            for parameter, view in zip(parameters, views, strict=True):
+                view.copy_(parameter)
+        group.gather(b"")
+        for parameter, view in zip(parameters, views, strict=True):
+            parameter.data = view
+        if keep:
+            self._flats = flats
+        return list(flats.values())
+
+    def piece(self, piece: Piece) -> Tensor:
+        """The memory of a piece, flat; in the parameter's shape when it is all of it."""
+        parameter = self.parameters[piece.slot]
+        flat = self._flats[parameter.dtype][piece.place : piece.place + piece.length]
+        return flat.view(parameter.shape) if piece.length == parameter.numel() else flat
+
+    def updated(self) -> None:
+        """The own slices hold the new weights."""
+        self._sequence += 1
+        self._group.mesh.broadcast(_UPDATED, self._sequence)
+
+    def arrive(self) -> None:
+        """Wait until everybody's slices hold the new weights."""
+        if self._arrived < self._sequence:
+            for rank in self._group.mesh.others:
+                self._group.mesh.receive(rank, _UPDATED, self._sequence)
+            self._arrived = self._sequence
+
+    def settle(self) -> None:
+        self.arrive()
+
+    def held(self) -> list[Tensor]:
+        """The memory that all workers of the group hold together once."""
+        return [*self._flats.values(), *self.frozen]

@@ -1,0 +1,193 @@
+"""Sharded states (ZeRO; Rajbhandari et al., 2020): each data replica updates, and holds the states of, its slices only.
+
+docs/sharded_states.md says what each stage holds where. The bits are those of every worker updating everything: the
+optimisers that are allowed here treat each element by itself.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm.group import Group, HostGroup
+from shoal.comm.server.optimizer import ELEMENTWISE
+from shoal.comm.shared_weights import SharedWeights
+from shoal.comm.slices import Piece, Sharing, pieces_of
+from shoal.data.ledger import Ledger
+from shoal.errors import UserError
+from shoal.recipe.plan import Plan
+from shoal.train.gradients import Gradients, StepFigures
+from shoal.train.state_gathering import HostStates, State, cut
+from shoal.train.synchrony import Everywhere
+
+
+class Weights(Protocol):
+    """Where parameters lie, and how the slices that one worker has updated come to the others."""
+
+    parameters: Sequence[nn.Parameter]
+    whole: bool  # between two steps, every worker can read all parameters
+
+    def piece(self, piece: Piece) -> Tensor: ...
+    def updated(self) -> None: ...
+    def arrive(self) -> None: ...
+    def settle(self) -> None: ...
+    def held(self) -> list[Tensor]: ...
+
+
+class States(Protocol):
+    """How states of pieces are brought together for a checkpoint."""
+
+    def gather(self, pieces: Sequence[Piece], parts: Sequence[Tensor], states: Sequence[State]) -> dict[int, State]: ...
+
+
+def check(states: str, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Raises UserError when slices of tensors would not be updated to the same bits as whole ones."""
+    kind = type(optimizer)
+    plan = f"plan: states = {states!r}"
+    if kind.__name__ not in ELEMENTWISE or getattr(torch.optim, kind.__name__, None) is not kind:
+        name = kind.__name__ if kind.__module__.startswith("torch.optim") else f"{kind.__module__}.{kind.__name__}"
+        raise UserError(
+            f"{plan} cuts tensors into slices, and {name} is not known to treat each element by itself: use one of "
+            f"{', '.join(sorted(ELEMENTWISE))}, or states = 'replicated'."
+        )
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dtype.itemsize < 4:
+            raise UserError(
+                f"{plan} cuts tensors, and parameter {name!r} is {parameter.dtype}, where torch rounds the last "
+                f"elements of a tensor in another way: keep parameters in float32, or use states = 'replicated'."
+            )
+        if not parameter.is_contiguous():
+            raise UserError(
+                f"{plan} cuts tensors in the order of their elements, and parameter {name!r} lies in memory in "
+                f"another one: make it contiguous, or use states = 'replicated'."
+            )
+
+
+def settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group of an optimiser's parameters is updated with."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+class Sharded(Everywhere):
+    """The user's optimiser says what is done; one of the same kind, over pieces, does it and holds the states."""
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        optimizer: torch.optim.Optimizer,
+        weights: Weights,
+        states: States,
+        pieces: Sequence[Piece],
+    ) -> None:
+        super().__init__(optimizer)
+        self.gradients, self.weights, self.states, self.pieces = gradients, weights, states, pieces
+        self.equal = weights.whole
+        self.parts = [weights.piece(piece) for piece in pieces]
+        slot_of = {id(parameter): slot for slot, parameter in enumerate(gradients.parameters)}
+        groups = [[slot_of[id(p)] for p in g["params"] if id(p) in slot_of] for g in optimizer.param_groups]
+        self._groups: list[int] = []  # which of the user's groups each of the inner one's is
+        self._inner = self._make(groups)
+        self._written: list[int] = []
+
+    def _make(self, groups: Sequence[Sequence[int]]) -> torch.optim.Optimizer | None:
+        """The optimiser over the own pieces; None when there are none."""
+        filled = []
+        for index, (slots, group) in enumerate(zip(groups, self.optimizer.param_groups, strict=True)):
+            own = [part for piece, part in zip(self.pieces, self.parts, strict=True) if piece.slot in set(slots)]
+            if own:
+                filled.append({"params": own, **settings(group)})
+                self._groups.append(index)
+        if not filled:
+            return None
+        known = set(inspect.signature(type(self.optimizer)).parameters)
+        made: torch.optim.Optimizer = type(self.optimizer)(
+            filled, **{key: value for key, value in self.optimizer.defaults.items() if key in known}
+        )
+        made.state.clear()  # some begin with states; they are taken from the user's
+        return made
+
+    # --- states -----------------------------------------------------------------------------------------------
+
+    def begin(self, ledger: Ledger) -> None:
+        super().begin(ledger)
+        self._take_over()
+        self._written = [parameter._version for parameter in self.gradients.parameters]
+
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """Cut what the user's optimiser holds, from a checkpoint say, to the own pieces, and let it go."""
+        for piece, part in zip(self.pieces, self.parts, strict=True):
+            parameter = self.gradients.parameters[piece.slot]
+            whole = self.optimizer.state.get(parameter)
+            if not whole or self._inner is None:
+                continue
+            self._inner.state[part] = {key: cut(value, parameter, piece, part) for key, value in whole.items()}
+        self.optimizer.state.clear()
+
+    def fetch(self) -> None:
+        """Called by all workers: on rank 0 the user's optimiser then holds all states, until the next update."""
+        self.arrive()
+        held = [dict(self._inner.state.get(part, {})) if self._inner else {} for part in self.parts]
+        whole = self.states.gather(self.pieces, self.parts, held)
+        if self._inner is not None:
+            for part, state in zip(self.parts, held, strict=True):
+                if state:
+                    self._inner.state[part] = state
+        for slot, state in sorted(whole.items()):
+            self.optimizer.state[self.gradients.parameters[slot]] = state
+
+    # --- a step -----------------------------------------------------------------------------------------------
+
+    def arrive(self) -> None:
+        self.weights.arrive()
+
+    def settle(self, number: int) -> None:
+        self.weights.settle()
+
+    @torch.no_grad()
+    def step(self, number: int, figures: StepFigures) -> None:
+        self._check_written()
+        self.optimizer.state.clear()
+        exchange, unused = self.gradients.exchange, set(self.gradients.unused())
+        for piece, part in zip(self.pieces, self.parts, strict=True):
+            mean = exchange.result_of(piece.slot)[piece.start : piece.stop].view(part.shape)
+            part.grad = None if piece.slot in unused else mean.to(part.dtype)
+        if self._inner is not None:
+            for group, index in zip(self._inner.param_groups, self._groups, strict=True):
+                group.update(settings(self.optimizer.param_groups[index]))
+            self._inner.step()
+        for holder in (*self.parts, *self.gradients.parameters):
+            holder.grad = None  # the exchange writes the next one over it
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for before they step
+        self.weights.updated()
+        self._told.append((number, figures, {}))
+
+    def _check_written(self) -> None:
+        for name, parameter, before in zip(self.gradients.names, self.gradients.parameters, self._written, strict=True):
+            if parameter._version != before:
+                raise UserError(
+                    f"parameter {name!r} was written to between two updates, which workers that share states do "
+                    f"together: leave such changes to the optimiser, or use states = 'replicated'."
+                )
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """What this worker holds between two steps, by kind; of the parameters, what its group holds together."""
+        own = [] if self._inner is None else [v for s in self._inner.state.values() for v in s.values()]
+        return {"parameters": self.weights.held(), "optimizer": [v for v in own if isinstance(v, Tensor)]}
+
+
+def sharded(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Sharded:
+    """The update for ``plan.states``. Called by all workers, once the weights are those that training starts from."""
+    layout, parameters = gradients.layout, gradients.parameters
+    sharing = Sharing(group.world, plan.state_group or group.world)
+    pieces = pieces_of(layout, sharing.slices(group.rank))
+    among = group if sharing.members == group.world else group.split(sharing.groups())
+    if not isinstance(among, HostGroup):
+        raise UserError(f"plan: states = {plan.states!r} is not carried out between hosts yet: use 'replicated'.")
+    frozen = [p for p in gradients.module.parameters() if not p.requires_grad] if plan.states == "zero3" else []
+    weights = SharedWeights(among, layout, parameters, frozen)
+    return Sharded(gradients, optimizer, weights, HostStates(among, layout, parameters), pieces)

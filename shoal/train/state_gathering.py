@@ -1,0 +1,96 @@
+"""Bringing the states of pieces together for a checkpoint: in memory that workers share, or by sending them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm.group import Group, HostGroup
+from shoal.comm.layout import Layout
+from shoal.comm.slices import Piece
+
+State = dict[str, Any]  # what an optimiser holds of one parameter, or of a piece of it
+Told = list[Any]  # of one entry: ["vector", dtype], ["tensor", value, dtype] or ["plain", value]
+
+
+def is_vector(value: Any, part: Tensor) -> bool:
+    """Whether an entry of a piece's state has a value for each element, and not one for all."""
+    return isinstance(value, Tensor) and value.shape == part.shape and value.dim() > 0
+
+
+def cut(value: Any, parameter: Tensor, piece: Piece, part: Tensor) -> Any:
+    """A copy of what belongs to a piece in one entry of a parameter's state."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape != parameter.shape or part.shape == parameter.shape:
+        return value.clone()
+    return value.reshape(-1)[piece.start : piece.stop].clone()
+
+
+def _told(value: Any, part: Tensor) -> Told:
+    if not isinstance(value, Tensor):
+        return ["plain", value]
+    dtype = str(value.dtype).removeprefix("torch.")
+    return ["vector", dtype] if is_vector(value, part) else ["tensor", value.tolist(), dtype]
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+class HostStates:
+    """Workers of one host: vectors lie on the heap from the first checkpoint on, where rank 0 reads them."""
+
+    def __init__(self, group: HostGroup, layout: Layout, parameters: Sequence[nn.Parameter]) -> None:
+        self._group, self._layout, self._parameters = group, layout, parameters
+        self._flats: dict[tuple[str, str], Tensor] = {}
+
+    def gather(self, pieces: Sequence[Piece], parts: Sequence[Tensor], states: Sequence[State]) -> dict[int, State]:
+        """The states of whole parameters, by slot, on rank 0; {} on the others. Called by all workers.
+
+        ``states`` of the pieces are changed: their vectors move into memory that rank 0 can read."""
+        found = _tell(self._group, pieces, parts, states)
+        for key, value in sorted({(k, v[1]) for state in found.values() for k, v in state.items() if v[0] == "vector"}):
+            if (key, value) not in self._flats:
+                self._flats[key, value] = self._group.heap.tensor(self._layout.state_start, _dtype(value))
+        for piece, part, state in zip(pieces, parts, states, strict=True):
+            for key, value in state.items():
+                if is_vector(value, part):
+                    flat = self._flats[key, str(value.dtype).removeprefix("torch.")]
+                    place = flat[piece.place : piece.place + piece.length].view(part.shape)
+                    if place.data_ptr() != value.data_ptr():
+                        state[key] = place.copy_(value)
+        self._group.gather(b"")  # all of it is there
+        return {} if self._group.rank else _assembled(found, self._whole)
+
+    def _whole(self, slot: int, key: str, dtype: str) -> Tensor:
+        place = self._layout.slots[slot]
+        return self._flats[key, dtype][place.offset : place.offset + place.size].view(self._parameters[slot].shape)
+
+
+def _tell(
+    group: Group, pieces: Sequence[Piece], parts: Sequence[Tensor], states: Sequence[State]
+) -> dict[int, dict[str, Told]]:
+    """What there is of each slot, over all workers: values that are one for all are the same in all of its pieces."""
+    mine = [
+        [piece.slot, {key: _told(value, part) for key, value in state.items()}]
+        for piece, part, state in zip(pieces, parts, states, strict=True)
+        if state
+    ]
+    rows = [json.loads(row) for row in group.gather(json.dumps(mine).encode())]
+    return {slot: told for row in reversed(rows) for slot, told in reversed(row)}
+
+
+def _assembled(found: Mapping[int, Mapping[str, Told]], whole: Any) -> dict[int, State]:
+    states: dict[int, State] = {}
+    for slot, told in found.items():
+        states[slot] = {}
+        for key, (kind, value, *dtype) in told.items():
+            if kind == "vector":
+                states[slot][key] = whole(slot, key, value)
+            else:
+                states[slot][key] = torch.tensor(value, dtype=_dtype(dtype[0])) if kind == "tensor" else value
+    return states
