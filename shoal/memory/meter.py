@@ -1,5 +1,6 @@
 """Counting the bytes that are held for backward passes."""
 
+import threading
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -21,10 +22,13 @@ class Hold:
 
 
 class Meter:
-    """Live bytes; memory that several tensors share is counted once, that of parameters never."""
+    """Live bytes; memory that several tensors share is counted once, that of parameters never.
+
+    Several threads may hold and let go."""
 
     def __init__(self) -> None:
-        self.live = 0
+        self.live = self.peak = 0
+        self._lock = threading.RLock()  # letting go may come in the middle of holding
         self._held: dict[int, list[int]] = {}  # storage -> holds, bytes
         self._ignored: set[int] = set()
 
@@ -32,26 +36,32 @@ class Meter:
         """Memory that is there anyway: parameters and buffers."""
         self._ignored = {storage_of(tensor) for tensor in tensors}
 
+    def ignores(self, tensor: Tensor) -> bool:
+        return storage_of(tensor) in self._ignored
+
     def hold(self, tensor: Tensor) -> Hold:
         key = storage_of(tensor)
-        if key in self._ignored:
-            key = 0
-        elif key in self._held:
-            self._held[key][0] += 1
-        else:
-            count = bytes_of(tensor)
-            self._held[key] = [1, count]
-            self.live += count
+        with self._lock:
+            if key in self._ignored:
+                key = 0
+            elif key in self._held:
+                self._held[key][0] += 1
+            else:
+                count = bytes_of(tensor)
+                self._held[key] = [1, count]
+                self.live += count
+                self.peak = max(self.peak, self.live)
         return Hold(self, tensor, key)
 
     def _release(self, key: int) -> None:
         if key == 0:
             return
-        held = self._held[key]
-        held[0] -= 1
-        if held[0] == 0:
-            del self._held[key]
-            self.live -= held[1]
+        with self._lock:
+            held = self._held[key]
+            held[0] -= 1
+            if held[0] == 0:
+                del self._held[key]
+                self.live -= held[1]
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -4,15 +4,16 @@ What a pass kept, the same pass done again takes instead of computing it (as tor
 policies do); here a result that is written to later is not kept, and a draw of random numbers is always repeated.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoal.memory.meter import Hold, Meter, storage_of
+from shoal.memory.meter import storage_of
+from shoal.memory.store import Kept, Store
 
 _KINDS = {
     "matmul": "mm addmm bmm baddbmm addbmm mv addmv dot linear _addmm_activation _thnn_fused_lstm_cell "
@@ -58,36 +59,66 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for each in value for t in _tensors(each)] if isinstance(value, tuple | list) else []
 
 
-def _aliases(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    return type(value)(_aliases(each) for each in value) if isinstance(value, tuple | list) else value
+def _each(value: Any, change: Callable[[Any], Any], kind: type) -> Any:
+    """A result with what it has of a kind changed."""
+    if isinstance(value, kind):
+        return change(value)
+    return type(value)(_each(part, change, kind) for part in value) if isinstance(value, tuple | list) else value
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Waiting:
+    kept: Kept
+
+
+@dataclass(frozen=True)
+class _Result:
+    value: Any  # as the operation gave it, with something that waits in the place of each tensor
+    storages: frozenset[int]
+
+
 class Results:
     """Results of one pass, by their place among all that might have been kept; None is computed again."""
 
-    kept: list[Any] = field(default_factory=list)
-    holds: list[list[Hold] | None] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._kept: list[_Result | None] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, result: Any, store: Store) -> None:
+        storages = frozenset(map(storage_of, _tensors(result)))
+        self._kept.append(
+            _Result(_each(result, lambda tensor: _Waiting(store.keep(tensor.detach())), Tensor), storages)
+        )
+
+    def leave_out(self) -> None:
+        self._kept.append(None)
 
     def cut(self, count: int) -> None:
         """Forget what came after the first ``count`` of them: nothing that is needed follows."""
-        del self.kept[count:], self.holds[count:]
+        del self._kept[count:]
 
     def forget(self, storages: Collection[int]) -> None:
-        for place, value in enumerate(self.kept):
-            if any(storage_of(tensor) in storages for tensor in _tensors(value)):
-                self.kept[place] = self.holds[place] = None
+        for place, result in enumerate(self._kept):
+            if result is not None and not result.storages.isdisjoint(storages):
+                self._kept[place] = None
+
+    def take(self, place: int) -> Any:
+        """The result, once; None where it is computed again."""
+        if place >= len(self._kept) or (result := self._kept[place]) is None:
+            return None
+        self._kept[place] = None
+        return _each(result.value, lambda waiting: waiting.kept.get(), _Waiting)
 
 
 class Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The first pass: keeps what operations of other kinds than ``dropped`` give."""
 
-    def __init__(self, dropped: Collection[str], meter: Meter) -> None:
+    def __init__(self, dropped: Collection[str], store: Store) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.results = Results()
-        self._dropped, self._meter = dropped, meter
+        self._dropped, self._store = dropped, store
         self._keeps: dict[Any, bool] = {}
 
     def __torch_dispatch__(
@@ -99,9 +130,10 @@ class Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if keeps is None:
             keeps = self._keeps[func] = kind_of(func) not in self._dropped and _makes_new(func)
         if keeps:
-            kept = None if _draws(func, args, kwargs) else _aliases(result)
-            self.results.kept.append(kept)
-            self.results.holds.append([self._meter.hold(tensor) for tensor in _tensors(kept)])
+            if _draws(func, args, kwargs):
+                self.results.leave_out()
+            else:
+                self.results.add(result, self._store)
         elif func._schema.is_mutable:
             arguments = func._schema.arguments
             given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
@@ -126,9 +158,8 @@ class Reuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if keeps is None:
             keeps = self._keeps[func] = kind_of(func) not in self._dropped and _makes_new(func)
         if keeps:
-            place, self._place = self._place, self._place + 1
-            if place < len(self._results.kept):
-                found, self._results.kept[place], self._results.holds[place] = self._results.kept[place], None, None
-                if found is not None:
-                    return found
+            found = self._results.take(self._place)
+            self._place += 1
+            if found is not None:
+                return found
         return func(*args, **(kwargs or {}))

@@ -11,29 +11,18 @@ import copy
 import weakref
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shoal.errors import RunFailed, UserError
-from shoal.memory.meter import Hold, Meter, storage_of
+from shoal.memory.meter import Hold, storage_of
 from shoal.memory.operations import Keep, Results, Reuse
+from shoal.memory.store import Kept, Store, saving_into
 
 Mode = Literal["none", "selective", "full"]
-
-
-class Kept(Protocol):
-    def get(self) -> Tensor: ...
-
-
-class Store(Protocol):
-    """Where tensors stay until the backward pass asks for them."""
-
-    meter: Meter
-
-    def keep(self, tensor: Tensor) -> Kept: ...
 
 
 class _Enough(Exception):
@@ -110,7 +99,8 @@ class Block:
         if not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
         if self.mode == "none":
-            return self.inner(*args, **kwargs)
+            with saving_into(self.store, self.name) if self.store.moves else contextlib.nullcontext():
+                return self.inner(*args, **kwargs)
         return Pass(self, args, kwargs).first()
 
     def buffers(self) -> list[tuple[nn.Module, str]]:
@@ -152,7 +142,7 @@ class Pass:
         del self._arguments
         watched = block.written if block.written is not None else block.buffers()
         before = [(module, name, _buffer(module, name).detach().clone()) for module, name in watched]
-        keep = Keep(block.dropped, block.store.meter) if block.mode == "selective" else None
+        keep = Keep(block.dropped, block.store) if block.mode == "selective" else None
         self._results = keep.results if keep else None
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack), keep or contextlib.nullcontext():
             output = block.inner(*args, **kwargs)
@@ -178,7 +168,7 @@ class Pass:
         slot = _Slot(self, tensor)
         self._slots.append(weakref.ref(slot))
         if self._results is not None:
-            self._needed = len(self._results.kept)
+            self._needed = len(self._results)
         return slot
 
     # --- again ------------------------------------------------------------------------------------------------
@@ -214,7 +204,7 @@ class Pass:
         args, kwargs = self._inputs()
         now = _Generators(self._device)
         self._generators.put_back()
-        reuse = Reuse(self.block.dropped, self._results) if self._results else contextlib.nullcontext()
+        reuse = Reuse(self.block.dropped, self._results) if self._results is not None else contextlib.nullcontext()
         try:
             with (
                 torch.enable_grad(),
@@ -235,7 +225,7 @@ class Pass:
         found = []
         for kept, version, needs in zip(self._kept, self._versions, self._needs_grad, strict=True):
             tensor = kept.get()
-            if tensor._version != version and tensor._version:  # what comes from elsewhere is a copy, version 0
+            if isinstance(kept, Hold) and tensor._version != version:  # what comes from elsewhere is a copy
                 raise self.differs("its input was written to after the forward pass")
             found.append(tensor.detach().requires_grad_(needs))
         given = iter(found)

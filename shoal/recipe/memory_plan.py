@@ -80,6 +80,11 @@ class MemoryPlan:
         return size_bytes(self.peak_bytes, "plan: memory.peak_bytes")
 
     @property
+    def works_on_blocks(self) -> bool:
+        """Blocks of the model are recomputed, or what they keep is offloaded; or may be, should a budget ask for it."""
+        return self.recompute != "none" or self.offload_activations != "none" or bool(self.budget_bytes)
+
+    @property
     def uses_disk(self) -> bool:
         """Some of it goes to disk, or may, should a budget ask for it."""
         tiers = (self.offload_activations, self.offload_optimizer, self.offload_parameters)

@@ -4,7 +4,7 @@ from shoal.errors import UserError
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
 
-_NOT_YET = ("offload_activations", "offload_optimizer", "offload_parameters", "optimizer_bits", "parameters")
+_NOT_YET = ("offload_optimizer", "offload_parameters", "optimizer_bits", "parameters")
 
 
 def check_trainable(plan: Plan) -> None:

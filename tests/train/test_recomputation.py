@@ -7,7 +7,7 @@ from train.tiny_runs import recipe, splits
 
 import shoal
 from shoal.errors import RunFailed, UserError
-from shoal.memory.apply import recompute
+from shoal.memory.apply import set_up
 from shoal.memory.meter import storage_of
 from shoal.models.registry import build
 from shoal.recipe.memory_plan import MemoryPlan
@@ -36,7 +36,7 @@ def kept_bytes(memory: MemoryPlan) -> int:
     torch.manual_seed(0)
     model = build(recipe("gpt").model, splits("gpt", 101).train.facts)
     weights = {storage_of(p) for p in model.parameters()}
-    blocks = recompute(model, memory)
+    blocks = set_up(model, memory)
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_recomputation_keeps_less_the_more_is_recomputed():
 
 def test_a_block_that_does_not_compute_the_same_again_is_named():
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(3, 3), Fickle()), torch.nn.Linear(3, 1))
-    recompute(model, MemoryPlan(recompute="full", blocks=("0",)))
+    set_up(model, MemoryPlan(recompute="full", blocks=("0",)))
     with pytest.raises(RunFailed, match="block '0' did not compute the same again"):
         model(torch.ones(2, 3)).sum().backward()
 
@@ -79,7 +79,6 @@ class Fickle(torch.nn.Module):
         (Plan(mesh={"data": 2, "pipe": 2}), "training runs over mesh axis 'data' so far, and the mesh has pipe = 2"),
         (Plan(mesh={"tensor": 2}, pipeline=PipelinePlan()), "the mesh has tensor = 2"),
         (Plan(memory=MemoryPlan(peak_bytes="1GiB")), "memory.peak_bytes is not carried out yet"),
-        (Plan(memory=MemoryPlan(offload_activations="disk")), "memory.offload_activations is not carried out yet"),
         (Plan(memory=MemoryPlan(optimizer_bits=8)), "memory.optimizer_bits is not carried out yet"),
     ],
 )
