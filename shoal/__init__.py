@@ -21,7 +21,7 @@ _HOME = {
     "evaluate": "shoal.train.api",
     "export": "shoal.train.api",
 }
-_VERBS = ("train", "prove")  # folders that can be called
+_VERBS = ("train", "prove", "serve")  # folders that can be called
 __all__ = [*_HOME, *_VERBS]  # noqa: PLE0604  (all names are text)
 
 

@@ -1,0 +1,82 @@
+"""``shoal serve``: a run, a checkpoint or a Hugging Face folder, over HTTP."""
+
+import os
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from typing import Any
+
+from shoal.cli.output import count, json_line
+from shoal.errors import UserError
+
+HELP = "a run, a checkpoint or a Hugging Face folder, over HTTP"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        nargs="?",
+        default="latest",
+        help="a run ('latest': the newest), a checkpoint, a Hugging Face folder, or module:factory",
+    )
+    parser.add_argument("--port", type=int, help="8000; 0: any free one")
+    parser.add_argument("--host", help="the address to listen on; others than loopback need --api-keys")
+    parser.add_argument("--task", help="instead of the one that the target was made for")
+    parser.add_argument("--name", help="the model's name, for clients")
+    parser.add_argument("--dtype", help="float32 or bfloat16")
+    parser.add_argument("--replicas", type=int, help="model processes, which share one copy of the weights")
+    parser.add_argument("--threads", type=int, help="of each model process")
+    parser.add_argument("--batch", type=int, help="samples of a batch, at most")
+    parser.add_argument("--latency-ms", type=float, help="a batch may wait for company as long as this target allows")
+    parser.add_argument("--queue", type=int, help="requests that may wait; more get 429")
+    parser.add_argument("--timeout-s", type=float, help="a request that takes longer gets 504")
+    parser.add_argument("--body-bytes", type=int, help="the largest body of a request")
+    parser.add_argument("--connections", type=int, help="open at the same time")
+    parser.add_argument("--drain-s", type=float, help="after SIGTERM, open requests may take so long to end")
+    parser.add_argument("--hang-s", type=float, help="a model process that is silent for longer at work is replaced")
+    parser.add_argument("--api-keys", metavar="FILE", help="one key a line; or the variable SHOAL_API_KEYS, by commas")
+    parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, for HTTPS")
+    parser.add_argument("--tls-key", metavar="FILE")
+    parser.add_argument("--allow-origin", metavar="ORIGIN", help="whose pages may ask from a browser: none but our own")
+    parser.add_argument("--json", action="store_true", help="what is served as one JSON line on stdout")
+
+
+def run(args: Namespace) -> int:
+    from shoal.serve import api
+    from shoal.serve.options import ServeOptions
+
+    given: dict[str, Any] = {
+        field.name: getattr(args, field.name)
+        for field in fields(ServeOptions)
+        if getattr(args, field.name, None) is not None
+    }
+    given["api_keys"] = _keys(args.api_keys)
+    options = ServeOptions(**given)
+
+    def ready(told: dict[str, Any]) -> None:
+        print(json_line(told) if args.json else _lines(told), flush=True)
+
+    return api.run(options, ready)
+
+
+def _keys(path: str | None) -> tuple[str, ...]:
+    if path is None:
+        return tuple(key.strip() for key in os.environ.get("SHOAL_API_KEYS", "").split(",") if key.strip())
+    try:
+        with open(path, encoding="utf-8") as file:
+            keys = tuple(line.strip() for line in file if line.strip() and line[0] != "#")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api-keys: cannot read {path!r}: {getattr(error, 'strerror', error)}.") from None
+    if not keys:
+        raise UserError(f"--api-keys: {path!r} holds no key: one a line.")
+    return keys
+
+
+def _lines(told: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in told["seconds"].items() if name != "all")
+    size = count(told["parameters"])
+    return (
+        f"{told['model']}: {told['task']}, {size} parameters, {told['dtype']}, {told['replicas']} model process(es)\n"
+        f"ready in {told['seconds']['all']:.2f} s ({parts})\n"
+        f"{told['url']}  (try it there; {told['url']}/docs describes it; Ctrl-C ends)"
+    )

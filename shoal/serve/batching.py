@@ -1,0 +1,128 @@
+"""Dynamic batching, as decisions only: what waits goes in, the next batch or the time to look again comes out.
+
+A batch leaves when it is full, or when waiting longer would break the latency target of the one that has waited
+longest (Clipper: Crankshaw et al., 2017), as far as the time of a forward pass can be foretold (Clockwork: Gujarati et
+al., 2020). Without a target it leaves as soon as the model is free. Each batch is built around the request that must
+go next, out of those whose length is nearest to its own: lengths are grouped, and nobody starves.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+GRAIN = 8  # tokens: lengths are padded up to a multiple, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class Waiting:
+    id: int
+    rows: int
+    length: int  # tokens; 0: has no length
+    group: Hashable  # only requests of one group can share a batch: names, dtypes and shapes of their arrays
+    arrived: float  # seconds
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    ids: tuple[int, ...]
+    rows: int
+    length: int  # padded: [rows, length] goes into the model
+    tokens: int  # that are not padding; rows where there are no tokens
+
+    @property
+    def padding(self) -> int:
+        """Tokens that are computed for nobody."""
+        return self.rows * self.length - self.tokens if self.length else 0
+
+
+@dataclass
+class ForwardTime:
+    """Foretells the seconds of a forward pass: one figure a shape where it has been seen, a line through all else.
+
+    New times count a quarter, so that a slower machine is noticed after a few batches."""
+
+    by_work: dict[int, float] = field(default_factory=dict)  # power of two of the work -> seconds for each unit of it
+
+    def seen(self, work: int, seconds: float) -> None:
+        key = work.bit_length()
+        per_unit = seconds / max(work, 1)
+        before = self.by_work.get(key)
+        self.by_work[key] = per_unit if before is None else 0.75 * before + 0.25 * per_unit
+
+    def foretell(self, work: int) -> float:
+        """0.0 before anything has been seen: then nothing waits."""
+        if not self.by_work:
+            return 0.0
+        key = work.bit_length()
+        nearest = min(self.by_work, key=lambda known: abs(known - key))
+        return self.by_work[nearest] * work
+
+
+@dataclass
+class Batcher:
+    most_rows: int  # of a batch
+    latency_s: float = 0.0  # target from arrival to answer; 0: leave at once
+    most_padding: float = 0.25  # of a batch's tokens, where there is a choice
+    time: ForwardTime = field(default_factory=ForwardTime)
+    _waiting: dict[int, Waiting] = field(default_factory=dict)  # in order of arrival
+    _rows: int = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, one: Waiting) -> None:
+        """Raises ValueError for more rows than a batch takes, and for an id that is there already."""
+        if not 1 <= one.rows <= self.most_rows:
+            raise ValueError(f"{one.rows} rows do not fit a batch of {self.most_rows}")
+        if one.id in self._waiting:
+            raise ValueError(f"request {one.id} is waiting already")
+        self._waiting[one.id] = one
+        self._rows += one.rows
+
+    def drop(self, id: int) -> bool:
+        """False when it was not waiting."""
+        one = self._waiting.pop(id, None)
+        self._rows -= one.rows if one else 0
+        return one is not None
+
+    def next_at(self, now: float) -> float | None:
+        """When a batch has to leave; None when nothing waits."""
+        if not self._waiting:
+            return None
+        if self.latency_s <= 0 or self._rows >= self.most_rows:
+            return now
+        oldest = min(one.arrived for one in self._waiting.values())
+        longest = max(one.length for one in self._waiting.values())
+        return oldest + self.latency_s - self.time.foretell(self._rows * (padded(longest) or 1))
+
+    def take(self, now: float) -> Batch | None:
+        """The batch that leaves now, no longer waiting; None when none has to."""
+        due = self.next_at(now)
+        if due is None or due > now:
+            return None
+        first = min(self._waiting.values(), key=lambda one: (-one.priority, one.arrived, one.id))
+        chosen = [first]
+        rows, shortest, longest = first.rows, first.length, first.length
+        tokens = first.rows * first.length
+        same = [one for one in self._waiting.values() if one.group == first.group and one is not first]
+        # The nearest lengths first; among equals who came first.
+        same.sort(key=lambda one: (-one.priority, abs(one.length - first.length), one.arrived, one.id))
+        for one in same:
+            if rows + one.rows > self.most_rows:
+                continue
+            wide = padded(max(longest, one.length))
+            all_rows, all_tokens = rows + one.rows, tokens + one.rows * one.length
+            if wide and wide != padded(shortest) and 1 - all_tokens / (all_rows * wide) > self.most_padding:
+                continue
+            chosen.append(one)
+            rows, tokens = all_rows, all_tokens
+            shortest, longest = min(shortest, one.length), max(longest, one.length)
+            if rows == self.most_rows:
+                break
+        for one in chosen:
+            self.drop(one.id)
+        return Batch(tuple(one.id for one in chosen), rows, padded(longest), tokens if longest else rows)
+
+
+def padded(length: int) -> int:
+    return -(-length // GRAIN) * GRAIN

@@ -1,0 +1,1 @@
+"""HTTP: connections, routes, what the answers look like. Nothing here imports torch."""

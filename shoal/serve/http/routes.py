@@ -1,0 +1,80 @@
+"""Every address that the server answers, and what stands behind it."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from shoal.serve.http.description import describe
+from shoal.serve.http.messages import HTML, TEXT, HttpError, HttpRequest, HttpResponse, Route, json_response
+from shoal.serve.http.predict import Predict
+from shoal.serve.intake.task import Intake
+
+if TYPE_CHECKING:
+    from shoal.serve.service import Service
+
+OPEN_PATHS = {"/", "/docs", "/health/live", "/health/ready"}  # without a key: they tell nothing of the model
+
+
+async def live(service: "Service", request: HttpRequest) -> HttpResponse:
+    """The process answers. It stays so while the model is loaded or busy: restarting it would not help."""
+    return HttpResponse(200, b"live\n", TEXT)
+
+
+async def ready(service: "Service", request: HttpRequest) -> HttpResponse:
+    """A model process is there to work, and the server is not about to leave."""
+    if not service.is_ready:
+        raise HttpError(503, "draining" if service.draining else "no model process is ready", retry_after_s=1)
+    return HttpResponse(200, b"ready\n", TEXT)
+
+
+async def metrics(service: "Service", request: HttpRequest) -> HttpResponse:
+    text = service.metrics.text(service.gauges())
+    return HttpResponse(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+async def models(service: "Service", request: HttpRequest) -> HttpResponse:
+    model = service.model
+    entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "shoal"}
+    known = ("task", "kind", "parameters", "dtype", "labels", "shape", "columns", "context", "vocab")
+    facts = {name: model.facts[name] for name in known if name in model.facts}
+    return json_response({"object": "list", "data": [{**entry, **facts}]})
+
+
+def _page(name: str) -> Route:
+    text = (files("shoal.serve.http") / name).read_bytes()
+    policy = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
+    headers = {"Content-Security-Policy": policy + "; frame-ancestors 'none'"}
+
+    async def page(service: "Service", request: HttpRequest) -> HttpResponse:
+        return HttpResponse(200, text, HTML, headers)
+
+    return page
+
+
+def open_routes(service: "Service", intake: Intake | None) -> Mapping[tuple[str, str], Route]:
+    """The routes of the task that is served, and those that every server has."""
+    routes: dict[tuple[str, str], Route] = {
+        ("GET", "/health/live"): live,
+        ("GET", "/health/ready"): ready,
+        ("GET", "/metrics"): metrics,
+        ("GET", "/v1/models"): models,
+        ("GET", "/"): _page("try.html"),
+        ("GET", "/docs"): _page("docs.html"),
+    }
+    if intake is not None:
+        predict = Predict(service, intake)
+        routes["POST", "/predict"] = predict.predict
+        if service.model.task == "embeddings":
+            routes["POST", "/v1/embeddings"] = predict.embeddings
+    else:
+        routes |= import_module("shoal.serve.generation.routes").ROUTES
+    description = msgspec.json.encode(describe(service.model, intake, {path for _, path in routes}))
+
+    async def openapi(service: "Service", request: HttpRequest) -> HttpResponse:
+        return HttpResponse(200, description)
+
+    routes["GET", "/openapi.json"] = openapi
+    return routes

@@ -1,0 +1,84 @@
+"""Texts: cut into tokens as in training, framed by the start token and the separator."""
+
+from array import array as machine_array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shoal.data.tokenizer import from_description
+from shoal.errors import UserError
+from shoal.serve.http.messages import HttpError
+from shoal.serve.intake.task import Classes, field, several
+from shoal.serve.payloads import Array, Inputs, Outputs
+
+CHARACTERS_A_TOKEN = 64  # what of a text lies beyond so many for each token of the context is not even tokenised
+
+
+class Texts:
+    """Text to tokens. Longer text than the context is cut, as it was in training."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self.tokenizer = from_description(facts["tokenizer"])
+        self.context = int(facts["context"])
+        self.start = int(facts["start"])
+        self.separator = int(facts["separator"])
+        self.vocab = int(facts["vocab"])
+
+    def framed(self, text: str) -> Inputs:
+        try:
+            ids = self.tokenizer.encode(text[: CHARACTERS_A_TOKEN * self.context])
+        except UserError as error:  # a character that the tokeniser does not know
+            raise HttpError(400, str(error), param="text") from None
+        return self.from_ids([self.start, *ids[: self.context - 2], self.separator])
+
+    def from_ids(self, ids: Sequence[int]) -> Inputs:
+        data = machine_array("i", ids).tobytes()
+        return Inputs(1, len(ids), {"tokens": Array("int32", (1, len(ids)), data)})
+
+
+class TextClasses(Classes):
+    fields: Mapping[str, Any] = {
+        "text": {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    }
+    example: Mapping[str, Any] = {"text": "a line of text"}
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        super().__init__(facts.get("labels", ()))
+        self._texts = Texts(facts)
+
+    def read(self, body: Mapping[str, Any]) -> list[Any]:
+        name, value = field(body, ("text", "input", "inputs"))
+        return several(value, str, name)
+
+    def inputs(self, sample: Any) -> list[Inputs]:
+        return [self._texts.framed(sample)]
+
+
+class Vectors:
+    fields: Mapping[str, Any] = TextClasses.fields
+    example: Mapping[str, Any] = TextClasses.example
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self._texts = Texts(facts)
+
+    def read(self, body: Mapping[str, Any]) -> list[Any]:
+        """Strings, or lists of token ids as OpenAI's clients may send them."""
+        name, value = field(body, ("text", "input", "inputs"))
+        if isinstance(value, list) and value and isinstance(value[0], int):
+            value = [value]
+        samples = several(value, (str, list), name)
+        for one in samples:
+            if isinstance(one, list):
+                self._check(one)
+        return samples
+
+    def _check(self, ids: list[Any]) -> None:
+        if not 1 <= len(ids) <= self._texts.context:
+            raise HttpError(400, f"{len(ids)} tokens: between 1 and {self._texts.context} fit the model", param="input")
+        if not all(type(id) is int and 0 <= id < self._texts.vocab for id in ids):
+            raise HttpError(400, f"token ids must be whole numbers below {self._texts.vocab}", param="input")
+
+    def inputs(self, sample: Any) -> list[Inputs]:
+        return [self._texts.framed(sample) if isinstance(sample, str) else self._texts.from_ids(sample)]
+
+    def prediction(self, sample: Any, outputs: Sequence[Outputs]) -> Any:
+        return memoryview(outputs[0].arrays["vectors"].data).cast("f").tolist()

@@ -1,0 +1,76 @@
+"""What `shoal serve` can be told, with its defaults."""
+
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, Literal
+
+from shoal.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    target: str = "latest"  # a run, a checkpoint, a Hugging Face folder, or module:factory
+    task: str = ""  # "": inferred; see shoal.serve.target.TASKS
+    name: str = ""  # of the model, for clients; "": the folder's
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free one
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    replicas: int = 1  # model processes; they share one copy of the weights
+    threads: int = 1  # of each model process
+    batch: int = 32  # samples, at most
+    latency_ms: float = 0.0  # target from arrival to answer: a batch may wait for company so long; 0: it never waits
+    queue: int = 256  # requests that wait beside those that the model processes have; who comes then gets 429
+    timeout_s: float = 30.0  # a request that is not answered by then gets 504
+    body_bytes: int = 4 << 20  # of a request
+    connections: int = 1024
+    read_timeout_s: float = 20.0  # from a request's first byte to its last
+    idle_timeout_s: float = 75.0  # of a kept connection between two requests
+    drain_s: float = 30.0  # on SIGTERM: how long open requests may take to end
+    hang_s: float = 60.0  # a model process that works on one batch for longer is killed, and its requests run again
+    api_keys: tuple[str, ...] = ()  # (): none is asked for, which is allowed on loopback only
+    tls_cert: str = ""
+    tls_key: str = ""
+    allow_origin: str = ""  # an origin whose pages may ask ("*": all); "": none but our own
+
+    def __post_init__(self) -> None:
+        positive = (
+            "replicas",
+            "threads",
+            "batch",
+            "timeout_s",
+            "body_bytes",
+            "connections",
+            "read_timeout_s",
+            "hang_s",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"serve: {name} must be greater than 0, got {getattr(self, name)}.")
+        for name in ("latency_ms", "queue", "drain_s", "idle_timeout_s"):
+            if getattr(self, name) < 0:
+                raise UserError(f"serve: {name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.port < 65536:
+            raise UserError(f"serve: port must be from 0 to 65535, got {self.port}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"serve: dtype must be float32 or bfloat16, got {self.dtype!r}.")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise UserError("serve: give both --tls-cert and --tls-key, or neither.")
+        if any(len(key) < 8 for key in self.api_keys):
+            raise UserError("serve: an API key has fewer than 8 characters: use a longer one.")
+        if not self.api_keys and not is_loopback(self.host):
+            raise UserError(
+                f"serve: {self.host!r} can be reached from other machines: name a file with API keys (--api-keys FILE)."
+            )
+
+    def engine_options(self) -> dict[str, Any]:
+        """What the model processes are told."""
+        return {"batch": self.batch, "latency_ms": self.latency_ms, "threads": self.threads}
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

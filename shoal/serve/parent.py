@@ -1,0 +1,152 @@
+"""The parent of the model processes: imports torch and loads the model once, then forks whoever is asked for.
+
+It computes nothing, so that a fork of it is quick and safe: a new model process takes milliseconds, not seconds, and
+its weights are the memory that all the others map. It leaves when the HTTP side's socket closes, and its children
+with it."""
+
+import ctypes
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+from shoal.serve.control import (
+    Broken,
+    ControlReader,
+    Fork,
+    Forked,
+    FromParent,
+    Gone,
+    Kill,
+    Ready,
+    Start,
+    ToParent,
+    frame,
+)
+
+MOST_FDS = 16  # that may come with one read
+
+
+def main() -> None:
+    """``python -c "from shoal.serve.parent import main; main()" FD``"""
+    begun = time.monotonic()
+    Parent(socket.socket(fileno=int(sys.argv[1])), begun).run()
+
+
+class Parent:
+    def __init__(self, control: socket.socket, begun: float) -> None:
+        self._control = control
+        self._begun = begun
+        self._reader = ControlReader(ToParent)
+        self._fds: list[int] = []
+        self._children: dict[int, int] = {}  # pid -> number
+        self._loaded: Any = None
+        self._options: dict[str, Any] = {}
+
+    def run(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        wake, woken = os.pipe()
+        os.set_blocking(woken, False)
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(wake, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if wake in ready:
+                with suppress(BlockingIOError):
+                    os.read(wake, 4096)
+                self._reap()
+            if self._control.fileno() in ready and not self._read():
+                return
+
+    def _read(self) -> bool:
+        """False when the HTTP side has gone."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self._control, 1 << 16, MOST_FDS)
+        except ConnectionResetError:
+            return False
+        self._fds += fds
+        for message in self._reader.feed(data):
+            match message:
+                case Start():
+                    self._start(message)
+                case Fork():
+                    self._fork(message.number, self._fds.pop(0))
+                case Kill():
+                    for pid, number in self._children.items():
+                        if number == message.number:
+                            os.kill(pid, signal.SIGKILL)
+        return bool(data)
+
+    def _say(self, message: FromParent) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has gone: the next read says so
+            self._control.sendall(frame(message))
+
+    def _start(self, order: Start) -> None:
+        sys.path[:] = order.path
+        from shoal.errors import ShoalError, UserError
+
+        try:
+            import torch
+
+            from shoal.comm.agent import die_with_parent
+            from shoal.serve.replica import engine_module
+            from shoal.serve.target import load
+            from shoal.serve.weights import share_weights
+
+            die_with_parent(os.getppid())
+            torch.set_num_threads(1)
+            torch.manual_seed(0)
+            imported = time.monotonic()
+            self._loaded = load(order.target, order.task, order.dtype, order.name)
+            loaded = time.monotonic()
+            weights = share_weights(self._loaded.model)
+            __import__(engine_module(self._loaded.facts["task"]))
+        except ShoalError as error:
+            self._say(Broken(str(error), isinstance(error, UserError)))
+            return
+        except Exception as error:  # a user's own factory may raise anything
+            self._say(Broken(f"cannot load {order.target!r}: {type(error).__name__}: {error}", False))
+            return
+        self._options = dict(order.options)
+        gc.collect()
+        gc.freeze()  # a collection in a child would touch, and so copy, every page of the parent's objects
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        seconds = {
+            "import": imported - self._begun,
+            "load": loaded - imported,
+            "share": time.monotonic() - loaded,
+        }
+        self._say(Ready(self._loaded.facts, seconds, weights))
+
+    def _fork(self, number: int, link: int) -> None:
+        from shoal.serve.replica import run_replica
+
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            self._control.close()
+            run_replica(self._loaded, self._options, socket.socket(fileno=link), parent)
+        os.close(link)
+        self._children[pid] = number
+        self._say(Forked(number, pid))
+
+    def _reap(self) -> None:
+        while self._children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            number = self._children.pop(pid, None)
+            if number is not None:
+                self._say(Gone(number, os.waitstatus_to_exitcode(status)))

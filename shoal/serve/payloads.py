@@ -1,0 +1,45 @@
+"""What requests of kind predict and embed carry, and what comes back: named arrays as plain bytes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+class Array(msgspec.Struct, array_like=True, frozen=True):
+    """A dense little-endian array in C order."""
+
+    dtype: str  # one of DTYPES
+    shape: tuple[int, ...]
+    data: bytes
+
+    def numpy(self) -> NDArray[Any]:
+        """A read-only view. Raises ValueError when bytes, shape and dtype do not agree."""
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        return np.frombuffer(self.data, self.dtype).reshape(self.shape)
+
+
+def array(values: NDArray[Any]) -> Array:
+    return Array(values.dtype.name, values.shape, np.ascontiguousarray(values).tobytes())
+
+
+class Inputs(msgspec.Struct, array_like=True, frozen=True):
+    """One or several samples: dim 0 of every array is the sample.
+
+    Texts: "tokens" int32 [rows, length] and perhaps "types" int32 [rows, length], without padding."""
+
+    rows: int
+    length: int  # tokens of each sample; 0: samples have no length, and all have one shape
+    arrays: Mapping[str, Array]
+
+
+class Outputs(msgspec.Struct, array_like=True, frozen=True):
+    """Dim 0 is the sample. Classes: "scores" float32 [rows, classes]; embeddings: "vectors" float32 [rows, width];
+    answers: "spans" float32 [rows, length, 2]; else what the model gave, as "output" or by the names that it used."""
+
+    arrays: Mapping[str, Array]

@@ -1,0 +1,289 @@
+"""Which request goes to which model process, as decisions only: events in, instructions out, the time handed in.
+
+Requests wait in one place until a process has room, and go to the one with the least work at hand. Each process has at
+most ``window`` requests, enough that it finds the next batch in its socket when it has answered one. The waiting line
+is bounded: who comes when it is full, or could not be answered in time, is refused at once with a time to come back
+(a request is refused before work is spent on it: Clockwork, Gujarati et al., 2020). Of one priority, clients take
+turns, whatever number of requests each has in line.
+
+A process that is lost hands its requests back. Those that it was not working on go first in line, as if nothing had
+been. Those that it was working on may be what killed it: after ``ATTEMPTS_TOGETHER`` such deaths a request runs with no
+other one beside it, so that the next death names the guilty one, and no other.
+"""
+
+import heapq
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from shoal.serve.engine import Request
+
+ATTEMPTS_TOGETHER = 2  # deaths that a request may have been near to before it has to run alone
+RATE_MEMORY_S = 5.0  # over which answers a second are averaged
+
+
+@dataclass(frozen=True)
+class Send:
+    replica: int
+    request: Request
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """Nobody waits for the answer any more."""
+
+    replica: int
+    id: int
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The answer is this error. ``retry_after_s`` 0.0: it makes no sense to come back."""
+
+    id: int
+    status: int
+    why: str
+    retry_after_s: float = 0.0
+
+
+Instruction = Send | Withdraw | Refuse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    window: int  # requests that one process may have
+    waiting: int  # requests in line beside those
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.waiting < 0:
+            raise ValueError(f"window {self.window} and waiting {self.waiting} must be at least 1 and 0")
+
+
+@dataclass
+class Line:
+    """Who waits: higher priorities first, of one priority the clients in turn, of one client who came first."""
+
+    _by_priority: dict[int, "OrderedDict[str, deque[Request]]"] = field(default_factory=dict)
+    _ids: set[int] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, id: int) -> bool:
+        return id in self._ids
+
+    def push(self, request: Request, first: bool = False) -> None:
+        clients = self._by_priority.setdefault(request.priority, OrderedDict())
+        queue = clients.setdefault(request.client, deque())
+        if first:
+            queue.appendleft(request)
+            clients.move_to_end(request.client, last=False)
+        else:
+            queue.append(request)
+        self._ids.add(request.id)
+
+    def peek(self) -> Request | None:
+        """The next one; those that were dropped are passed over."""
+        for priority in sorted(self._by_priority, reverse=True):
+            clients = self._by_priority[priority]
+            while clients:
+                client, queue = next(iter(clients.items()))
+                while queue and queue[0].id not in self._ids:
+                    queue.popleft()
+                if queue:
+                    return queue[0]
+                del clients[client]
+            del self._by_priority[priority]
+        return None
+
+    def pop(self) -> Request:
+        """Takes the one that ``peek`` shows, and puts its client behind the others."""
+        request = self.peek()
+        if request is None:
+            raise IndexError("nobody waits")
+        clients = self._by_priority[request.priority]
+        clients[request.client].popleft()
+        clients.move_to_end(request.client)
+        self._ids.discard(request.id)
+        return request
+
+    def drop(self, id: int) -> bool:
+        there = id in self._ids
+        self._ids.discard(id)
+        return there
+
+
+@dataclass
+class Replica:
+    open: dict[int, Request] = field(default_factory=dict)  # sent and not answered, in the order of sending
+    working: frozenset[int] = frozenset()  # those of its last Begun
+    heard: float = 0.0  # when it last said something, or got something to do after it had nothing
+    work: int = 0  # cost of the open ones
+    alone: bool = False  # has a request that must run with no other
+    leaving: bool = False  # gets no more requests
+
+
+class Router:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.replicas: dict[int, Replica] = {}
+        self.line = Line()
+        self._requests: dict[int, Request] = {}
+        self._where: dict[int, int] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._rate = 0.0  # answers a second while there was work
+        self._rate_at = 0.0
+        self._answered = 0
+
+    def __len__(self) -> int:
+        """Requests that are open."""
+        return len(self._requests)
+
+    @property
+    def sent(self) -> int:
+        return len(self._where)
+
+    def arrive(self, request: Request, now: float) -> list[Instruction]:
+        room = any(self._has_room(replica) for replica in self.replicas.values())
+        if not room and len(self.line) >= self.limits.waiting:
+            wait = self.wait_s()
+            why = f"{len(self.line)} requests wait already, as many as may: come back in about {max(1, round(wait))} s"
+            return [Refuse(request.id, 429, why, max(1.0, wait))]
+        if not room and self._rate and now + self.wait_s() > request.deadline:
+            wait = self.wait_s()
+            return [Refuse(request.id, 429, f"would wait {wait:.1f} s, longer than its time limit", max(1.0, wait))]
+        if not self._requests:
+            self._answered, self._rate_at = 0, now  # the time without work says nothing about the rate
+        self._requests[request.id] = request
+        heapq.heappush(self._deadlines, (request.deadline, request.id))
+        self.line.push(request)
+        return self._send(now)
+
+    def wait_s(self) -> float:
+        """How long one who comes now would wait for an answer, by the rate of late; 0.0 before any answer."""
+        return (len(self._requests) + 1) / self._rate if self._rate else 0.0
+
+    def heard(self, replica: int, now: float) -> None:
+        """It has said something: it is not stuck."""
+        self.replicas[replica].heard = now
+
+    def begun(self, replica: int, ids: Sequence[int]) -> None:
+        self.replicas[replica].working = frozenset(ids)
+
+    def reached(self, id: int, payload: msgspec.Raw) -> None:
+        """An item of its stream has been handed to its client: a later process goes on after it."""
+        request = self._requests.get(id)
+        if request is not None:
+            self._requests[id] = msgspec.structs.replace(request, reached=(*request.reached, payload))
+
+    def answered(self, replica: int, id: int, now: float) -> list[Instruction]:
+        if self._where.get(id) != replica:
+            return []
+        self._close(id)
+        self._measure(now)
+        return self._send(now)
+
+    def cancel(self, id: int, now: float) -> list[Instruction]:
+        """The client has left."""
+        if id not in self._requests:
+            return []
+        replica = self._where.get(id)
+        self._close(id)
+        return [*([Withdraw(replica, id)] if replica is not None else []), *self._send(now)]
+
+    def up(self, replica: int, now: float) -> list[Instruction]:
+        self.replicas[replica] = Replica(heard=now)
+        return self._send(now)
+
+    def leave(self, replica: int) -> None:
+        """It is to get no more requests: it is gone once the open ones are answered."""
+        self.replicas[replica].leaving = True
+
+    def lost(self, replica: int, now: float) -> list[Instruction]:
+        """It has died. Its requests run again elsewhere."""
+        gone = self.replicas.pop(replica, None)
+        if gone is None:
+            return []
+        told: list[Instruction] = []
+        for id in reversed(gone.open):
+            del self._where[id]
+            request = self._requests[id]
+            if id in gone.working:
+                request = msgspec.structs.replace(request, attempt=request.attempt + 1)
+                self._requests[id] = request
+            if id in gone.working and gone.alone:
+                del self._requests[id]
+                why = f"a model process died each of the {request.attempt} times that it worked on this request"
+                told.append(Refuse(id, 500, why))
+            else:
+                self.line.push(request, first=True)
+        return [*told, *self._send(now)]
+
+    def expire(self, now: float) -> list[Instruction]:
+        """Ends the requests whose time is over."""
+        told: list[Instruction] = []
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._requests):
+            _, id = heapq.heappop(self._deadlines)
+            if id in self._requests:
+                told += [Refuse(id, 504, "was not answered within its time limit"), *self.cancel(id, now)]
+        return told
+
+    def next_expiry(self) -> float | None:
+        """The earliest deadline of an open request."""
+        while self._deadlines and self._deadlines[0][1] not in self._requests:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def stuck(self, now: float, after_s: float) -> Iterator[int]:
+        """Processes that have had work and said nothing for longer than this: busy ones tell of every batch."""
+        for number, replica in self.replicas.items():
+            if replica.open and now - replica.heard > after_s:
+                yield number
+
+    def _has_room(self, replica: Replica) -> bool:
+        return not replica.leaving and not replica.alone and len(replica.open) < self.limits.window
+
+    def _send(self, now: float) -> list[Instruction]:
+        sends: list[Instruction] = []
+        while (request := self.line.peek()) is not None:
+            must_be_alone = request.attempt >= ATTEMPTS_TOGETHER
+            candidates = [
+                (replica.work, len(replica.open), number)
+                for number, replica in self.replicas.items()
+                if self._has_room(replica) and not (must_be_alone and replica.open)
+            ]
+            if not candidates:
+                break
+            number = min(candidates)[2]
+            replica = self.replicas[number]
+            self.line.pop()
+            if not replica.open:
+                replica.heard = now
+            replica.open[request.id] = request
+            replica.work += request.cost
+            replica.alone = must_be_alone
+            self._where[request.id] = number
+            sends.append(Send(number, request))
+        return sends
+
+    def _close(self, id: int) -> None:
+        request = self._requests.pop(id)
+        self.line.drop(id)
+        number = self._where.pop(id, None)
+        if number is not None:
+            replica = self.replicas[number]
+            del replica.open[id]
+            replica.work -= request.cost
+            replica.alone = replica.alone and bool(replica.open)
+
+    def _measure(self, now: float) -> None:
+        """A running rate: answers of the last stretch, weighed by how much of the memory it fills."""
+        self._answered += 1
+        passed = now - self._rate_at
+        if passed < 0.1:
+            return
+        share = 1.0 if not self._rate or passed > RATE_MEMORY_S else passed / RATE_MEMORY_S
+        self._rate += share * (self._answered / passed - self._rate)
+        self._answered, self._rate_at = 0, now

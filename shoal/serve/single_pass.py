@@ -1,0 +1,188 @@
+"""The engine of models that answer with one forward pass: classes, vectors, spans of answers, plain tensors."""
+
+import time
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shoal.serve.batching import Batch, Batcher, Waiting
+from shoal.serve.engine import Begun, Failed, Figures, FromEngine, Request, Result, Tell
+from shoal.serve.forward import Forward, open_forward
+from shoal.serve.payloads import Inputs, Outputs, array
+
+ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the histogram of batch sizes
+FIGURES_EVERY_S = 1.0
+_inputs = msgspec.msgpack.Decoder(Inputs)
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class SinglePass:
+    def __init__(self, forward: Forward, pad: int, batcher: Batcher, context: int, tell: Tell) -> None:
+        self._forward = forward
+        self._pad = pad
+        self._batcher = batcher
+        self._context = context
+        self._tell = tell
+        self._open: dict[int, tuple[Request, Inputs]] = {}
+        self._began_busy = 0.0  # since when there has been something to do; 0.0: there is nothing
+        self._told_at = 0.0
+        self._counts: dict[str, float] = dict.fromkeys(
+            (
+                *("batches_total", "rows_total", "tokens_total", "padding_tokens_total", "failed_total"),
+                *("forward_seconds_total", "busy_seconds_total"),
+                *(f'batch_rows_bucket{{le="{bound}"}}' for bound in ROWS_BOUNDS),
+            ),
+            0.0,
+        )
+
+    def add(self, request: Request) -> None:
+        try:
+            inputs = _inputs.decode(request.payload)
+            group = _group(inputs)
+        except (msgspec.DecodeError, ValueError) as error:
+            self._tell([Failed(request.id, 400, f"the request's arrays cannot be read: {error}")])
+            return
+        if inputs.length > self._context > 0:
+            why = f"{inputs.length} tokens are more than the model's context of {self._context}"
+            self._tell([Failed(request.id, 400, why)])
+            return
+        if not 1 <= inputs.rows <= self._batcher.most_rows:
+            why = f"{inputs.rows} samples in one request: send between 1 and {self._batcher.most_rows}"
+            self._tell([Failed(request.id, 400, why)])
+            return
+        if not self._open:
+            self._began_busy = time.monotonic()
+        self._open[request.id] = request, inputs
+        self._batcher.add(Waiting(request.id, inputs.rows, inputs.length, group, request.arrived, request.priority))
+
+    def cancel(self, id: int) -> None:
+        if self._batcher.drop(id):
+            del self._open[id]
+
+    def next_at(self, now: float) -> float | None:
+        return self._batcher.next_at(now)
+
+    def work(self, now: float) -> None:
+        batch = self._batcher.take(now)
+        if batch is None:
+            return
+        late = [id for id in batch.ids if self._open[id][0].deadline < now]
+        if late:
+            self._tell([Failed(id, 504, "not begun before its time was over") for id in late])
+            for id in late:
+                del self._open[id]
+            batch = self._without(batch, late)
+        if batch.ids:
+            self._tell([Begun(batch.ids)])
+            self._tell([*self._answers(batch), *self._figures()])
+        if not self._open:
+            self._counts["busy_seconds_total"] += time.monotonic() - self._began_busy
+
+    def _without(self, batch: Batch, late: list[int]) -> Batch:
+        ids = tuple(id for id in batch.ids if id not in late)
+        inputs = [self._open[id][1] for id in ids]
+        rows = sum(one.rows for one in inputs)
+        return Batch(ids, rows, batch.length, sum(one.rows * (one.length or 1) for one in inputs))
+
+    def _answers(self, batch: Batch) -> list[FromEngine]:
+        pairs = [self._open.pop(id) for id in batch.ids]
+        requests, inputs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        begun = time.monotonic()
+        try:
+            outputs = self._forward(_joined(inputs, batch, self._pad))
+        except Exception as error:  # a model's own code may raise anything
+            return self._one_by_one(requests, inputs, batch, error)
+        seconds = time.monotonic() - begun
+        self._batcher.time.seen(batch.rows * (batch.length or 1), seconds)
+        self._count(batch, seconds)
+        answers: list[FromEngine] = []
+        row = 0
+        for request, one in zip(requests, inputs, strict=True):
+            mine = {name: array(_cut(a[row : row + one.rows], one, batch)) for name, a in outputs.items()}
+            answers.append(Result(request.id, msgspec.Raw(_encode(Outputs(mine)))))
+            row += one.rows
+        return answers
+
+    def _one_by_one(
+        self, requests: list[Request], inputs: list[Inputs], batch: Batch, error: Exception
+    ) -> list[FromEngine]:
+        """What one request breaks must not harm those that happened to share its batch."""
+        if len(requests) == 1:
+            self._counts["failed_total"] += 1
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            return [Failed(requests[0].id, 500, f"the model failed on this input: {text}")]
+        answers: list[FromEngine] = []
+        for request, one in zip(requests, inputs, strict=True):
+            self._open[request.id] = request, one
+            alone = Batch((request.id,), one.rows, batch.length and one.length, one.rows * (one.length or 1))
+            answers += self._answers(alone)
+        return answers
+
+    def _count(self, batch: Batch, seconds: float) -> None:
+        counts = self._counts
+        counts["batches_total"] += 1
+        counts["rows_total"] += batch.rows
+        counts["tokens_total"] += batch.tokens if batch.length else 0
+        counts["padding_tokens_total"] += batch.padding
+        counts["forward_seconds_total"] += seconds
+        for bound in ROWS_BOUNDS:
+            counts[f'batch_rows_bucket{{le="{bound}"}}'] += batch.rows <= bound
+
+    def _figures(self) -> list[FromEngine]:
+        now = time.monotonic()
+        if now - self._told_at < FIGURES_EVERY_S:
+            return []
+        self._told_at = now
+        busy = self._counts["busy_seconds_total"] + now - self._began_busy
+        share = self._counts["forward_seconds_total"] / busy if busy > 0 else 0.0
+        return [Figures({**self._counts, "busy_seconds_total": busy, "share_of_bare_forward": share})]
+
+
+def _group(inputs: Inputs) -> Hashable:
+    """Raises ValueError when the arrays are not what ``rows`` and ``length`` say."""
+    if not inputs.arrays:
+        raise ValueError("no array")
+    fixed = []
+    for name, one in sorted(inputs.arrays.items()):
+        one.numpy()
+        start = (inputs.rows, inputs.length) if inputs.length else (inputs.rows,)
+        if one.shape[: len(start)] != start:
+            raise ValueError(f"{name!r} has the shape {list(one.shape)}, which does not start with {list(start)}")
+        fixed.append((name, one.dtype, one.shape[len(start) :]))
+    return bool(inputs.length), *fixed
+
+
+def _joined(inputs: list[Inputs], batch: Batch, pad: int) -> dict[str, Tensor]:
+    """The batch's tensors: [rows, ...], texts padded to [rows, length] with a bool "mask" where anything is padded."""
+    joined: dict[str, Tensor] = {}
+    for name, first in inputs[0].arrays.items():
+        if not batch.length:
+            whole = np.concatenate([one.arrays[name].numpy() for one in inputs])
+        else:
+            fill = pad if name == "tokens" else 0
+            whole = np.full((batch.rows, batch.length, *first.shape[2:]), fill, first.dtype)
+            row = 0
+            for one in inputs:
+                whole[row : row + one.rows, : one.length] = one.arrays[name].numpy()
+                row += one.rows
+        joined[name] = torch.from_numpy(whole)
+    if batch.padding:
+        lengths = np.repeat([one.length for one in inputs], [one.rows for one in inputs])
+        joined["mask"] = torch.from_numpy(np.arange(batch.length) < lengths[:, None])
+    return joined
+
+
+def _cut(rows: NDArray[Any], one: Inputs, batch: Batch) -> NDArray[Any]:
+    """Without the places of padding, where the output has a place for each token."""
+    has_places = batch.length and rows.ndim > 2 and rows.shape[1] == batch.length
+    return rows[:, : one.length] if has_places else rows
+
+
+def open_engine(model: nn.Module, facts: Mapping[str, Any], options: Mapping[str, Any], tell: Tell) -> SinglePass:
+    batcher = Batcher(options["batch"], options["latency_ms"] / 1000)
+    return SinglePass(open_forward(model, facts), facts.get("pad", 0), batcher, facts.get("context", 0), tell)
