@@ -58,7 +58,7 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
         seed=order.recipe.seed,
         clip=order.recipe.clip,
     )
-    recipe, why = _settled(order.recipe, worker)
+    recipe, why = settled(order.recipe, worker)
     splits = _open(group, order)
     if len(splits.train) == 0:
         raise UserError(f"the training data in {recipe.data.path!r} holds no sample.")
@@ -70,10 +70,10 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     origins = {**order.origins, "precision": why} if why else dict(order.origins)
     order = replace(order, recipe=recipe, origins=origins)
     run = _agree_on_run(group, order)
-    return _Loop(worker, order, run, splits, task, model).train()
+    return Loop(worker, order, run, splits, task, model).train()
 
 
-def _settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
+def settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
     """The recipe with nothing left open: rank 0 measures, all take its choice."""
     if recipe.precision != "auto":
         return recipe, ""
@@ -113,7 +113,9 @@ def _agree_on_run(group: Group, order: Order) -> Run:
     return Run(Path(group.gather(told)[0].decode()))
 
 
-class _Loop:
+class Loop:
+    """One worker's run of a recipe, from its first step to its result."""
+
     def __init__(
         self,
         worker: Worker,
@@ -164,22 +166,27 @@ class _Loop:
         first = worker.step + 1
         begun = last = time.perf_counter()
         for step in worker.steps(self.splits.train, batch=recipe.batch, steps=self.steps):
-            rate = learning_rate(recipe, step.number, self.steps)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            with autocast(recipe.precision, worker.device):  # around all: each weight is cast once a step
-                for batch in step:
-                    total, count = self.task.loss(self.model, batch)
-                    step.backward(total, count)
-            step.commit(wait=self.order.observe is not None)
-            if self.order.observe:
-                self.order.observe(worker, step)
+            rate = self._do(step)
             self._committed(step, rate, time.perf_counter() - last)
             if step.number == first:
                 self._after_first()
-            self._after(step)
+            self._after(step.number, step.last_of_epoch)
             last = time.perf_counter()  # evaluation and checkpoints are told on their own
         return self._end(time.perf_counter() - begun)
+
+    def _do(self, step: Step) -> float:
+        """One whole step; its learning rate."""
+        rate = learning_rate(self.recipe, step.number, self.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(self.recipe.precision, self.worker.device):  # around all: each weight is cast once a step
+            for batch in step:
+                total, count = self.task.loss(self.model, batch)
+                step.backward(total, count)
+        step.commit(wait=self.order.observe is not None)
+        if self.order.observe:
+            self.order.observe(self.worker, step)
+        return rate
 
     def _after_first(self) -> None:
         """What can be done only once the optimiser has its state and a resumed run has been accepted."""
@@ -271,21 +278,21 @@ class _Loop:
                 **extra,
             )
 
-    def _after(self, step: Step) -> None:
+    def _after(self, step: int, last_of_epoch: bool) -> None:
         """Evaluate and save when it is time."""
         report = self.recipe.report
-        ends = step.number == self.steps or self.worker.stopping
-        epoch_ends = step.last_of_epoch and not self.recipe.steps
-        due = step.number % report.evaluate_every == 0 if report.evaluate_every else epoch_ends
-        saves = step.number % report.checkpoint_every == 0 if report.checkpoint_every else epoch_ends
+        ends = step == self.steps or self.worker.stopping
+        epoch_ends = last_of_epoch and not self.recipe.steps
+        due = step % report.evaluate_every == 0 if report.evaluate_every else epoch_ends
+        saves = step % report.checkpoint_every == 0 if report.checkpoint_every else epoch_ends
         if due or saves or ends:
             self.worker.settle()
             self._tell_committed()
         better = False
         if (due or ends) and not self.worker.stopping:
-            better = self._evaluate(step.number)
+            better = self._evaluate(step)
         if saves or ends or better:
-            self._save(step.number, best=better, final=ends)
+            self._save(step, best=better, final=ends)
         self._collect_written()
 
     def _evaluate(self, step: int) -> bool:
