@@ -2,7 +2,8 @@
 
 import shlex
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from shoal.cli.exit_codes import DONE, INTERRUPTED
 from shoal.cli.output import count, duration, figures, json_line, table
 from shoal.cli.progress import display
 from shoal.cli.recipe_arguments import Chosen, add_plan_arguments, add_recipe_arguments, choose, speaks
+from shoal.errors import UserError
 from shoal.recipe.typed import flatten, to_mapping
 
 HELP = "train a model; without arguments, a small GPT on Python's own sources"
@@ -24,6 +26,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with a run ('latest': the newest), on any number of workers"
     )
+    parser.add_argument(
+        "--elastic", action="store_true", help="go on with the same bits when workers are lost or added"
+    )
+    parser.add_argument(
+        "--min-workers", type=int, metavar="M", help="with --elastic: wait, state in memory, below so many (1)"
+    )
     parser.add_argument("--explain", action="store_true", help="show every value and where it came from, and stop")
 
 
@@ -33,8 +41,8 @@ def run(args: Namespace) -> int:
         rows = explained(chosen)
         print(json_line([row._asdict() for row in rows]) if args.json else table(Explained._fields, map(_shown, rows)))
         return DONE
-    from shoal.train import api
-
+    if args.min_workers is not None and not args.elastic:
+        raise UserError("--min-workers is for runs whose workers may leave: add --elastic.")
     sampled: list[str] = []
     with display(args.json, speaks()) as show:
 
@@ -43,7 +51,7 @@ def run(args: Namespace) -> int:
             if event["event"] == "sampled":
                 sampled[:] = [event["text"]]
 
-        result = api.train(
+        result = _trainer(args)(
             chosen.recipe,
             chosen.plan,
             origins=chosen.origins,
@@ -54,6 +62,16 @@ def run(args: Namespace) -> int:
     if speaks():
         print(json_line(result) if args.json else summary(result, *sampled))
     return INTERRUPTED if result["interrupted"] else DONE
+
+
+def _trainer(args: Namespace) -> Callable[..., dict[str, Any]]:
+    if args.elastic:
+        from shoal.elastic.api import train_elastic
+
+        return partial(train_elastic, least=1 if args.min_workers is None else args.min_workers)
+    from shoal.train import api
+
+    return api.train
 
 
 class Explained(NamedTuple):

@@ -67,7 +67,7 @@ def train(
 
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:
-            with _stop_signals() as stop:
+            with stop_signals() as stop:
                 results = crew.run(
                     run_recipe,
                     (order,),
@@ -79,7 +79,7 @@ def train(
                     on_start=stop.reach,
                 )
         except ShoalError as error:
-            _tell_failure(seen, error)
+            tell_failure(seen, error)
             raise
     result: dict[str, Any] = results[0]
     return result
@@ -100,11 +100,11 @@ def _train_joined(order: "Order", progress: Callable[[Event], None] | None) -> d
         try:
             return run_recipe(group, order)
         except ShoalError as error:
-            _tell_failure(seen, error)
+            tell_failure(seen, error)
             raise
 
 
-def _tell_failure(seen: list[Path], error: ShoalError) -> None:
+def tell_failure(seen: list[Path], error: ShoalError) -> None:
     """The event log of a run that failed says why, with the trace of the first cause."""
     if seen and seen[0].exists():
         with suppress(OSError):  # a full disk may be what it failed of
@@ -172,7 +172,7 @@ def launch(
     if joins is not None:
         with _joined(plan, threads) as group:
             return _as_worker(group, main, arguments, plan, settings)
-    with Agent(PRELOAD) as agent, _stop_signals() as stop:
+    with Agent(PRELOAD) as agent, stop_signals() as stop:
         result = agent.run(
             _as_worker,
             (main, arguments, plan, settings),
@@ -241,7 +241,7 @@ class _Stop:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def stop_signals() -> Iterator[_Stop]:
     """Ctrl-C and SIGTERM go to the workers, in an orderly way."""
     stop = _Stop()
     with _handled(stop.on_signal):

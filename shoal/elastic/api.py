@@ -1,0 +1,86 @@
+"""What a program calls: train, with workers that may come and go. The command line calls the same."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.cluster.detect import launched_workers
+from shoal.comm.launch import Agent
+from shoal.elastic.crew import ElasticJob
+from shoal.errors import ShoalError, UserError
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Recipe
+from shoal.run.run import Run
+from shoal.train.able import check_trainable
+from shoal.train.api import PRELOAD as TRAINS
+from shoal.train.api import stop_signals, tell_failure
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PRELOAD = (*TRAINS, "shoal.elastic.loop")
+MOST_WORKERS = 128  # of one host: each has a socket to each other one
+
+
+def check_elastic(plan: Plan, shards: int, least: int) -> None:
+    """Raises UserError for plans whose workers hold what no other one does, and for numbers that cannot be."""
+    check_trainable(plan)
+    plan.owned(shards)
+    if plan.sync != "exact" or plan.compresses:
+        what = f"sync = {plan.sync!r}" if plan.sync != "exact" else f"compression = {plan.compression!r}"
+        raise UserError(f"plan: {what} is not elastic yet: leave it out, or leave --elastic out.")
+    if plan.placement:
+        raise UserError("--elastic deals the shards out evenly over those who are there: leave --placement out.")
+    if not 1 <= least <= plan.workers:
+        raise UserError(f"--min-workers {least}: it must be from 1 to the {plan.workers} workers that the run has.")
+    if plan.workers > MOST_WORKERS:
+        raise UserError(f"--elastic: {plan.workers} workers on one host: use at most {MOST_WORKERS}.")
+    if launched_workers() is not None:
+        raise UserError("--elastic starts its own workers: run it without torchrun, which restarts all of them.")
+
+
+def train_elastic(
+    recipe: Recipe,
+    plan: Plan | None = None,
+    *,
+    least: int = 1,
+    origins: Mapping[str, str] | None = None,
+    run_dir: Path | None = None,
+    resume: str | Path | None = None,
+    progress: Callable[[Mapping[str, Any]], None] | None = None,
+    model: "Callable[[], nn.Module] | None" = None,
+    data: Any = None,
+    agent: Agent | None = None,
+) -> dict[str, Any]:
+    """As `shoal.train`, with workers of this host that may be lost, added and taken away while it runs.
+
+    The weights are those of an undisturbed run, to the bit. A lost worker costs the step in flight; its place is taken
+    by a new one. Below ``least`` workers the run waits, with its state in memory.
+    Raises UserError for bad input and RunFailed when a worker raised, or when workers are lost again and again."""
+    import cloudpickle
+
+    from shoal.elastic.loop import run_elastic
+    from shoal.train.loop import Order
+
+    plan = plan or Plan()
+    check_elastic(plan, recipe.shards, least)
+    folder = Run.find(resume).path if resume is not None else run_dir
+    order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
+    seen: list[Path] = []
+
+    def listen(_: int, event: Any) -> None:
+        seen[:] = [Path(event["run_dir"])]
+        if progress:
+            progress(event)
+
+    program = cloudpickle.dumps((run_elastic, (order,)))
+    job = ElasticJob(program, plan.workers, least, recipe.shards, recipe.threads, plan.hang_after_s)
+    with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
+        try:
+            with stop_signals() as stop:
+                result: dict[str, Any] = crew.carry_out(job, 1, listen=listen, on_start=stop.reach)[0]
+        except ShoalError as error:
+            tell_failure(seen, error)
+            raise
+    return result

@@ -1,0 +1,438 @@
+"""The agent's side of an elastic run: forks workers, tells them their places, and does what the decider says."""
+
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shoal.comm.agent import STOP, Ended, Said, die_with_parent, keep_freed_memory, process_state
+from shoal.comm.arena import arena_files
+from shoal.comm.heap import anonymous_file, heap_file
+from shoal.comm.mesh import PeerLost
+from shoal.comm.status import StatusBoard
+from shoal.elastic import membership as m
+from shoal.elastic import roster
+from shoal.elastic.seat import DRAINS, ROWS, Released, Seat, send_order
+from shoal.elastic.watch import Watch
+from shoal.errors import ShoalError, UserError
+from shoal.run.events import EventLog
+
+POLL_S = 0.1  # between two looks at positions and at wanted.json
+END_S = 10.0  # how long workers may take to leave once the run has its result
+
+
+@dataclass(frozen=True)
+class ElasticJob:
+    """What the launcher sends to the agent: see `shoal.comm.agent.Job`."""
+
+    program: bytes  # cloudpickle of (function, arguments), called as function(seat, *arguments); ours
+    workers: int
+    least: int
+    shards: int
+    threads: int
+    hang_after_s: float
+
+    def carry_out(self, launcher: Connection, forward: Callable[[Any], None]) -> Ended:
+        return ElasticCrew(self, launcher, forward).run()
+
+
+@dataclass
+class _Process:
+    pid: int
+    pipe: Connection  # what it says
+    orders: socket.socket  # what it is told, and a byte back when it is asked to leave
+    arena: list[int]
+    finished: bool = False  # it said that it ends
+
+
+class ElasticCrew:
+    def __init__(self, job: ElasticJob, launcher: Connection, forward: Callable[[Any], None]) -> None:
+        self.job, self.launcher, self.forward = job, launcher, forward
+        self.host = socket.gethostname()
+        self.board_file = anonymous_file(StatusBoard.SIZE)
+        self.board = StatusBoard(self.board_file, ROWS)
+        self.membership = m.Membership(job.workers, job.least, job.shards)
+        self.processes: dict[int, _Process] = {}
+        self.watch = Watch(job.hang_after_s)
+        self.failure: Ended | None = None
+        self.result: Any = None
+        self.ended_s: float | None = None  # when the run got its result
+        self.run_dir: Path | None = None
+        self.log: EventLog | None = None
+        self.untold: list[dict[str, Any]] = []  # events from before the run directory was known
+        self.wish = 0  # the number of the last wish that was heard
+        self.step = 0  # the last that was told as committed
+        self.awake_s = time.monotonic()  # since when this process has been looking without a gap
+
+    # --- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self) -> Ended:
+        asked_before = signal.signal(signal.SIGTERM, lambda *_: self.board.ask_stop())
+        gc.freeze()  # keep the collector from copying this process's pages into every worker
+        try:
+            self._do(self.membership.begin(time.monotonic()))
+            while self.failure is None and not self._over():
+                self._turn()
+        finally:
+            for seat in list(self.processes):
+                self._kill(seat)
+            for seat in list(self.processes):
+                os.waitpid(self.processes[seat].pid, 0)
+                self._forget(seat)
+            if self.run_dir:
+                roster.write(self.run_dir, [])
+            if self.log:
+                self.log.close()
+            os.close(self.board_file)
+            signal.signal(signal.SIGTERM, asked_before)
+        return self.failure or Ended("")
+
+    def _over(self) -> bool:
+        if self.ended_s is None:
+            return False
+        return not self.processes or time.monotonic() - self.ended_s > END_S
+
+    def _turn(self) -> None:
+        pipes = {process.pipe: seat for seat, process in self.processes.items()}
+        orders = {process.orders: seat for seat, process in self.processes.items()}
+        ready = wait([self.launcher, *pipes, *orders], timeout=POLL_S)
+        now = time.monotonic()
+        if now - self.awake_s > 10 * POLL_S:
+            self.awake_s = now  # this process was stopped too: what the clock says of others counts from here
+        for source in ready:
+            if source is self.launcher:
+                if self.launcher.recv_bytes() == STOP:  # EOFError when the launcher has gone: nobody to work for
+                    self.board.ask_stop()
+                else:
+                    self.fail("the launcher ended the run")
+            elif isinstance(source, Connection):
+                self._hear(pipes[source])
+            elif isinstance(source, socket.socket) and orders[source] in self.processes:
+                self._asked_to_leave(orders[source])
+        self._look()
+        self._listen_to_wishes()
+
+    def _decide(self, event: m.Event) -> None:
+        self._do(self.membership.on(event, time.monotonic()))
+
+    def fail(self, line: str, *, user_error: bool = False, trace: str = "") -> None:
+        if self.failure is None:
+            self.failure = Ended(line, user_error, trace)
+
+    # --- what workers say -------------------------------------------------------------------------------------
+
+    def _hear(self, seat: int) -> None:
+        import cloudpickle
+
+        process = self.processes.get(seat)
+        if process is None:
+            return
+        try:
+            said: Said = cloudpickle.loads(process.pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self._ended(seat)
+            return
+        match said.kind:
+            case "opened":
+                self._decide(m.Opened(seat))
+            case "ready":
+                self._decide(m.Ready(seat))
+            case "left":
+                self._decide(m.Left(seat, *said.value))
+            case "went":
+                self._decide(m.Went(seat, *said.value))
+                self._write_roster()
+            case "run":
+                self._know(Path(said.value))
+            case "event":
+                self._on_event(said.value)
+            case "released":
+                process.finished = True
+            case "result":
+                process.finished = True
+                if self.ended_s is None:
+                    self.ended_s, self.result = time.monotonic(), said.value
+                    self.forward(Said(0, "result", said.value))
+                self._decide(m.Done(seat))
+            case "user_error" | "failed":
+                process.finished = True
+                self._failed(seat, said)
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        if event.get("event") == "committed":
+            self.watch.committed(event["seconds"])
+            self.step = event["step"]
+        self.forward(Said(0, "event", event))
+
+    def _failed(self, seat: int, said: Said) -> None:
+        """A member that raises fails the run: it would raise again. A new one only fails to join."""
+        where = f"{self._name(seat)} failed at {self.board.read(seat % ROWS)}"
+        if self.membership.epoch and seat not in self.membership.members:
+            self._decide(m.Dead(seat, f"{where}: {said.value}"))
+            return
+        user_error = said.kind == "user_error"
+        self.fail(said.value if user_error else f"{where}: {said.value}", user_error=user_error, trace=said.trace)
+
+    def _asked_to_leave(self, seat: int) -> None:
+        try:
+            told = self.processes[seat].orders.recv(16)
+        except OSError:
+            return
+        names = {raw: number.name for number, raw in DRAINS.items()}
+        if told:
+            self._decide(m.Drain(seat, f"{self._name(seat)} was asked to leave ({names.get(told[:1], 'a signal')})"))
+
+    def _ended(self, seat: int) -> None:
+        process = self.processes[seat]
+        _, status = os.waitpid(process.pid, 0)
+        name, at = self._name(seat), self.board.read(seat % ROWS)
+        code = os.waitstatus_to_exitcode(status)
+        why = ""
+        if code < 0:
+            known = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            why = f"{name} was killed by {known}{hint} at {at}"
+        elif not process.finished:
+            why = f"{name} ended with exit code {code} at {at}"
+        self._forget(seat)
+        self._decide(m.Dead(seat, why))
+        self._write_roster()
+
+    def _forget(self, seat: int) -> None:
+        process = self.processes.pop(seat)
+        process.pipe.close()
+        process.orders.close()
+        for file in process.arena:
+            os.close(file)
+
+    # --- what is seen -----------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Members without progress."""
+        active = [s for s, seat in self.membership.seats.items() if seat.at is m.At.active and s in self.processes]
+        rows = {seat % ROWS: seat for seat in active}
+        found = []
+        for seat in active:
+            position = self.board.read(seat % ROWS)
+            since = max(position.since_s, self.awake_s)
+            position = type(position)(
+                seat % ROWS, position.step, position.phase, position.shard, position.peer, since, position.pid
+            )
+            found.append((position, process_state(self.processes[seat].pid)))
+        for row, evidence in self.watch.late(found, time.monotonic()):
+            seat = rows[row]
+            self._decide(m.Suspect(seat, f"{self._name(seat)}: {evidence}"))
+
+    def _listen_to_wishes(self) -> None:
+        if self.run_dir is None:
+            return
+        wanted = roster.wanted_of(self.run_dir)
+        if wanted.number <= self.wish:
+            return
+        self.wish = wanted.number
+        if wanted.drain == "all":
+            self.board.ask_stop()
+        elif wanted.drain.isdigit() and int(wanted.drain) < len(self.membership.members):
+            seat = self.membership.members[int(wanted.drain)]
+            self._decide(m.Drain(seat, wanted.why or f"{self._name(seat)} was asked to leave"))
+        elif wanted.workers > 0:
+            self._decide(m.Resize(wanted.workers, wanted.why or f"{wanted.workers} workers were asked for"))
+
+    # --- what is told -----------------------------------------------------------------------------------------
+
+    def _name(self, seat: int) -> str:
+        members = self.membership.members
+        rank = f"rank {members.index(seat)}" if seat in members else "a new worker"
+        pid = self.processes[seat].pid if seat in self.processes else 0
+        return f"{rank} on {self.host} (pid {pid})"
+
+    def _know(self, path: Path) -> None:
+        """The run directory has a name; it may not be there yet."""
+        if self.run_dir is None:
+            self.wish = roster.wanted_of(path).number  # older wishes are not for this process
+        self.run_dir = path
+        self._write_roster()
+
+    def _write_roster(self) -> None:
+        if self.run_dir is None or not self.run_dir.is_dir():
+            return
+        members = self.membership.members
+        count = len(members)
+        shards = self.job.shards
+        entries, start = [], 0
+        for rank, seat in enumerate(members):
+            owned = shards // count + (rank < shards % count)
+            if seat in self.processes:
+                shown = list(range(start, start + owned))
+                entries.append(roster.Entry(self.processes[seat].pid, rank, self.host, shown, self.membership.epoch))
+            start += owned
+        roster.write(self.run_dir, entries)
+        self._tell_what_waits()
+
+    def _tell(self, tell: m.Tell) -> None:
+        who = [{"pid": self.processes[s].pid, "rank": self._rank(s)} for s in tell.seats if s in self.processes]
+        self.untold.append(
+            {
+                "event": tell.event,
+                "step": self.step,
+                "why": tell.why,
+                "cost_s": round(tell.cost_s, 6),
+                "membership": self.membership.epoch,
+                "host": self.host,
+                "processes": who,
+                **dict(tell.more),
+            }
+        )
+        self._tell_what_waits()
+
+    def _rank(self, seat: int) -> int | None:
+        return self.membership.members.index(seat) if seat in self.membership.members else None
+
+    def _tell_what_waits(self) -> None:
+        if self.run_dir is None or not self.run_dir.is_dir():
+            return
+        with suppress(OSError):  # a full disk costs the log, not the training
+            self.log = self.log or EventLog(self.run_dir / "events.jsonl")
+            for told in self.untold:
+                fields = dict(told)
+                self.log.write(fields.pop("event"), **fields)
+        for told in self.untold:
+            self.forward(Said(0, "event", {"time": time.time(), **told, "run_dir": str(self.run_dir)}))
+        self.untold.clear()
+
+    # --- what is done -----------------------------------------------------------------------------------------
+
+    def _do(self, instructions: list[m.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case m.Fork(seat):
+                    self._fork(seat)
+                case m.Kill(seat):
+                    self._kill(seat)
+                case m.Release(seat):
+                    self._order(seat, {"kind": "release"}, [])
+                case m.Break():
+                    self.board.call_broken(True)
+                case m.Ask():
+                    self.board.ask_change(True)
+                case m.Form():
+                    self._form(instruction)
+                case m.Tell():
+                    self._tell(instruction)
+                case m.GiveUp(why):
+                    self.fail(why)
+                case m.Finish():
+                    pass  # those who are still at it end by themselves
+
+    def _kill(self, seat: int) -> None:
+        with suppress(KeyError, ProcessLookupError):
+            os.kill(self.processes[seat].pid, signal.SIGKILL)
+
+    def _order(self, seat: int, order: dict[str, Any], files: list[int]) -> None:
+        with suppress(KeyError, OSError):  # who has gone is told by its pipe
+            send_order(self.processes[seat].orders, order, files)
+
+    def _form(self, form: m.Form) -> None:
+        """Sockets and memory of the epoch, which nobody of an older one has."""
+        self.board.call_broken(False)
+        self.board.ask_change(False)
+        count = len(form.seats)
+        heap = heap_file()
+        arenas = [self.processes[s].arena[0] for s in form.seats if s in self.processes and self.processes[s].arena]
+        shared = arenas if len(arenas) == count else []
+        pairs = {(a, b): socket.socketpair() for a in range(count) for b in range(a + 1, count)}
+        for rank, seat in enumerate(form.seats):
+            mine = [
+                pairs[min(rank, other), max(rank, other)][0 if rank < other else 1].fileno()
+                for other in range(count)
+                if other != rank
+            ]
+            order = {
+                "kind": "form",
+                "epoch": form.epoch,
+                "rank": rank,
+                "steps": form.steps,
+                "due": form.due,
+                "cold": form.cold,
+                "donor": form.donor,
+                "run": str(self.run_dir or ""),
+                "arenas": bool(shared),
+            }
+            self._order(seat, order, [heap, *shared, *mine])
+        for left, right in pairs.values():
+            left.close()
+            right.close()
+        os.close(heap)
+        self._write_roster()
+
+    def _fork(self, seat: int) -> None:
+        ours, theirs = socket.socketpair()
+        orders, ordered = socket.socketpair()
+        arena = arena_files(2)[:1]
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            die_with_parent(parent)
+            self.launcher.close()
+            ours.close()
+            orders.close()
+            for process in self.processes.values():
+                process.pipe.close()
+                process.orders.close()
+                for file in process.arena:
+                    os.close(file)
+            if self.log:
+                self.log.close()
+            _work(self.job, seat, Connection(theirs.detach()), ordered, arena, self.board)
+        theirs.close()
+        ordered.close()
+        self.processes[seat] = _Process(pid, Connection(ours.detach()), orders, arena)
+
+
+def _work(
+    job: ElasticJob, number: int, pipe: Connection, orders: socket.socket, arena: list[int], board: StatusBoard
+) -> NoReturn:
+    """The life of a worker process, from the fork to its exit."""
+    import cloudpickle
+    import torch
+
+    def say(kind: str, value: Any, trace: str = "") -> None:
+        pipe.send_bytes(cloudpickle.dumps(Said(number, kind, value, trace)))
+
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to pass on
+        keep_freed_memory()
+        torch.set_num_threads(job.threads)
+        seat = Seat(number, orders, arena, board, say)
+        function, arguments = cloudpickle.loads(job.program)
+        say("result", function(seat, *arguments))
+        code = 0
+    except Released:
+        say("released", None)
+        code = 0
+    except PeerLost:
+        code = 1  # the agent has gone
+    except UserError as error:
+        say("user_error", str(error))
+    except ShoalError as error:
+        say("failed", str(error), traceback.format_exc())
+    except SystemExit as leaving:
+        say("failed", f"the program called exit({leaving.code})", traceback.format_exc())
+    except BaseException as error:
+        text = " ".join(str(error).split())
+        say("failed", f"{type(error).__name__}: {text}" if text else type(error).__name__, traceback.format_exc())
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)

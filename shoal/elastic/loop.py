@@ -1,0 +1,308 @@
+"""The training loop of a worker that may lose the others at any moment, and go on with whoever is left."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from shoal.comm.mesh import PeerLost
+from shoal.data.dataset import DatasetSource
+from shoal.data.registry import open_data
+from shoal.data.source import Splits
+from shoal.elastic import transfer
+from shoal.elastic.membership import FRESH
+from shoal.elastic.seat import Place, Released, Seat
+from shoal.errors import UserError
+from shoal.models.registry import build, task_for
+from shoal.recipe.plan import Plan
+from shoal.run.run import Run
+from shoal.run.tail import told_lately
+from shoal.train import checkpoint
+from shoal.train.checkpoint import Checkpoint
+from shoal.train.loop import Loop, Order, settled
+from shoal.train.optimizers import make_optimizer
+from shoal.train.step import Step
+from shoal.train.worker import Worker
+
+REMEMBERED = 8  # committed steps that every worker could still tell of, should rank 0 not have told them
+
+
+def plan_of(plan: Plan, workers: int) -> Plan:
+    """The plan over another number of workers: the shards are dealt out evenly."""
+    return replace(plan, mesh={"data": workers}, placement=())
+
+
+def run_elastic(seat: Seat, order: Order) -> dict[str, Any]:
+    """The life of one worker: it builds the model, then trains in one epoch after the other; the result of the run.
+
+    Raises Released when the run ends or goes on without it."""
+    return _Life(seat, order).live()
+
+
+class _Life:
+    def __init__(self, seat: Seat, order: Order) -> None:
+        self.seat, self.order = seat, order
+        recipe = order.recipe
+        group = seat.alone()
+        self.worker = Worker(
+            group,
+            plan_of(order.plan, 1),
+            shards=recipe.shards,
+            micro_batches=recipe.micro_batches,
+            seed=recipe.seed,
+            clip=recipe.clip,
+        )
+        given = order.data
+        if given is None:
+            self.splits = open_data(recipe.data, recipe.seed)
+        else:
+            self.splits = given if isinstance(given, Splits) else Splits(DatasetSource(given))
+        if len(self.splits.train) == 0:
+            raise UserError(f"the training data in {recipe.data.path!r} holds no sample.")
+        seat.say("opened", None)
+        torch.manual_seed(recipe.seed)
+        made = order.model() if order.model else build(recipe.model, self.splits.train.facts)
+        self.task = task_for(recipe.model, self.splits.train.facts)
+        self.model = self.worker.model(made, compile=recipe.model.compile)
+        self.worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
+        self.worker.leave()
+        self.loop: ElasticLoop | None = None
+
+    def live(self) -> dict[str, Any]:
+        self.seat.ready()
+        while True:
+            try:
+                place = self.seat.wait()
+            except Released:
+                self.worker.close()  # a checkpoint that is being written is finished
+                raise
+            try:
+                self.worker.join(place.group, plan_of(self.order.plan, place.group.world))
+                loop = self._begun(place) if place.cold else self._taken_over(place)
+                result = loop.go(self.seat)
+                if result is not None:
+                    return result
+            except PeerLost:
+                pass  # the agent knows why, and who is left
+            self.worker.leave()
+            self.seat.hang_up()
+            held = self.loop
+            self.seat.left(self.worker.step if held else FRESH, bool(held and held.due))
+
+    def _begun(self, place: Place) -> "ElasticLoop":
+        """Nobody holds a state: from the newest checkpoint of the run, or from the start."""
+        worker, order = self.worker, self.order
+        again = bool(place.run) and (Path(place.run) / "recipe.toml").exists()
+        worker._share_weights(worker._trained())
+        recipe, why = settled(order.recipe, worker)
+        origins = {**order.origins, "precision": why} if why else dict(order.origins)
+        # the run was made by an epoch that was lost before it had begun, or all of its workers were lost later
+        order = replace(order, recipe=recipe, origins=origins, resume=order.resume or again)
+        told = b""
+        if worker.rank == 0:
+            told = str(self._run(order, Path(place.run) if again else None).path).encode()
+        run = Run(Path(worker.group.gather(told)[0].decode()))
+        loop = ElasticLoop(worker, order, run, self.splits, self.task, self.model)
+        loop.begin(first=place.epoch == 1, lenient=again)
+        worker.group.gather(b"")  # all have taken the checkpoint, or none counts as holding anything
+        self.loop = loop
+        return loop
+
+    def _run(self, order: Order, again: Path | None) -> Run:
+        if again or order.resume:
+            found = again or order.run_dir
+            assert found is not None
+            run = Run(found.absolute())
+        else:
+            if order.run_dir is not None:  # so that it is known whose it is, should this worker be lost right after
+                self.seat.say("run", str(order.run_dir.absolute()))
+            run = Run.create(order.recipe, order.plan, order.origins, order.run_dir)
+        self.seat.say("run", str(run.path))
+        return run
+
+    def _taken_over(self, place: Place) -> "ElasticLoop":
+        """Someone holds the newest step: those who do not take it from there."""
+        group = self.worker.group
+        mesh = place.group.mesh
+        if group.rank == place.donor:
+            assert self.loop is not None
+            if place.takers:
+                state = self.loop.state()
+                for taker in place.takers:
+                    transfer.send(mesh, taker, state)
+        elif group.rank in place.takers:
+            state = transfer.receive(mesh, place.donor)
+            self.loop = self._restored(state, Run(Path(place.run)))
+        assert self.loop is not None
+        self.loop.due = place.due
+        self.loop.take_rank()
+        return self.loop
+
+    def _restored(self, state: Checkpoint, run: Run) -> "ElasticLoop":
+        stand = state.facts["loop"]
+        loop = self.loop
+        if loop is None:
+            order = replace(self.order, recipe=replace(self.order.recipe, precision=stand["precision"]))
+            loop = ElasticLoop(self.worker, order, run, self.splits, self.task, self.model)
+        self.worker.restore(state)
+        self.worker._resumed = None  # the same recipe made both: there is nothing to compare
+        loop.stand(stand)
+        return loop
+
+
+class ElasticLoop(Loop):
+    """A `Loop` that can be entered and left between any two steps, by another rank each time."""
+
+    due = False  # evaluation and checkpoint of the last committed step are still to be done
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
+        self.told: set[tuple[str, int]] = set()  # (event, step) that an earlier rank 0 has told already
+        self.told_up_to = 0
+        self.last_of_epoch = False
+        self.began_s = time.perf_counter()  # the same clock in all processes of a host
+        self.result: dict[str, Any] | None = None
+
+    def begin(self, *, first: bool, lenient: bool) -> None:
+        """``lenient``: where there is no checkpoint, training starts over."""
+        resumes = self.order.resume
+        if lenient:
+            found, _, _ = checkpoint.newest(self.run.checkpoints)
+            resumes = bool(self.worker.group.gather(b"1" if found else b"")[0])
+        if resumes:
+            self._resume()
+        self.told_up_to = self.worker.step
+        if first or not resumes:
+            self._tell_start()
+
+    # --- handing on -------------------------------------------------------------------------------------------
+
+    def state(self) -> Checkpoint:
+        """All that another worker needs to be in this one's place."""
+        stand = {
+            "best": self.best,
+            "samples": self.samples,
+            "loss": self.loss,
+            "figures": self.figures,
+            "checkpoint": self.checkpoint,
+            "last_of_epoch": self.last_of_epoch,
+            "began_s": self.began_s,
+            "precision": self.recipe.precision,
+            "recent": list(self.recent),
+        }
+        return Checkpoint(self.worker.tensors(), {**self.worker.facts(), "loop": stand})
+
+    def stand(self, facts: Mapping[str, Any]) -> None:
+        """The inverse of `state`, but for weights and optimiser."""
+        self.best, self.samples, self.loss = facts["best"], facts["samples"], facts["loss"]
+        self.figures, self.checkpoint = facts["figures"], facts["checkpoint"]
+        self.last_of_epoch, self.began_s = facts["last_of_epoch"], facts["began_s"]
+        self.recent = deque(facts["recent"], maxlen=REMEMBERED)
+
+    def take_rank(self) -> None:
+        """Rank 0 keeps the log: it begins, or ends, with the rank."""
+        if self.worker.rank != 0:
+            if self.log:
+                self.log.close()
+                self.log = None
+            return
+        if self.log is None:
+            self.told = told_lately(self.run.path / "events.jsonl")
+            self.told_up_to = max((step for event, step in self.told if event == "committed"), default=0)
+            self.log = self.run.open_log()
+            self._tell_committed()
+            if self._save_was_lost():
+                self._save(self.worker.step, best=False, final=False)
+
+    def _save_was_lost(self) -> bool:
+        """Whether the checkpoint that was due last is not there: it was in the hands of the rank 0 that has gone."""
+        every = self.recipe.report.checkpoint_every
+        if not every and self.recipe.epochs:
+            every = -(-len(self.splits.train) // self.recipe.batch)
+        last = self.worker.step // every * every if every else 0
+        there = checkpoint.listing(self.run.checkpoints)
+        return last > 0 and not self.due and max((found.step for found in there), default=0) < last
+
+    def tell(self, event: str, **fields: Any) -> None:
+        if (event, fields.get("step")) in self.told:
+            return
+        super().tell(event, **fields)
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def go(self, seat: Seat) -> dict[str, Any] | None:
+        """Train until the end, or until the workers are to change: then None. Raises PeerLost."""
+        worker = self.worker
+        if self.due:
+            self._after(worker.step, self.last_of_epoch)
+            self.due = False
+        first = worker.step + 1
+        steps = worker.steps(self.splits.train, batch=self.recipe.batch, steps=self.steps)
+        last = time.perf_counter()
+        try:
+            for step in steps:
+                rate = self._do(step)
+                self.due, self.last_of_epoch = True, step.last_of_epoch
+                self._committed(step, rate, time.perf_counter() - last)
+                if step.number == first:
+                    seat.went(step.number)
+                    self._after_first()
+                self._after(step.number, step.last_of_epoch)
+                self.due = False
+                assert step.figures is not None
+                if step.figures.change and not worker.stopping and step.number < self.steps:
+                    return None
+                last = time.perf_counter()
+        finally:
+            cast("Generator[Step]", steps).close()  # ends the threads that load ahead
+        return self._agreed_end()
+
+    def _agreed_end(self) -> dict[str, Any]:
+        """The result, once rank 0 has written everything that is to be written, and all know it."""
+        if self.result is None:
+            ended = self._end(time.perf_counter() - self.began_s)
+            self.result = ended if self.worker.rank == 0 else None
+        told = self.worker.group.gather(json.dumps(self.result).encode())[0]
+        result: dict[str, Any] = json.loads(told)
+        return result
+
+    def _committed(self, step: Step, rate: float, seconds: float) -> None:
+        """Every worker remembers what rank 0 tells, for the case that it does not."""
+        figures = step.figures
+        assert figures is not None
+        self.loss = figures.loss
+        self.samples += step.samples
+        found = self.worker.communication() if self.log else None
+        for number, _, extra in self.worker.told():
+            self.recent.append(
+                {
+                    "step": number,
+                    "loss": figures.loss,
+                    "grad_norm": figures.norm,
+                    "targets": int(figures.targets),
+                    "waited": dict(enumerate(figures.waited)),
+                    "epoch": step.epoch,
+                    "index": step.index,
+                    "lr": rate,
+                    "samples": step.samples,
+                    "seconds": seconds,
+                    "parts": step.parts,
+                    **({"comm": found} if found else {}),
+                    **extra,
+                }
+            )
+        self._tell_committed()
+
+    def _tell_committed(self) -> None:
+        if self.log is None:
+            return
+        for fields in self.recent:
+            if fields["step"] > self.told_up_to:
+                self.told_up_to = fields["step"]
+                self.tell("committed", **fields)

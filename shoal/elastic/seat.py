@@ -1,0 +1,173 @@
+"""A worker's end of an elastic run: what it is told by the agent, and what it says."""
+
+import json
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from shoal.comm.arena import Arenas
+from shoal.comm.group import HostGroup
+from shoal.comm.heap import Heap, heap_file
+from shoal.comm.mesh import Mesh, PeerLost
+from shoal.comm.status import Phase, Reporter, StatusBoard
+
+ROWS = 1000  # of the status board; seats take turns on them
+_LENGTH = struct.Struct("<I")
+_FILES_AT_ONCE = 200  # the kernel passes at most 253 in one message
+_LOOKS = (Phase.loading, Phase.forward, Phase.evaluating)  # where a step can be dropped without a trace
+DRAINS = {signal.SIGTERM: b"T", signal.SIGUSR1: b"1"}  # signals that ask one worker to leave, and how it passes them on
+
+
+class Released(Exception):
+    """The run goes on, or has ended, without this worker."""
+
+
+class SeatReporter(Reporter):
+    """Says where the worker is; and drops a step whose epoch is over as soon as the worker says something."""
+
+    member = False
+
+    def __call__(self, phase: Phase, *, step: int | None = None, shard: int = -1, peer: int = -1) -> None:
+        if self.member and phase in _LOOKS and self.board is not None and self.board.broken:
+            raise PeerLost("the agent says that a worker has gone")
+        super().__call__(phase, step=step, shard=shard, peer=peer)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worker's place in an epoch."""
+
+    epoch: int
+    steps: tuple[int, ...]  # that each rank holds; FRESH: nothing
+    due: bool  # what follows the newest step is still to be done
+    cold: bool  # nobody holds anything
+    donor: int  # the rank that hands the newest state on
+    run: str  # the run directory; "" when there is none yet
+    group: HostGroup
+
+    @property
+    def takers(self) -> list[int]:
+        return [rank for rank, step in enumerate(self.steps) if step < self.steps[self.donor]]
+
+
+def send_order(link: socket.socket, order: dict[str, Any], files: list[int]) -> None:
+    """From the agent to a worker. Raises OSError when the worker has gone."""
+    raw = json.dumps({**order, "files": len(files)}).encode()
+    link.sendall(_LENGTH.pack(len(raw)) + raw)
+    for start in range(0, len(files), _FILES_AT_ONCE):
+        socket.send_fds(link, [b"f"], files[start : start + _FILES_AT_ONCE])
+
+
+def receive_order(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Raises PeerLost when the agent has gone."""
+    (length,) = _LENGTH.unpack(_exactly(link, _LENGTH.size))
+    order: dict[str, Any] = json.loads(_exactly(link, length))
+    files: list[int] = []
+    while len(files) < order["files"]:
+        data, got, _, _ = socket.recv_fds(link, 1, _FILES_AT_ONCE)
+        if not data:
+            raise PeerLost("the agent has gone")
+        files += got
+    return order, files
+
+
+def _exactly(link: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        chunk = link.recv(size - len(data))
+        if not chunk:
+            raise PeerLost("the agent has gone")
+        data += chunk
+    return data
+
+
+class Seat:
+    """What a worker of an elastic run holds instead of a group: it is given a place in one epoch after the other."""
+
+    def __init__(
+        self, number: int, orders: socket.socket, arena: list[int], board: StatusBoard, say: Callable[[str, Any], None]
+    ) -> None:
+        self.number = number
+        self.say = say
+        self._orders = orders
+        self.report = SeatReporter(number % ROWS, os.getpid(), board)
+        self._arenas = Arenas(0, arena)
+        for file in arena:
+            os.close(file)
+        self._heap = -1
+        self._group: HostGroup | None = None
+        self._epoch = 0
+        for asks in DRAINS:
+            signal.signal(asks, self._pass_on)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        os.write(self._orders.fileno(), DRAINS[signal.Signals(number)])
+
+    def alone(self) -> HostGroup:
+        """A group of this worker only, to build the model in."""
+        self._heap = heap_file()
+        mesh = Mesh(0, [None], self.report)
+        return HostGroup(0, 1, mesh, Heap(self._heap), self._arenas, self.report, self._emit)
+
+    def ready(self) -> None:
+        """The model is built; the memory of `alone` has been let go."""
+        self._close_heap()
+        self.say("ready", None)
+
+    def wait(self) -> Place:
+        """The next epoch. Raises Released, and PeerLost when the agent has gone."""
+        self.report(Phase.starting)
+        order, files = receive_order(self._orders)
+        if order["kind"] == "release":
+            raise Released
+        rank, world = order["rank"], len(order["steps"])
+        self._heap = files.pop(0)
+        arenas = self._arenas
+        if order["arenas"]:
+            arenas = arenas.again(rank, files[:world])
+            for file in files[:world]:
+                os.close(file)
+            del files[:world]
+        peers = [socket.socket(fileno=file) for file in files]
+        row: list[socket.socket | None] = [*peers[:rank], None, *peers[rank:]]
+        mesh = Mesh(rank, row, self.report)
+        self._group = HostGroup(rank, world, mesh, Heap(self._heap), arenas, self.report, self._emit)
+        self._epoch = order["epoch"]
+        self.report.member = True
+        return Place(
+            order["epoch"],
+            tuple(order["steps"]),
+            order["due"],
+            order["cold"],
+            order["donor"],
+            order["run"],
+            self._group,
+        )
+
+    def hang_up(self) -> None:
+        """No message of the epoch is sent or taken any more, and its memory is let go of."""
+        self.report.member = False
+        if self._group is not None:
+            self._group.mesh.close()
+            self._group = None
+        self._close_heap()
+
+    def left(self, step: int, due: bool) -> None:
+        self.say("left", (step, due))
+
+    def went(self, step: int) -> None:
+        """The epoch's first step has been committed."""
+        self.say("went", (self._epoch, step))
+
+    def _emit(self, event: Any) -> None:
+        self.say("event", event)
+
+    def _close_heap(self) -> None:
+        if self._heap >= 0:
+            os.close(self._heap)
+            self._heap = -1
