@@ -4,7 +4,7 @@ from shoal.errors import UserError
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
 
-_NOT_YET = ("offload_optimizer", "offload_parameters", "optimizer_bits", "parameters")
+_NOT_YET = ("offload_parameters",)
 
 
 def check_trainable(plan: Plan) -> None:
@@ -16,6 +16,9 @@ def check_trainable(plan: Plan) -> None:
             f"use --workers N, or look at the plan with shoal plan."
         )
     memory, usual = plan.memory, MemoryPlan()
+    if memory.changes_updates and (plan.sync == "local" or plan.states != "replicated"):
+        other = f"states = {plan.states!r}" if plan.states != "replicated" else "sync = 'local'"
+        raise UserError(f"plan: {memory.changes_updates} does not go with {other} so far: leave one of them out.")
     asked = ["peak_bytes"] if memory.budget_bytes else []
     asked += [key for key in _NOT_YET if getattr(memory, key) != getattr(usual, key)]
     if asked:

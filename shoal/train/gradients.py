@@ -293,7 +293,7 @@ class Gradients:
                 mean = torch.empty_like(parameter, dtype=mean.dtype).copy_(mean)
             elif copy:
                 mean = mean.clone()
-            parameter.grad = None if index in unused else mean.to(parameter.dtype)
+            parameter.grad = None if index in unused else mean.to(parameter.grad_dtype or parameter.dtype)
         self._restore_state()
         for index, buffer in enumerate(self._state, start=len(self.parameters)):
             change = self.exchange.result_of(index).view(buffer.shape)
@@ -368,3 +368,4 @@ def writes_gradients(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimiser may write to p.grad: those of torch.optim do not, but for some ``foreach`` kernels."""
     trusted = type(optimizer).__module__.startswith(_TRUSTED)
     return not trusted or any(group.get("foreach") for group in optimizer.param_groups)
+    optimizer = getattr(optimizer, "inner", optimizer)  # shoal.memory.streamed's leaves them to the one inside

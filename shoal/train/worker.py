@@ -23,6 +23,8 @@ from shoal.data.loading import Prefetcher
 from shoal.data.source import Source
 from shoal.errors import RunFailed, UserError
 from shoal.memory.apply import set_up
+from shoal.memory.conversion import converted
+from shoal.memory.keeping import KeptParameters, keep_parameters, keep_states
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint
 from shoal.train.device import device_for
@@ -60,6 +62,7 @@ class Worker:
         self._fingerprint = ""
         self._module: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
+        self._parameters = KeptParameters()
         self._kept: dict[str, Any] = {}
         self._gradients: Gradients | None = None
         self._update: Update | None = None
@@ -85,6 +88,7 @@ class Worker:
             raise UserError("worker.model was called twice: wrap several modules in one nn.ModuleDict.")
         self._module = module.to(self.device)
         self._share_weights(module)
+        self._parameters = keep_parameters(module, self.plan.memory)
         if compile and self.plan.memory.works_on_blocks:
             raise UserError("plan: memory is saved in models that are not compiled: leave model.compile out.")
         set_up(module, self.plan.memory, self._say)
@@ -121,6 +125,11 @@ class Worker:
         self._gradients = self._hooked(self._trained())
 
     def _say(self, line: str) -> None:
+    def _say_once(self, line: str) -> None:
+        """What is true of all workers."""
+        if self.rank == 0:
+            print(f"shoal: {line}", file=sys.stderr, flush=True)
+
         print(f"shoal: rank {self.rank}: {line}", file=sys.stderr, flush=True)
 
     def _share_weights(self, module: nn.Module) -> None:
@@ -140,7 +149,9 @@ class Worker:
                     tensor.copy_(flat.view(tensor.shape))
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The optimiser that ``step.commit`` runs. LBFGS is refused: its step would need the loss again."""
+        """The optimiser that ``step.commit`` runs, kept as the plan's memory says: go on with the one returned.
+
+        LBFGS is refused: its step would need the loss again."""
         if isinstance(optimizer, torch.optim.LBFGS):
             raise UserError("LBFGS evaluates the loss again inside its step, which a distributed step cannot do.")
         if self.plan.sync == "parameter-server":
@@ -148,6 +159,20 @@ class Worker:
         if self.plan.states != "replicated":
             check_sharded(self.plan.states, optimizer, self._trained())
         self._optimizer = optimizer
+        if self.plan.memory.changes_updates:
+            hosts = self.group.gather(self.group.host.encode())
+            optimizer = keep_states(
+                optimizer,
+                self._trained(),
+                self.plan.memory,
+                self._parameters,
+                device=self.device,
+                seed=self.seed,
+                step=lambda: self.step,
+                sharing=hosts.count(self.group.host.encode()),
+                say=self._say_once,
+                tell=self._say,
+            )
         return optimizer
 
     def keep(self, **objects: Any) -> None:
@@ -359,9 +384,12 @@ class Worker:
         for name, tensor in state.tensors.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
-        load_model(model, parts["model"])
+        weights, states, said = converted(parts["model"], parts["optimizer"], model, self.plan.memory)
+        for line in said:
+            self._say_once(line)
+        load_model(model, weights)
         if self._optimizer and state.facts.get("optimizer"):
-            load_optimizer(model, self._optimizer, parts["optimizer"], state.facts["optimizer"])
+            load_optimizer(model, self._optimizer, states, state.facts["optimizer"])
         for name, thing in self._kept.items():
             if name in state.facts["kept"]:
                 thing.load_state_dict(state.facts["kept"][name])

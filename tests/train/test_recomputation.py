@@ -79,7 +79,8 @@ class Fickle(torch.nn.Module):
         (Plan(mesh={"data": 2, "pipe": 2}), "training runs over mesh axis 'data' so far, and the mesh has pipe = 2"),
         (Plan(mesh={"tensor": 2}, pipeline=PipelinePlan()), "the mesh has tensor = 2"),
         (Plan(memory=MemoryPlan(peak_bytes="1GiB")), "memory.peak_bytes is not carried out yet"),
-        (Plan(memory=MemoryPlan(optimizer_bits=8)), "memory.optimizer_bits is not carried out yet"),
+        (Plan(memory=MemoryPlan(offload_parameters="disk")), "memory.offload_parameters is not carried out yet"),
+        (Plan(states="zero1", memory=MemoryPlan(optimizer_bits=8)), "8 does not go with states = 'zero1'"),
     ],
 )
 def test_what_a_plan_can_say_and_training_cannot_do_is_refused_before_anything_starts(tmp_path, wanted, message):

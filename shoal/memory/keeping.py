@@ -1,0 +1,104 @@
+"""What a plan says of parameters and optimiser states between two updates, applied to a model and its optimiser."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from shoal.errors import UserError
+from shoal.memory.narrow import Rounding, narrow
+from shoal.memory.shelves import Here, OnDisk, OnHost, Shelf
+from shoal.memory.streamed import Keeping, Streamed, check_streamable
+from shoal.recipe.memory_plan import MemoryPlan
+
+_ROUNDING: dict[str, Rounding] = {"bfloat16-stochastic": "stochastic", "bfloat16-compensated": "compensated"}
+Tell = Callable[[str], None]
+
+
+@dataclass
+class KeptParameters:
+    """Which of a model's parameters are not simply float32 in memory."""
+
+    rests: dict[nn.Parameter, Tensor | None] = field(default_factory=dict)
+    shelf: Shelf | None = None
+
+
+def keep_parameters(module: nn.Module, plan: MemoryPlan) -> KeptParameters:
+    """Have the module's parameters kept as ``plan.parameters`` says, in place. Before anything that wraps blocks.
+
+    Raises UserError for a pattern of blocks that fits none."""
+    kept = KeptParameters()
+    if plan.parameters in _ROUNDING:
+        kept.rests = narrow(module, _ROUNDING[plan.parameters], plan.blocks)
+    return kept
+
+
+def keep_states(
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    plan: MemoryPlan,
+    parameters: KeptParameters,
+    *,
+    device: torch.device,
+    seed: int,
+    step: Callable[[], int],
+    sharing: int,
+    say: Tell,
+    tell: Tell,
+) -> torch.optim.Optimizer:
+    """The optimiser, its states kept as the plan says; itself where that changes nothing.
+
+    ``step``: how many updates have been made. ``sharing``: workers that put their states on the same disk. ``say`` is
+    for what is true of all workers, ``tell`` for what happens to this one.
+    Raises UserError for an optimiser whose states cannot be kept so."""
+    key = plan.changes_updates
+    if not key:
+        return optimizer
+    check_streamable(optimizer, key, quantised=plan.optimizer_bits == 8)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    if any(p not in names for group in optimizer.param_groups for p in group["params"]):
+        raise UserError("the optimiser holds a parameter that is not the model's.")
+    keeping = Keeping(
+        Here(device),
+        quantised=plan.optimizer_bits == 8,
+        rests=parameters.rests,
+        weights=parameters.shelf,
+        seed=seed,
+        step=step,
+        tell=tell,
+    )
+    moves_nothing = plan.offload_optimizer == "host" and device.type == "cpu"
+    if moves_nothing:
+        say("memory.offload_optimizer = 'host' moves nothing: the worker's device is the host's own processor.")
+    if moves_nothing and plan.optimizer_bits == 32 and not parameters.rests and parameters.shelf is None:
+        return optimizer
+    streamed = Streamed(optimizer, names, keeping)
+    if plan.offload_optimizer == "host" and not moves_nothing:
+        keeping.shelf = OnHost(device)
+    elif plan.offload_optimizer == "disk":
+        keeping.shelf = _disk(plan, device, streamed, sharing, say)
+        _read_ahead(module, streamed)
+    return streamed
+
+
+def _disk(plan: MemoryPlan, device: torch.device, streamed: Streamed, sharing: int, say: Tell) -> Shelf:
+    shelf = OnDisk(device, plan.offload_dir)
+    needed, free = sharing * streamed.expected_bytes(), shelf.file.free_bytes
+    if needed <= free:
+        return shelf
+    shelf.close()
+    say(
+        f"the optimiser states of {sharing} worker{'s' if sharing > 1 else ''} take {needed / 1e6:.0f} MB and "
+        f"{str(shelf.file.folder)!r} has {free / 1e6:.0f} MB to spare: they stay in memory. "
+        f"memory.offload_dir names another folder."
+    )
+    return Here(device)
+
+
+def _read_ahead(module: nn.Module, streamed: Streamed) -> None:
+    """While the backward pass runs, the states that the update begins with come in."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    trained[-1].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        lambda _: streamed.prefetch()
+    )
