@@ -1,8 +1,8 @@
 """Compile the C++ parts once, into a cache, and load them; None where there is no compiler.
 
-Four libraries: `kernels` (plain C functions on memory), `ranks` (collectives over shared memory), `allocator` (torch's
-memory) and `backend` (a torch extension). The first two know nothing of torch, the last takes a minute to compile, the
-others seconds. A library's file name holds a hash of its sources, flags, compiler and, where it needs it, torch, so
+Five libraries: `kernels` (plain C functions on memory), `ranks` (collectives over shared memory), `generation` (a step
+of a language model), `allocator` (torch's memory) and `backend` (a torch extension). The first three know nothing of
+torch, the last takes a minute to compile, the others seconds. A library's file name holds a hash of its sources, flags, compiler and, where it needs it, torch, so
 that a stale one is never loaded. A wheel may carry libraries in native/prebuilt, which need no compiler where they are
 used; else they are made on first use. SHOAL_NATIVE=0 goes without. setup.py loads this file alone, before shoal is
 installed: it imports nothing of Shoal.
@@ -78,6 +78,12 @@ def ranks_library() -> Library:
     return Library("ranks", _transport_sources(), (), (), (), platform.machine())
 
 
+def generation_library() -> Library:
+    """A step of a GPT over a paged cache. GCC 12 warns of its own intrinsics."""
+    flags = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
+    return Library("generation", _sources("generation"), flags, (), (), platform.machine())
+
+
 def allocator_library() -> Library:
     """Torch's allocator over shared memory: the one part of torch's headers that it needs compiles in seconds.
 
@@ -122,7 +128,7 @@ def backend_library() -> Library:
     )  # fmt: skip
 
 
-MAKERS = (kernels_library, ranks_library, allocator_library, backend_library)
+MAKERS = (kernels_library, ranks_library, generation_library, allocator_library, backend_library)
 
 
 def compiler() -> str | None:
@@ -338,6 +344,11 @@ def _ranks() -> ctypes.CDLL | Failed:
 
 
 @cache
+def _generation() -> ctypes.CDLL | Failed:
+    return _loaded(generation_library)
+
+
+@cache
 def _allocator() -> ctypes.CDLL | Failed:
     return _loaded(allocator_library)
 
@@ -368,6 +379,12 @@ def ranks() -> ctypes.CDLL | None:
     return found if isinstance(found, ctypes.CDLL) else None
 
 
+def generation() -> ctypes.CDLL | None:
+    """The functions of native/generation/calls.cpp, or None."""
+    found = _generation() if wanted() else None
+    return found if isinstance(found, ctypes.CDLL) else None
+
+
 def allocator() -> ctypes.CDLL | None:
     """Torch's allocator over shared memory, or None."""
     found = _allocator() if wanted() else None
@@ -384,6 +401,12 @@ def why_not(names: Sequence[str] = ("kernels", "backend")) -> str:
     """Why a library is not there, in one line; "" when all are."""
     if not wanted():
         return "SHOAL_NATIVE=0 is set"
-    tried = {"kernels": _kernels, "ranks": _ranks, "allocator": _allocator, "backend": _backend}
+    tried = {
+        "kernels": _kernels,
+        "ranks": _ranks,
+        "generation": _generation,
+        "allocator": _allocator,
+        "backend": _backend,
+    }
     found = [str(result) for result in (tried[name]() for name in names) if isinstance(result, Failed)]
     return "; ".join(dict.fromkeys(found))  # one reason for both is told once

@@ -303,7 +303,7 @@ def test_the_outlook_is_told_without_compiling(tiny, tmp_path, monkeypatch):
     assert set(build.outlook().values()) == {"on first use"}
     assert not Path(os.environ["SHOAL_NATIVE_CACHE"]).exists()
     build.compiled(build.kernels_library())
-    others = dict.fromkeys(("ranks", "allocator", "backend"), "on first use")
+    others = dict.fromkeys(("ranks", "generation", "allocator", "backend"), "on first use")
     assert build.outlook() == {"kernels": "ready", **others}
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     assert "Python.h is missing: install" in build.outlook()["backend"]
