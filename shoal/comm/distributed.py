@@ -185,7 +185,7 @@ class DistributedExchange:
     Bytes are counted as the operations move them: all-to-all and all-gather to each peer its part; NCCL and gloo may
     take other ways. With NCCL, times are those of the host's thread."""
 
-    shared_result = False
+    shared_result = sliced_result = False
     operations: tuple[str, ...] = ("reduce-scatter", "all-gather", "facts")
 
     def __init__(self, group: DistributedGroup, terms: Terms) -> None:
@@ -213,11 +213,7 @@ class DistributedExchange:
         self.facts = self._row[:facts]
         self.all_facts = self._all_rows[:, :facts]
         self._early_facts = torch.zeros(group.world, facts, dtype=torch.float64)
-        counts = terms.partials()
-        self._buffers = [torch.zeros(layout.elements, dtype=dtype, device=device) for _ in range(counts[group.rank])]
-        largest = max(bucket.slice for bucket in layout.buckets)
-        self._arrived = torch.zeros(len(layout.buckets) * sum(counts) * largest, dtype=dtype, device=device)
-        self._result = torch.zeros(layout.elements, dtype=dtype, device=device)
+        self._reserve(terms)
         self.partials: Sequence[torch.Tensor] = ()
         self._passes: tuple[int, ...] = ()
         self._posted = self._reduced = 0
@@ -226,6 +222,20 @@ class DistributedExchange:
         self._scatters: list[list[dist.Work]] = []
         self._operands: list[list[torch.Tensor]] = []
         self._gathers: list[dist.Work] = []
+
+    def _reserve(self, terms: Terms) -> None:
+        """The memory of own partial sums, of what comes in from others, and of the result."""
+        layout, dtype, device = terms.layout, terms.dtype, terms.device
+        counts = terms.partials()
+        mine = counts[self._group.rank]
+        self._buffers = [torch.zeros(layout.elements, dtype=dtype, device=device) for _ in range(mine)]
+        largest = max(bucket.slice for bucket in layout.buckets)
+        self._arrived = torch.zeros(len(layout.buckets) * sum(counts) * largest, dtype=dtype, device=device)
+        self._result = torch.zeros(layout.elements, dtype=dtype, device=device)
+
+    def _room(self, bucket: int) -> torch.Tensor:
+        """Where a bucket's slices from all workers arrive, flat."""
+        return self._arrived[bucket * (len(self._arrived) // len(self.layout.buckets)) :]
 
     def _start_cost(self, device: torch.device) -> float:
         """Seconds that the smallest gather takes, the best of a few, before the first step."""
@@ -293,7 +303,7 @@ class DistributedExchange:
         world, size = self._group.world, bucket.slice
         operands: list[list[torch.Tensor]] = [[] for _ in range(world)]
         works: list[dist.Work] = []
-        free = self._arrived[len(self._scatters) * (len(self._arrived) // len(self.layout.buckets)) :]
+        free = self._room(len(self._scatters))
         for i in range(max(self._counts)):
             origins = [rank for rank in range(world) if self._counts[rank] > i]
             sends = self._group.rank in origins
@@ -310,7 +320,7 @@ class DistributedExchange:
             works.append(work)
             for origin, piece in zip(origins, torch.split(out, size), strict=True):
                 operands[origin].append(piece)
-        own, nbytes = self._counts[self._group.rank], size * self._result.itemsize
+        own, nbytes = self._counts[self._group.rank], size * free.itemsize
         self._count("reduce-scatter", own * nbytes, (sum(self._counts) - own) / max(1, world - 1) * nbytes)
         self._scatters.append(works)
         self._operands.append([piece for row in operands for piece in row])
@@ -349,6 +359,10 @@ class DistributedExchange:
 
     @torch.no_grad()
     def finish(self) -> float:
+        self._complete()
+        return global_norm(block_squares(self._result[: self.layout.state_start]).tolist())
+
+    def _complete(self) -> None:
         before = self._group.report.position
         self._group.report(Phase.exchanging)
         self.account.finishes()
@@ -359,7 +373,6 @@ class DistributedExchange:
             self._wait("all-gather", self._gathers)
         self.account.settle()
         self._group.report(before.phase, shard=before.shard)
-        return global_norm(block_squares(self._result[: self.layout.state_start]).tolist())
 
     def _wait(self, operation: str, works: "Sequence[dist.Work | None]") -> None:
         """Stand still until these are done. How much of it is a peer's lateness, their own accounts tell."""

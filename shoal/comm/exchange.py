@@ -91,6 +91,7 @@ class Exchange(Protocol):
     all_facts: torch.Tensor  # float64 [workers, facts]: complete after finish
     partials: Sequence[torch.Tensor]  # this worker's flat buffers [elements] for the step, those of `placement`
     shared_result: bool  # True: the result is other workers' memory too, and must not be written
+    sliced_result: bool  # True: of the gradients each worker has its slices only, and `result_of` is for buffers
     account: Account  # what this worker's steps cost
 
     @property
@@ -133,6 +134,7 @@ class HeapExchange:
     The result is the memory of operand 0, which all workers map; a reduce-scatter whose all-gather costs nothing."""
 
     shared_result = True
+    sliced_result = False
 
     def __init__(self, group: "HostGroup", terms: Terms) -> None:
         self.layout, self._placement, self._denominators = terms.layout, terms.placement, terms.denominators

@@ -288,6 +288,9 @@ class Gradients:
         self._at = []
         unused = set(self.unused())
         for index, parameter in enumerate(self.parameters):
+            if self.exchange.sliced_result:
+                parameter.grad = None
+                continue
             mean = self.exchange.result_of(index).view(parameter.shape)
             if mean.stride() != parameter.stride():  # fused optimisers take both in the order of memory
                 mean = torch.empty_like(parameter, dtype=mean.dtype).copy_(mean)

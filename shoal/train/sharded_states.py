@@ -5,18 +5,21 @@ optimisers that are allowed here treat each element by itself.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from shoal.comm.exchange import Exchange, Terms
 from shoal.comm.group import Group, HostGroup
 from shoal.comm.server.optimizer import ELEMENTWISE
 from shoal.comm.shared_weights import SharedWeights
 from shoal.comm.slices import Piece, Sharing, pieces_of
+from shoal.comm.transport import make_exchange
 from shoal.data.ledger import Ledger
 from shoal.errors import UserError
+from shoal.memory.blocks import find_blocks
 from shoal.recipe.plan import Plan
 from shoal.train.gradients import Gradients, StepFigures
 from shoal.train.state_gathering import HostStates, State, cut
@@ -82,8 +85,11 @@ class Sharded(Everywhere):
         weights: Weights,
         states: States,
         pieces: Sequence[Piece],
+        mean: Callable[[Piece], Tensor],
     ) -> None:
+        """``mean``: the gradient of a piece, flat, once the step's gradient has been finished."""
         super().__init__(optimizer)
+        self._mean = mean
         self.gradients, self.weights, self.states, self.pieces = gradients, weights, states, pieces
         self.equal = weights.whole
         self.parts = [weights.piece(piece) for piece in pieces]
@@ -152,10 +158,9 @@ class Sharded(Everywhere):
     def step(self, number: int, figures: StepFigures) -> None:
         self._check_written()
         self.optimizer.state.clear()
-        exchange, unused = self.gradients.exchange, set(self.gradients.unused())
+        unused = set(self.gradients.unused())
         for piece, part in zip(self.pieces, self.parts, strict=True):
-            mean = exchange.result_of(piece.slot)[piece.start : piece.stop].view(part.shape)
-            part.grad = None if piece.slot in unused else mean.to(part.dtype)
+            part.grad = None if piece.slot in unused else self._mean(piece).view(part.shape).to(part.dtype)
         if self._inner is not None:
             for group, index in zip(self._inner.param_groups, self._groups, strict=True):
                 group.update(settings(self.optimizer.param_groups[index]))
@@ -182,12 +187,51 @@ class Sharded(Everywhere):
 
 def sharded(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Sharded:
     """The update for ``plan.states``. Called by all workers, once the weights are those that training starts from."""
-    layout, parameters = gradients.layout, gradients.parameters
-    sharing = Sharing(group.world, plan.state_group or group.world)
+    layout, parameters, exchange = gradients.layout, gradients.parameters, gradients.exchange
+    sharing = sharing_of(plan, group)
     pieces = pieces_of(layout, sharing.slices(group.rank))
     among = group if sharing.members == group.world else group.split(sharing.groups())
-    if not isinstance(among, HostGroup):
-        raise UserError(f"plan: states = {plan.states!r} is not carried out between hosts yet: use 'replicated'.")
-    frozen = [p for p in gradients.module.parameters() if not p.requires_grad] if plan.states == "zero3" else []
-    weights = SharedWeights(among, layout, parameters, frozen)
-    return Sharded(gradients, optimizer, weights, HostStates(among, layout, parameters), pieces)
+    if isinstance(among, HostGroup):
+        frozen = [p for p in gradients.module.parameters() if not p.requires_grad] if plan.states == "zero3" else []
+        shared = SharedWeights(among, layout, parameters, frozen)
+        states = HostStates(among, layout, parameters)
+        return Sharded(
+            gradients, optimizer, shared, states, pieces, lambda p: exchange.result_of(p.slot)[p.start : p.stop]
+        )
+    from shoal.comm.gathered_weights import GatheredWeights
+    from shoal.comm.sliced import SlicedExchange
+    from shoal.train.gathering import BlockWeights
+    from shoal.train.sent_states import SentStates
+
+    assert isinstance(exchange, SlicedExchange)
+    ranks = sharing.groups()[group.rank // sharing.members]
+    gathered = GatheredWeights(among, group.rank, sharing, layout, parameters, exchange.count_gather)  # type: ignore[arg-type]
+    weights = BlockWeights(
+        gathered,
+        find_blocks(gradients.module),
+        layout,
+        lambda: (exchange.most_passes([group.rank]), exchange.most_passes(ranks)),
+        releases=plan.states == "zero3",
+    )
+    exchange.before_finish = weights.complete
+    sent = SentStates(among, layout, parameters, sharing)  # type: ignore[arg-type]
+    return Sharded(gradients, optimizer, weights, sent, pieces, exchange.piece)
+
+
+def sharing_of(plan: Plan, group: Group) -> Sharing:
+    return Sharing(group.world, plan.state_group or group.world)
+
+
+def sliced_exchange(plan: Plan, group: Group, terms: Terms) -> Exchange:
+    """The exchange under which no worker needs the whole gradient."""
+    if isinstance(group, HostGroup):
+        return make_exchange(group, terms)
+    from shoal.comm.distributed import DistributedGroup
+    from shoal.comm.sliced import SlicedExchange
+
+    assert isinstance(group, DistributedGroup)
+    if plan.states == "zero3" and terms.device.type != "cpu":
+        raise UserError(
+            "plan: states = 'zero3' between hosts gives back memory of the processor only so far: use states = 'zero2'."
+        )
+    return SlicedExchange(group, terms, sharing_of(plan, group))

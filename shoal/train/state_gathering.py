@@ -1,4 +1,4 @@
-"""Bringing the states of pieces together for a checkpoint: in memory that workers share, or by sending them."""
+"""States of pieces, told of and put together for a checkpoint; where workers share memory, nothing moves."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def _told(value: Any, part: Tensor) -> Told:
     return ["vector", dtype] if is_vector(value, part) else ["tensor", value.tolist(), dtype]
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     found: torch.dtype = getattr(torch, name)
     return found
 
@@ -52,10 +52,10 @@ class HostStates:
         """The states of whole parameters, by slot, on rank 0; {} on the others. Called by all workers.
 
         ``states`` of the pieces are changed: their vectors move into memory that rank 0 can read."""
-        found = _tell(self._group, pieces, parts, states)
+        found = tell(self._group, pieces, parts, states)
         for key, value in sorted({(k, v[1]) for state in found.values() for k, v in state.items() if v[0] == "vector"}):
             if (key, value) not in self._flats:
-                self._flats[key, value] = self._group.heap.tensor(self._layout.state_start, _dtype(value))
+                self._flats[key, value] = self._group.heap.tensor(self._layout.state_start, dtype_of(value))
         for piece, part, state in zip(pieces, parts, states, strict=True):
             for key, value in state.items():
                 if is_vector(value, part):
@@ -64,14 +64,14 @@ class HostStates:
                     if place.data_ptr() != value.data_ptr():
                         state[key] = place.copy_(value)
         self._group.gather(b"")  # all of it is there
-        return {} if self._group.rank else _assembled(found, self._whole)
+        return {} if self._group.rank else assembled(found, self._whole)
 
     def _whole(self, slot: int, key: str, dtype: str) -> Tensor:
         place = self._layout.slots[slot]
         return self._flats[key, dtype][place.offset : place.offset + place.size].view(self._parameters[slot].shape)
 
 
-def _tell(
+def tell(
     group: Group, pieces: Sequence[Piece], parts: Sequence[Tensor], states: Sequence[State]
 ) -> dict[int, dict[str, Told]]:
     """What there is of each slot, over all workers: values that are one for all are the same in all of its pieces."""
@@ -84,7 +84,7 @@ def _tell(
     return {slot: told for row in reversed(rows) for slot, told in reversed(row)}
 
 
-def _assembled(found: Mapping[int, Mapping[str, Told]], whole: Any) -> dict[int, State]:
+def assembled(found: Mapping[int, Mapping[str, Told]], whole: Any) -> dict[int, State]:
     states: dict[int, State] = {}
     for slot, told in found.items():
         states[slot] = {}
@@ -92,5 +92,5 @@ def _assembled(found: Mapping[int, Mapping[str, Told]], whole: Any) -> dict[int,
             if kind == "vector":
                 states[slot][key] = whole(slot, key, value)
             else:
-                states[slot][key] = torch.tensor(value, dtype=_dtype(dtype[0])) if kind == "tensor" else value
+                states[slot][key] = torch.tensor(value, dtype=dtype_of(dtype[0])) if kind == "tensor" else value
     return states

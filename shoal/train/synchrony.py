@@ -83,6 +83,10 @@ def exchange_of(
 
         shapes = [tuple(p.shape) for p in module.parameters() if p.requires_grad][::-1]  # in the order of the layout
         return compressed_exchange(plan.compression, group, terms, shapes=shapes, force=plan.compression_force)
+    if plan.states != "replicated":
+        from shoal.train.sharded_states import sliced_exchange
+
+        return sliced_exchange(plan, group, terms)
     if plan.sync in ("exact", "fast"):
         return make_exchange(group, terms)
     if device.type != "cpu":

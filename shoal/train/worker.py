@@ -215,6 +215,8 @@ class Worker:
                 if not step.committed:
                     raise UserError(f"step {step.number} was left without commit(): call step.commit() at its end.")
 
+        if self.plan.states != "replicated":
+            update.settle(self.step)  # whoever reads the weights now finds them whole
     def _committed(self, figures: StepFigures) -> None:
         self.step += 1
         assert self._update is not None

@@ -203,7 +203,7 @@ class TorchExchange(DistributedExchange):
 class HostExchange:
     """Workers that one agent forked on this host: payloads on their heap. It never pays; for those who insist."""
 
-    shared_result = False
+    shared_result = sliced_result = False
 
     def __init__(self, group: HostGroup, terms: Terms, compressor: Compressor, shapes: Shapes) -> None:
         self.layout, self._placement, self._denominators = terms.layout, terms.placement, terms.denominators

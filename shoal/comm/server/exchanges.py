@@ -41,7 +41,7 @@ class OwnPlacement(Placement):
 class _Own:
     """What these exchanges share: gradients are copied into buffers of this worker's, and never adopted."""
 
-    shared_result = False
+    shared_result = sliced_result = False
     result: Tensor
 
     def __init__(self, group: Group, terms: Terms) -> None:
