@@ -18,23 +18,24 @@ from shoal.comm.heap import PAGE
 from shoal.comm.mesh import OutOfStep, PeerLost
 from shoal.comm.native import build
 from shoal.comm.status import Phase, Position
-from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, compare_message, told
+from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, compare, compare_message, digest, told
 from shoal.errors import RunFailed
 
 RING = 4 << 20  # bytes to one other rank that may be under way where address space is limited, and where it is not:
 RINGS, LARGEST_RING = 256 << 30, 4 << 30  # of all pairs together, of one; what is not under way costs no memory
 _HEAD_WORDS = 16  # Channels::kHead
-_ERRORS = {2: PeerLost, 3: OutOfStep}  # by 1 + Failure::Kind; RunFailed for the others
+_MISMATCH = 3  # 1 + Failure::Kind, like these; RunFailed for the others
+_ERRORS = {2: PeerLost, _MISMATCH: OutOfStep}
 _ANOTHER = -1  # another head came than was expected
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _Asleep = ctypes.CFUNCTYPE(c_int, c_int)
 _TAKES = {
-    "barrier": (c_void_p,),
-    "all_reduce": (c_void_p, c_void_p, c_void_p, c_size_t, c_int),
-    "all_gather": (c_void_p, c_void_p, c_void_p, c_void_p, c_int),
-    "reduce_scatter": (c_void_p, c_void_p, c_void_p, c_void_p, c_int),
-    "all_to_all": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
-    "broadcast": (c_void_p, c_void_p, c_size_t, c_int, c_int),
+    "barrier": (c_void_p, c_uint64),
+    "all_reduce": (c_void_p, c_uint64, c_void_p, c_void_p, c_size_t, c_int),
+    "all_gather": (c_void_p, c_uint64, c_void_p, c_void_p, c_void_p, c_int),
+    "reduce_scatter": (c_void_p, c_uint64, c_void_p, c_void_p, c_void_p, c_int),
+    "all_to_all": (c_void_p, c_uint64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    "broadcast": (c_void_p, c_uint64, c_void_p, c_size_t, c_int, c_int),
     "send": (c_void_p, c_void_p, c_void_p, c_size_t, c_int),
     "receive": (c_void_p, c_void_p, c_void_p, c_size_t, c_int, c_void_p),
 }
@@ -57,7 +58,8 @@ class Native:
         """Called by all workers of the group."""
         library = build.ranks()
         assert library is not None
-        own = group.split([range(group.world)])
+        own = self._group = group.split([range(group.world)])
+        self._operation = 0
         self._mesh, self._names, self._report = own.mesh, group.names, group.report
         self._clock = group.counters.clock
         self.stood: Stood = []
@@ -80,11 +82,11 @@ class Native:
         arenas = (c_void_p * group.world)(*bases) if own.arenas.bytes else None
         opened = library.shoal_ranks_open
         opened.restype = c_void_p
-        opened.argtypes = (c_void_p, c_int, c_int, c_char_p, c_int, c_size_t, c_void_p, c_size_t, _Asleep)
+        opened.argtypes = (c_void_p, c_int, c_int, c_char_p, c_void_p, c_int, c_size_t, c_void_p, c_size_t, _Asleep)
         label = f"of ranks {', '.join(map(str, group.names))}".encode()
         self._ranks = opened(
-            self._memory.data_ptr(), group.rank, group.world, label, _cores(group), ring, arenas, own.arenas.bytes,
-            self._asleep,
+            self._memory.data_ptr(), group.rank, group.world, label, (c_int * group.world)(*group.names),
+            _cores(group), ring, arenas, own.arenas.bytes, self._asleep,
         )  # fmt: skip
         if not self._ranks:
             raise RunFailed(self._error().decode())
@@ -107,8 +109,13 @@ class Native:
             self._report(Phase.waiting, peer=self._names[whom])
         return int(not self._mesh.gone(whom))
 
-    def _do(self, name: str, *arguments: object) -> None:
-        code = self._call[name](self._ranks, *arguments)
+    def _agreed(self, name: str, signature: str, *arguments: object) -> None:
+        """A collective. What all say is compared in C++; where it differs all ranks hear of it, and then say it."""
+        self._operation += 1
+        code = self._call[name](self._ranks, digest(signature), *arguments)
+        if code == _MISMATCH:
+            said = [row.decode() for row in self._group.gather(signature.encode())]
+            compare(said, self._names, self._operation)
         if code:
             self._fail(code)
 
@@ -121,28 +128,32 @@ class Native:
         return int(self._in_place(self._ranks))
 
     def all_reduce(self, source: Tensor, out: Tensor, signature: str) -> None:
-        self._do("all_reduce", source.data_ptr(), out.data_ptr(), source.numel(), _CODES[source.dtype])
+        self._agreed("all_reduce", signature, source.data_ptr(), out.data_ptr(), source.numel(), _CODES[source.dtype])
 
     def all_gather(self, source: Tensor, outs: Sequence[Tensor], signature: str) -> None:
         counts = _elements([out.numel() for out in outs])
-        self._do("all_gather", source.data_ptr(), _addresses(outs), counts, _CODES[source.dtype])
+        self._agreed("all_gather", signature, source.data_ptr(), _addresses(outs), counts, _CODES[source.dtype])
 
     def reduce_scatter(self, sources: Sequence[Tensor], out: Tensor, signature: str) -> None:
         counts = _elements([source.numel() for source in sources])
-        self._do("reduce_scatter", _addresses(sources), out.data_ptr(), counts, _CODES[out.dtype])
+        self._agreed("reduce_scatter", signature, _addresses(sources), out.data_ptr(), counts, _CODES[out.dtype])
 
     def all_to_all(self, sources: Sequence[Tensor], outs: Sequence[Tensor], counts: Counts, signature: str) -> None:
         sends, receives = (_elements([t.numel() for t in tensors]) for tensors in (sources, outs))
-        self._do("all_to_all", _addresses(sources), sends, _addresses(outs), receives, _CODES[outs[0].dtype])
+        self._agreed(
+            "all_to_all", signature, _addresses(sources), sends, _addresses(outs), receives, _CODES[outs[0].dtype]
+        )
 
     def broadcast(self, data: Tensor, root: int, signature: str) -> None:
-        self._do("broadcast", data.data_ptr(), data.numel(), _CODES[data.dtype], root)
+        self._agreed("broadcast", signature, data.data_ptr(), data.numel(), _CODES[data.dtype], root)
 
     def barrier(self) -> None:
-        self._do("barrier")
+        self._agreed("barrier", "barrier")
 
     def send(self, data: Tensor, to: int) -> None:
-        self._do("send", _head(data), data.data_ptr(), data.nbytes, to)
+        code = self._call["send"](self._ranks, _head(data), data.data_ptr(), data.nbytes, to)
+        if code:
+            self._fail(code)
 
     def receive(self, out: Tensor, origin: int) -> None:
         came = (c_uint64 * _HEAD_WORDS)()

@@ -54,6 +54,15 @@ inline void each_field_of_a_signature_is_compared() {
     differs("count", all_reduce(count + 1), {n, std::to_string(count + 1) + " elements"});
     differs("small and large", all_reduce(50001 - count), {n, std::to_string(50001 - count) + " element"});
     differs("operation", broadcast(count, 0), {"all_reduce(sum, float32, " + n, "broadcast(float32, " + n});
+    const Asked other_words = [=](ShmGroup& group, float* in, float* out) {
+      const struct Said {
+        ShmGroup& group;
+        ~Said() { group.say(0); }
+      } said{group};
+      group.say(70);
+      all_reduce(count)(group, in, out);
+    };
+    differs("words", other_words, {n + ")", n + ", in words 70)"});
     differs("barrier", [](ShmGroup& group, float*, float*) { group.barrier(); }, {"wants barrier"});
     disagreement_raises_on_all_ranks("root", broadcast(count, 0), broadcast(count, 1), {"root 0", "root 1"});
     const Asked scatter = [=](ShmGroup& group, float* in, float* out) {

@@ -169,7 +169,23 @@ def test_a_worker_is_in_several_groups_at_once(on_kind):
 
 MISMATCHES = {
     "type": (lambda c, t: c.all_reduce(t), lambda c, t: c.all_reduce(t.bfloat16()), ["float32", "bfloat16"]),
-    "size": (lambda c, t: c.all_reduce(t), lambda c, t: c.all_reduce(t[:3]), ["6", "3"]),
+    "size": (lambda c, t: c.all_reduce(t), lambda c, t: c.all_reduce(t[:3]), ["[6]", "[3]"]),
+    "shape": (lambda c, t: c.all_reduce(t.view(2, 3)), lambda c, t: c.all_reduce(t.view(3, 2)), ["[2, 3]", "[3, 2]"]),
+    "gathered shape": (
+        lambda c, t: c.all_gather(t.view(2, 3)),
+        lambda c, t: c.all_gather(t.view(2, 3), 1),
+        ["all_gather float32 [3] along dim 0", "all_gather float32 [2] along dim 1"],
+    ),
+    "scattered shape": (
+        lambda c, t: c.reduce_scatter(t.view(3, 2)),
+        lambda c, t: c.reduce_scatter(t.view(3, 2).t(), 1),
+        ["[3, 2] along dim 0", "[2, 3] along dim 1"],
+    ),
+    "shape of a broadcast": (
+        lambda c, t: c.broadcast(t.view(2, 3), 0),
+        lambda c, t: c.broadcast(t.view(3, 2), 0),
+        ["broadcast float32 [2, 3], root 0", "broadcast float32 [3, 2], root 0"],
+    ),
     "operation": (lambda c, t: c.all_reduce(t), lambda c, t: c.all_gather(t), ["all_reduce", "all_gather"]),
     "root": (lambda c, t: c.broadcast(t, 0), lambda c, t: c.broadcast(t, 1), ["root 0", "root 1"]),
     "sizes": (lambda c, t: c.all_gather(t), lambda c, t: c.all_gather(t, 0, [5, 6, 6]), ["all_gather"]),
@@ -199,6 +215,22 @@ def test_a_mismatch_raises_on_all_ranks_with_both_signatures_and_the_group_goes_
             assert "collective mismatch" in heard[name], name
             assert "nothing was written" in heard[name], name
             assert all(word in heard[name] for word in words), (name, heard[name])
+
+
+def mismatched_in_a_part(group):
+    """The ranks of a part are called what they are called in the run."""
+    collectives = make_collectives(group.split([[1, 3, 2, 0]]))
+    with pytest.raises(OutOfStep) as raised:
+        collectives.all_reduce(torch.ones((3, 2) if group.rank == 3 else (2, 3)))
+    group.gather(b"")
+    return str(raised.value)
+
+
+def test_a_mismatch_names_the_ranks_of_the_run_and_what_each_wants(on_kind):
+    assert on_kind(4, mismatched_in_a_part) == 4 * [
+        "collective mismatch at operation 1, nothing was written: "
+        "rank 1, rank 2, rank 0: all_reduce float32 [2, 3]; rank 3: all_reduce float32 [3, 2]"
+    ]
 
 
 def another_message(group):

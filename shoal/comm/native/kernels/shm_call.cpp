@@ -9,9 +9,11 @@ namespace {
 
 bool reduces(Op op) { return op == Op::all_reduce || op == Op::reduce || op == Op::reduce_scatter; }
 
-std::string ranks_text(const std::vector<int>& ranks) {
+std::string ranks_text(const std::vector<int>& ranks, const std::vector<int>& names) {
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (std::size_t i = 0; i < ranks.size(); ++i) text += (i ? ", " : "") + std::to_string(ranks[i]);
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    text += (i ? ", " : "") + std::to_string(names.empty() ? ranks[i] : names[ranks[i]]);
+  }
   return text;
 }
 
@@ -30,6 +32,7 @@ std::string text_of(const Signature& s) {
   if (s.op != Op::all_to_all) text += ", " + std::to_string(s.count) + (s.count == 1 ? " element" : " elements");
   if (s.shape) text += ", sizes " + std::to_string(s.shape % 65536);
   if (s.root >= 0) text += ", root " + std::to_string(s.root);
+  if (s.words) text += ", in words " + std::to_string(s.words % 65536);
   return text + ")";
 }
 
@@ -70,6 +73,7 @@ Call::Call(ShmGroup::Inside& inside_, Signature signature_, std::size_t bytes, d
     refuse(Failure::refused, "another thread is within a collective of this group; they go one after the other");
   }
   inside.sequence = sequence;
+  signature.words = inside.words;
   waited_before_ = total(waited_);
 }
 
@@ -125,8 +129,8 @@ void Call::compare() const {
       said[q] = true;
       same.push_back(q);
     }
-    text += (text.empty() ? "" : "; ") + ranks_text(same) + (same.size() == 1 ? " wants " : " want ") +
-            text_of(signature_of(r));
+    text += (text.empty() ? "" : "; ") + ranks_text(same, inside.options.names) +
+            (same.size() == 1 ? " wants " : " want ") + text_of(signature_of(r));
   }
   refuse(Failure::mismatch, "collective mismatch, nothing was written: " + text);
 }
@@ -137,16 +141,16 @@ void Call::compare_pairs() {
     for (int to = 0; to < world; ++to) {
       const std::uint64_t sent = table(from)[to], expected = table(to)[world + from];
       if (sent == expected || text.size() > 200) continue;
-      text += (text.empty() ? "" : "; ") + ("rank " + std::to_string(from)) + " sends " + std::to_string(sent) +
-              " elements to rank " + std::to_string(to) + ", which expects " + std::to_string(expected);
+      text += (text.empty() ? "" : "; ") + inside.called(from) + " sends " + std::to_string(sent) +
+              " elements to " + inside.called(to) + ", which expects " + std::to_string(expected);
     }
   }
   if (!text.empty()) refuse(Failure::mismatch, "collective mismatch, nothing was written: " + text);
 }
 
 std::string Call::described() const {
-  return text_of(signature) + " of " + std::to_string(bytes_) + " bytes in group '" + inside.options.name + "', rank " +
-         std::to_string(rank) + ", operation " + std::to_string(sequence);
+  return text_of(signature) + " of " + std::to_string(bytes_) + " bytes in group '" + inside.options.name + "', " +
+         inside.called(rank) + ", operation " + std::to_string(sequence);
 }
 
 void Call::refuse(Failure::Kind kind, const std::string& why) const { throw Failure(kind, described() + ": " + why); }
@@ -168,7 +172,7 @@ void Call::fail(Waiter::Outcome outcome, std::uint64_t target, int whom) {
                                : "timed out after " + seconds_text(timeout_s_) + " waiting for " + late;
   const Failure::Kind kind = left ? Failure::dead_peer : Failure::timeout;
   const std::string line = described() + ": " + why;
-  inside.abort(kind, "rank " + std::to_string(rank) + " gave up in " + name_of(signature.op) + ", operation " +
+  inside.abort(kind, inside.called(rank) + " gave up in " + name_of(signature.op) + ", operation " +
                          std::to_string(sequence) + ": " + why);
   throw Failure(kind, line);
 }

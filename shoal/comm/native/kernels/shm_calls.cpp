@@ -40,6 +40,13 @@ int tried(const Work& work) {
   }
 }
 
+// words: a digest of what the caller says that it does, which must be equal on all ranks.
+template <typename Work>
+int agreed(Ranks* ranks, std::uint64_t words, const Work& work) {
+  ranks->group.say(words);
+  return tried(work);
+}
+
 Options without_arena() {
   Options options;
   options.arena_bytes = 0;
@@ -55,15 +62,17 @@ SHOAL_EXPORT std::size_t shoal_ranks_bytes(int world, std::size_t room) {
   return ShmGroup::reserved_bytes(world, without_arena()) + Channels::bytes(world, room);
 }
 
-// arenas: null, or where each rank's memory of arena_bytes begins here, which all ranks can read and write.
+// names: what the ranks are called in messages. arenas: null, or where each rank's memory of arena_bytes begins here,
+// which all ranks can read and write.
 // asleep: see Options. Returns null where it fails.
-SHOAL_EXPORT void* shoal_ranks_open(void* memory, int rank, int world, const char* name, int usable_cores,
-                                    std::size_t room, char* const* arenas, std::size_t arena_bytes,
+SHOAL_EXPORT void* shoal_ranks_open(void* memory, int rank, int world, const char* name, const int* names,
+                                    int usable_cores, std::size_t room, char* const* arenas, std::size_t arena_bytes,
                                     int (*asleep)(int)) {
   Ranks* made = nullptr;
   tried([&] {
     Options options = without_arena();
     options.name = name;
+    options.names.assign(names, names + world);
     options.timeout_s = 1e9;  // whoever started the ranks watches them
     options.usable_cores = usable_cores;
     options.mapping = memory;
@@ -77,32 +86,38 @@ SHOAL_EXPORT void* shoal_ranks_open(void* memory, int rank, int world, const cha
 // After its last call has returned; the others may still be in theirs.
 SHOAL_EXPORT void shoal_ranks_close(Ranks* ranks) { delete ranks; }
 
-SHOAL_EXPORT int shoal_ranks_barrier(Ranks* ranks) {
-  return tried([&] { ranks->group.barrier(); });
+SHOAL_EXPORT int shoal_ranks_barrier(Ranks* ranks, std::uint64_t words) {
+  return agreed(ranks, words, [&] { ranks->group.barrier(); });
 }
 
 // Counts are in elements, dtypes in the order of DType; sums are in the order of ranks.
-SHOAL_EXPORT int shoal_ranks_all_reduce(Ranks* ranks, const void* in, void* out, std::size_t count, int dtype) {
-  return tried([&] { ranks->group.all_reduce(in, out, count, static_cast<DType>(dtype), ReduceOp::sum); });
+SHOAL_EXPORT int shoal_ranks_all_reduce(Ranks* ranks, std::uint64_t words, const void* in, void* out,
+                                        std::size_t count, int dtype) {
+  const auto type = static_cast<DType>(dtype);
+  return agreed(ranks, words, [&] { ranks->group.all_reduce(in, out, count, type, ReduceOp::sum); });
 }
 
-SHOAL_EXPORT int shoal_ranks_all_gather(Ranks* ranks, const void* in, void* const* outs, const std::size_t* counts,
+SHOAL_EXPORT int shoal_ranks_all_gather(Ranks* ranks, std::uint64_t words, const void* in, void* const* outs,
+                                        const std::size_t* counts, int dtype) {
+  return agreed(ranks, words, [&] { ranks->group.all_gather(in, outs, counts, static_cast<DType>(dtype)); });
+}
+
+SHOAL_EXPORT int shoal_ranks_reduce_scatter(Ranks* ranks, std::uint64_t words, const void* const* ins, void* out,
+                                            const std::size_t* counts, int dtype) {
+  const auto type = static_cast<DType>(dtype);
+  return agreed(ranks, words, [&] { ranks->group.reduce_scatter(ins, out, counts, type, ReduceOp::sum); });
+}
+
+SHOAL_EXPORT int shoal_ranks_all_to_all(Ranks* ranks, std::uint64_t words, const void* const* ins,
+                                        const std::size_t* sends, void* const* outs, const std::size_t* receives,
                                         int dtype) {
-  return tried([&] { ranks->group.all_gather(in, outs, counts, static_cast<DType>(dtype)); });
+  const auto type = static_cast<DType>(dtype);
+  return agreed(ranks, words, [&] { ranks->group.all_to_all(ins, sends, outs, receives, type); });
 }
 
-SHOAL_EXPORT int shoal_ranks_reduce_scatter(Ranks* ranks, const void* const* ins, void* out, const std::size_t* counts,
-                                            int dtype) {
-  return tried([&] { ranks->group.reduce_scatter(ins, out, counts, static_cast<DType>(dtype), ReduceOp::sum); });
-}
-
-SHOAL_EXPORT int shoal_ranks_all_to_all(Ranks* ranks, const void* const* ins, const std::size_t* sends,
-                                        void* const* outs, const std::size_t* receives, int dtype) {
-  return tried([&] { ranks->group.all_to_all(ins, sends, outs, receives, static_cast<DType>(dtype)); });
-}
-
-SHOAL_EXPORT int shoal_ranks_broadcast(Ranks* ranks, void* data, std::size_t count, int dtype, int root) {
-  return tried([&] { ranks->group.broadcast(data, count, static_cast<DType>(dtype), root); });
+SHOAL_EXPORT int shoal_ranks_broadcast(Ranks* ranks, std::uint64_t words, void* data, std::size_t count, int dtype,
+                                       int root) {
+  return agreed(ranks, words, [&] { ranks->group.broadcast(data, count, static_cast<DType>(dtype), root); });
 }
 
 // head: Channels::kHead bytes, the first 8 of which are `bytes`.

@@ -20,8 +20,8 @@ void Channels::wait(const std::function<bool()>& ready, std::atomic<std::uint32_
   if (ready()) return;
   const Waiter::Outcome outcome = inside_.waiter.wait_for(ready, sleeps, whom);
   if (outcome == Waiter::Outcome::reached) return;
-  const std::string where = std::string(what) + " in group '" + inside_.options.name + "', rank " +
-                            std::to_string(inside_.rank) + ": ";
+  const std::string where = std::string(what) + " in group '" + inside_.options.name + "', " +
+                            inside_.called(inside_.rank) + ": ";
   if (outcome == Waiter::Outcome::left) {
     throw Failure(Failure::dead_peer, where + inside_.position_of(whom) + " has left the group");
   }

@@ -30,6 +30,9 @@ Layout checked(int rank, int world, const std::vector<int>& pidfds, const Option
     throw std::invalid_argument(std::to_string(pidfds.size()) + " process descriptors for " + std::to_string(world) +
                                 " ranks");
   }
+  if (!options.names.empty() && static_cast<int>(options.names.size()) != world) {
+    throw std::invalid_argument(std::to_string(options.names.size()) + " names for " + std::to_string(world) + " ranks");
+  }
   return Layout(world, options);
 }
 
@@ -53,13 +56,17 @@ ShmGroup::Inside::~Inside() {
   waiter.ring_all();
 }
 
+std::string ShmGroup::Inside::called(int r) const {
+  return "rank " + std::to_string(options.names.empty() ? r : options.names[r]);
+}
+
 bool ShmGroup::Inside::forked() const { return forks.load(std::memory_order_relaxed) != fork_generation; }
 
 void ShmGroup::Inside::join() {
   const std::uint64_t digest = segment.layout().digest();
   std::uint64_t said = 0;
   if (!segment.header().layout.compare_exchange_strong(said, digest) && said != digest) {
-    const std::string why = "rank " + std::to_string(rank) + " of group '" + options.name +
+    const std::string why = called(rank) + " of group '" + options.name +
                             "' was made with another world size, slot_bytes or arena_bytes than the others";
     abort(Failure::mismatch, why);
     throw Failure(Failure::mismatch, why);
@@ -68,7 +75,7 @@ void ShmGroup::Inside::join() {
   self.pid.store(static_cast<std::uint32_t>(getpid()), std::memory_order_relaxed);
   self.mapped.store(segment.mapped(), std::memory_order_relaxed);
   if (self.joined.exchange(1) != 0) {
-    throw std::invalid_argument("rank " + std::to_string(rank) + " of group '" + options.name +
+    throw std::invalid_argument(called(rank) + " of group '" + options.name +
                                 "' exists already: every rank once, and a new memory file for every group");
   }
   joined = true;
@@ -108,7 +115,7 @@ std::string ShmGroup::Inside::position_of(int r) const {
   const std::uint64_t even = control.progress[0].at.load(), odd = control.progress[1].at.load();
   const std::uint64_t at = even > odd ? even : odd;
   const std::uint32_t pid = control.member.pid.load();
-  std::string text = "rank " + std::to_string(r) + " (";
+  std::string text = called(r) + " (";
   if (pid) text += "pid " + std::to_string(pid) + ", ";
   if (!at) return text + (pid ? "joining)" : "never joined)");
   if (sequence_of(at) == 0) return text + "has joined, but entered no operation)";
@@ -128,6 +135,8 @@ ShmGroup::~ShmGroup() = default;
 int ShmGroup::rank() const { return inside_->rank; }
 int ShmGroup::world() const { return inside_->world; }
 const std::string& ShmGroup::name() const { return inside_->options.name; }
+
+void ShmGroup::say(std::uint64_t words) { inside_->words = words; }
 
 void* ShmGroup::allocate(std::size_t bytes) { return inside_->arena.allocate(bytes, inside_->arena_room); }
 void ShmGroup::release(void* memory) {

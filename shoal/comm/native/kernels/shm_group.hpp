@@ -45,6 +45,9 @@ class ShmGroup {
   int world() const;
   const std::string& name() const;
 
+  // What the next collectives must agree on beside what they are told: a digest of the caller's own words.
+  void say(std::uint64_t words);
+
   // Counts are in elements.
   void barrier(double timeout_s = 0);
   void all_reduce(const void* in, void* out, std::size_t count, DType, ReduceOp, double timeout_s = 0);

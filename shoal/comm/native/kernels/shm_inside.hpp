@@ -16,6 +16,7 @@ struct ShmGroup::Inside {
   void join();                            // until all ranks are here
   void abort(Failure::Kind, const std::string& why);
   std::string abort_text() const;         // "" while the group lives
+  std::string called(int rank) const;     // "rank 2"; or another number, where the ranks have names
   std::string position_of(int rank) const;  // "rank 2 (pid 71, last in operation 16, broadcast, step 3)"
   bool forked() const;
 
@@ -35,6 +36,7 @@ struct ShmGroup::Inside {
   bool joined = false;
   std::atomic<double> timeout_s;
   std::atomic<bool> busy{false};
+  std::uint64_t words = 0;  // see Signature
   std::uint64_t sequence = ~std::uint64_t{0};  // of the latest operation; joining is number 0
   std::array<Count, kOps> counts;
   Watch watch;  // last: its thread uses the rest
@@ -82,7 +84,7 @@ class Call {
 };
 
 inline Signature signature_for(Op op, DType dtype, std::size_t count, ReduceOp reduce = ReduceOp::sum, int root = -1) {
-  return {op, dtype, reduce, 0, root, count, 0, 0, 0};
+  return {op, dtype, reduce, 0, root, count, 0, 0, 0, 0};
 }
 
 std::uint64_t digest_of(const std::size_t* counts, int world);

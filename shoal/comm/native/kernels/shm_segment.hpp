@@ -27,9 +27,10 @@ struct Signature {
   std::uint64_t shape;       // digest of uneven counts
   std::uint64_t in_offset;   // in the memory file, where flags say so
   std::uint64_t out_offset;
+  std::uint64_t words;       // digest of what the callers say beside it, 0 where they say nothing: shapes, say
   bool agrees(const Signature& o) const {
     return op == o.op && dtype == o.dtype && reduce == o.reduce && root == o.root && count == o.count &&
-           shape == o.shape;
+           shape == o.shape && words == o.words;
   }
 };
 enum Flag : std::uint8_t { kInOnArena = 1, kOutOnArena = 2, kFits = 4 };

@@ -46,6 +46,7 @@ struct Options {
   std::size_t slot_bytes = 0;          // staging room of a rank; 0: the usual. The same everywhere
   std::size_t arena_bytes = 1ull << 36;  // symmetric heap of a rank: address space, sparse. The same everywhere
   void* mapping = nullptr;             // all of it (total_bytes), mapped by the caller; memfd may be -1 then
+  std::vector<int> names;              // what the ranks are called in messages, where not by their number
   std::vector<char*> arenas;           // beside `mapping`: each rank's arena, mapped by the caller too, with other use
   // Called by a rank that is about to sleep, with the rank it waits for, and every 0.1 s again; with -1 when it goes on.
   // false: that rank has gone, which is as good as if it had left the group.
