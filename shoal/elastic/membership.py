@@ -149,7 +149,7 @@ class Form:
 class Tell:
     """A line of the event log."""
 
-    event: str  # joined, lost, suspected, resized, recovered, paused
+    event: str  # joined, lost, suspected, resized, recovered, paused, refused
     why: str
     cost_s: float
     seats: tuple[int, ...] = ()
@@ -222,7 +222,10 @@ class Membership:
             case Opened():
                 self._opened = True
             case Resize(workers, why):
-                self.wanted, self._resized = max(self.least, min(workers, self.most)), why
+                if not self.least <= workers <= self.most:
+                    least = f"{workers} workers cannot be: this run has from {self.least} to {self.most}"
+                    return [Tell("refused", least, 0.0)]
+                self.wanted, self._resized = workers, why
                 self._stillborn = 0
             case _:
                 seat = self.seats.get(event.seat)

@@ -1,0 +1,105 @@
+"""What is asked of a run from outside, while it trains: other numbers of workers, or an end without a lost step."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.elastic import roster
+from shoal.errors import RunFailed, UserError
+from shoal.run.run import Run
+
+LOOK_S = 0.05
+LATELY = 50  # committed steps that an estimate is made from
+
+
+def resize(target: str | Path, workers: int, *, wait_s: float = 120.0) -> dict[str, Any]:
+    """Train a running run on so many workers; returns when it does: before, workers, step, pause_s, why.
+
+    Raises UserError when nobody trains the run or the number cannot be, RunFailed when it does not come about."""
+    run = Run.find(target)
+    before = _trained(run)
+    shards = run.recipe.shards
+    if not 1 <= workers <= shards:
+        raise UserError(f"--workers {workers}: the run has {shards} shards, each worker needs one: use 1 to {shards}.")
+    asked = time.time()
+    if len(before) == workers:
+        return {"before": workers, "workers": workers, "step": None, "pause_s": 0.0, "why": "it is so already"}
+    roster.wish(run.path, workers=workers)
+
+    def answer() -> Mapping[str, Any] | None:
+        for event in run.events():
+            if event["event"] == "refused" and event["time"] >= asked:
+                raise UserError(str(event["why"]))
+            if event["event"] in ("resized", "recovered") and event["time"] >= asked and event["workers"] == workers:
+                return event
+        return None
+
+    found = _waited(run, answer, wait_s, f"{workers} workers")
+    return {
+        "before": len(before),
+        "workers": workers,
+        "step": found["step"],
+        "pause_s": found["cost_s"],
+        "why": found["why"],
+    }
+
+
+def drain(
+    target: str | Path, *, rank: int | None = None, grace_s: float = 0.0, wait_s: float = 300.0
+) -> dict[str, Any]:
+    """End a running run after the step in flight, saved; or let one worker leave it. No step is lost.
+
+    Returns step, seconds, needed_s (what it was expected to take) and, where a ``grace_s`` is given, whether it does.
+    Raises UserError when nobody trains the run or there is no such rank, RunFailed when it does not come about."""
+    run = Run.find(target)
+    before = _trained(run)
+    needed = needed_s(run.events(), whole=rank is None)
+    asked, begun = time.time(), time.monotonic()
+    if rank is None:
+        roster.wish(run.path, drain="all")
+        _waited(run, lambda: None if roster.read(run.path) else {}, wait_s, "an end", ends=True)
+    else:
+        leaving = next((entry for entry in before if entry.rank == rank), None)
+        if leaving is None:
+            raise UserError(f"--rank {rank}: the run has ranks 0 to {len(before) - 1}.")
+        roster.wish(run.path, drain=str(rank))
+
+        def gone() -> Mapping[str, Any] | None:
+            return None if any(entry.pid == leaving.pid for entry in roster.read(run.path)) else {}
+
+        _waited(run, gone, wait_s, f"rank {rank} leaving")
+    steps = [e["step"] for e in run.events() if e["event"] in ("committed", "interrupted") and e["time"] >= asked]
+    told = {"step": max(steps, default=None), "seconds": time.monotonic() - begun, "needed_s": needed}
+    return {**told, "grace_s": grace_s, "grace_will_do": needed <= grace_s} if grace_s else told
+
+
+def needed_s(events: list[dict[str, Any]], *, whole: bool) -> float:
+    """How long a drain will take: two steps at worst (one may just have begun), and a checkpoint for a whole run."""
+    steps = [float(e["seconds"]) for e in events if e["event"] == "committed"][-LATELY:]
+    saves = [float(e["stall_s"]) + float(e["write_s"]) for e in events if e["event"] == "checkpointed"]
+    step = max(steps, default=0.0)
+    return 2 * step + (max(saves[-LATELY:], default=statistics.fmean(steps) if steps else 0.0) if whole else 0.0)
+
+
+def _trained(run: Run) -> list[roster.Entry]:
+    found = roster.read(run.path)
+    if not found:
+        raise UserError(
+            f"nobody trains {str(run.path)!r} with workers that may change: start it with shoal train --elastic."
+        )
+    return found
+
+
+def _waited(
+    run: Run, answer: Callable[[], Mapping[str, Any] | None], wait_s: float, what: str, *, ends: bool = False
+) -> Mapping[str, Any]:
+    end = time.monotonic() + wait_s
+    while (found := answer()) is None:
+        if not ends and not roster.read(run.path):
+            raise RunFailed(f"the run in {str(run.path)!r} ended before it had {what}.")
+        if time.monotonic() > end:
+            raise RunFailed(f"no {what} after {wait_s:.0f} s: shoal report {str(run.path)!r} shows what the run does.")
+        time.sleep(LOOK_S)
+    return found
