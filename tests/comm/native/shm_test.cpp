@@ -1,4 +1,5 @@
 // Tests of the shared-memory transport. Ends with 0, or with 1 after a line that says what is not so.
+#include "test_channels.hpp"
 #include "test_collectives.hpp"
 #include "test_failures.hpp"
 #include "test_numbers.hpp"
@@ -44,13 +45,14 @@ void every_collective(const std::vector<int>& worlds, const DType (&dtypes)[kCou
 
 }  // namespace
 
-// Parts: numbers, failures, all (every collective for 1 to 9 ranks, every dtype), few (the same, less of it: sanitizers
+// Parts: numbers, failures, channels, all (every collective for 1 to 9 ranks, every dtype), few (the same, less of it: sanitizers
 // make it slow).
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string part = argv[i];
     if (part == "failures") test_failures();
     if (part == "numbers") test_numbers();
+    if (part == "channels") test_channels();
     if (part == "all") every_collective({1, 2, 3, 4, 5, 6, 7, 8, 9}, kAll);
     if (part == "few") every_collective({1, 2, 5}, kFew);
   }

@@ -45,17 +45,17 @@ def said(program: Path, *parts: str, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_every_collective_is_exact_and_every_guard_fires_for_1_to_9_ranks(tmp_path: Path) -> None:
-    assert said(compiled(tmp_path, *build.FLAGS), "numbers", "failures", "all") == "all is so\n"
+    assert said(compiled(tmp_path, *build.FLAGS), "numbers", "failures", "channels", "all") == "all is so\n"
 
 
 @pytest.mark.slow
 def test_no_byte_is_touched_that_must_not_be_and_nothing_is_undefined(tmp_path: Path) -> None:
     program = compiled(tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    assert said(program, "numbers", "failures", "few", ASAN_OPTIONS="detect_leaks=1") == "all is so\n"
+    assert said(program, "numbers", "failures", "channels", "few", ASAN_OPTIONS="detect_leaks=1") == "all is so\n"
 
 
 @pytest.mark.slow
 def test_ranks_never_race_for_a_byte(tmp_path: Path) -> None:
     """Ranks are threads with one mapping, so that the sanitizer sees what in life is shared between processes."""
     program = compiled(tmp_path, "-O1", "-fsanitize=thread")
-    assert said(program, "failures", "few", TSAN_OPTIONS="halt_on_error=1") == "all is so\n"
+    assert said(program, "failures", "channels", "few", TSAN_OPTIONS="halt_on_error=1") == "all is so\n"
