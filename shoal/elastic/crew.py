@@ -283,7 +283,7 @@ class ElasticCrew:
         self.untold.append(
             {
                 "event": tell.event,
-                "step": self.step,
+                "step": max(self.step, self.membership.step, 0),
                 "why": tell.why,
                 "cost_s": round(tell.cost_s, 6),
                 "membership": self.membership.epoch,

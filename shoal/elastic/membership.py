@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 FRESH = -1  # the step that a worker holds which has been built and has trained nothing
-SPARE_DEATHS = 6  # deaths, beside one a worker, without a committed step between them, before a run gives up
-MOST_STILLBORN = 3  # new workers, one after the other, that end before they can join: then no more are made
+SPARE_DEATHS = 6  # deaths, beside one a shard, without a committed step between them, before a run gives up; and
+# as many new workers, one after the other, that end before they can join: then no more are made
 
 
 # --- events -----------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ class Membership:
             self._stillborn += 1
         if self._deaths > self.most + SPARE_DEATHS:
             self._give_up(f"{self._deaths} workers were lost without a step between them, the last one: {why}", out)
-        if self._stillborn >= MOST_STILLBORN and (not self.epoch or len(self._staying()) < self.least):
+        if self._barren and len(self._staying()) < self.least:
             self._give_up(f"{self._stillborn} new workers ended before they could join, the last one: {why}", out)
 
     def _give_up(self, why: str, out: list[Instruction]) -> None:
@@ -348,8 +348,12 @@ class Membership:
             if not self.seats:  # the first worker ended before it had opened the data: another one is the first
                 out.append(self._fork())
             return
-        if self._stillborn < MOST_STILLBORN:
+        if not self._barren:
             out += [self._fork() for _ in range(self.wanted - len(self._staying()))]
+
+    @property
+    def _barren(self) -> bool:
+        return self._stillborn > self.most + SPARE_DEATHS
 
     def _staying(self) -> list[Seat]:
         return [s for s in self.seats.values() if s.at is not At.gone and not s.drains]
@@ -363,7 +367,9 @@ class Membership:
         """A new epoch, of those who hold a state and those who wait, as soon as there are enough."""
         idle = [s for s in living if s.at is At.idle]
         newest = max((s.step for s in idle), default=FRESH)
-        if newest == FRESH and (not self._opened or len(idle) < self.wanted):
+        missing = self.wanted - sum(not s.drains for s in idle)
+        building = any(s.at is At.building for s in living)
+        if newest == FRESH and (not self._opened or building or (missing > 0 and not self._barren)):
             return  # at the very start, or when all were lost: everybody begins together
         chosen = sorted((s for s in idle if not s.drains), key=self._place)[: self.wanted]
         if len(chosen) < self.least or all(s.step < newest for s in chosen):
