@@ -1,0 +1,216 @@
+"""The engine behind the seam: what is told of a request, in order, whatever happens to it or beside it."""
+
+import msgspec
+import pytest
+from serve.generation.tiny_gpt import prompts, tiny_gpt
+
+from shoal.errors import UserError
+from shoal.models.moe import MoE, MoEConfig
+from shoal.serve.engine import Begun, Failed, Figures, Item, Request, Result
+from shoal.serve.generation.engine import open_engine, prepare
+from shoal.serve.generation.messages import Ask, Outcome, Piece
+from shoal.serve.generation.opening import options_from
+
+encode = msgspec.msgpack.encode
+
+
+class Told:
+    """Collects what an engine tells."""
+
+    def __init__(self, model=None, **options):
+        self.messages = []
+        self.engine = open_engine(model or tiny_gpt(), {}, {"threads": 1, "generation": options}, self.messages.extend)
+        self.now = 0.0
+
+    def ask(self, id, ask, **facts):
+        facts = {"arrived": self.now, "deadline": 1e9, **facts}
+        self.engine.add(Request(id, "generate", msgspec.Raw(encode(ask)), 1, **facts))
+
+    def work(self, steps=10_000):
+        for _ in range(steps):
+            due = self.engine.next_at(self.now)
+            if due is None:
+                return
+            assert due <= self.now
+            self.engine.work(self.now)
+            self.now += 1.0
+
+    def of(self, id):
+        return [m for m in self.messages if isinstance(m, Item | Result | Failed) and m.id == id]
+
+    def pieces(self, id):
+        return [
+            p for m in self.of(id) if isinstance(m, Item) for p in msgspec.msgpack.decode(m.payload, type=list[Piece])
+        ]
+
+    def tokens(self, id, choice=0):
+        return [token for piece in self.pieces(id) if piece.choice == choice for token in piece.tokens]
+
+
+def test_items_come_one_a_step_then_one_result_and_nothing_after():
+    told = Told()
+    told.ask(1, Ask(prompts(20)[0], 6, temperature=0))
+    told.work()
+    kinds = [type(message) for message in told.of(1)]
+    assert kinds == [Item] * 6 + [Result]
+    outcome = msgspec.msgpack.decode(told.of(1)[-1].payload, type=Outcome)
+    assert outcome == Outcome(20, 0, 6)
+    assert [piece.reason for piece in told.pieces(1)] == [""] * 5 + ["length"]
+    assert told.engine.next_at(told.now) is None, "an idle engine waits for nothing"
+
+
+def test_whom_it_works_on_is_told_before_the_work_and_only_when_it_changes():
+    told = Told()
+    told.ask(1, Ask(prompts(5)[0], 4))
+    told.work(2)
+    told.ask(2, Ask(prompts(5)[0], 2))
+    told.work()
+    begun = [message.ids for message in told.messages if isinstance(message, Begun)]
+    assert begun == [(1,), (1, 2)]
+    assert isinstance(told.messages[0], Begun)
+
+
+def test_a_token_that_ends_the_answer_is_told_with_its_reason():
+    told = Told()
+    (tokens,) = prompts(20)
+    told.ask(1, Ask(tokens, 8, temperature=0))
+    told.work()
+    third = told.tokens(1)[2]
+    told.ask(2, Ask(tokens, 8, temperature=0, ends=[third]))
+    told.work()
+    assert told.tokens(2) == told.tokens(1)[: told.tokens(1).index(third) + 1]
+    assert told.pieces(2)[-1].reason == "stop"
+
+
+def test_nothing_is_told_after_a_cancel_and_its_memory_is_free():
+    told = Told()
+    told.ask(1, Ask(prompts(20)[0], 50, choices=3))
+    told.work(4)
+    told.engine.cancel(1)
+    told.engine.cancel(99)
+    before = len(told.messages)
+    told.work()
+    assert len(told.messages) == before
+    assert told.engine._generator.scheduler.pool.held == 0
+
+
+def test_a_request_goes_on_after_the_items_that_were_told_before_a_death():
+    ask = Ask(prompts(20)[0], 12, choices=2, temperature=0.9, seed=3, frequency=0.5, logprobs=1)
+    whole = Told()
+    whole.ask(1, ask)
+    whole.work()
+    items = [message.payload for message in whole.of(1) if isinstance(message, Item)]
+    for reached in (1, 5, 11, 12):
+        rest = Told()
+        rest.ask(1, ask, attempt=1, reached=tuple(items[:reached]))
+        rest.work()
+        assert [m.payload for m in rest.of(1) if isinstance(m, Item)] == items[reached:]
+        assert isinstance(rest.of(1)[-1], Result)
+
+
+def test_a_prompt_is_shared_within_a_client_and_not_beyond():
+    told = Told()
+    (tokens,) = prompts(40)
+    for id, client in ((1, "a"), (2, "a"), (3, "b")):
+        told.ask(id, Ask(tokens, 1), client=client)
+        told.work()
+    reused = [msgspec.msgpack.decode(told.of(id)[-1].payload, type=Outcome).reused for id in (1, 2, 3)]
+    assert reused == [0, 32, 0]
+
+
+def test_a_deadline_ends_a_request_with_504_and_the_others_go_on():
+    told = Told()
+    told.ask(1, Ask(prompts(5)[0], 50), deadline=5.0)
+    told.ask(2, Ask(prompts(5)[0], 20))
+    told.work()
+    assert told.of(1)[-1] == Failed(1, 504, "its time was over before the answer was complete")
+    assert isinstance(told.of(2)[-1], Result)
+
+
+@pytest.mark.parametrize(
+    ("ask", "why"),
+    [
+        (Ask([], 5), "empty"),
+        (Ask([1], 0), "at least one new token"),
+        (Ask([1] * 100, 50), "do not fit the context of 128: ask for at most 28"),
+        (Ask([320], 5), "ids are 0 to 319"),
+        (Ask([-1], 5), "ids are 0 to 319"),
+        (Ask([1], 5, bias={999: 1.0}), "bias"),
+        (Ask([1], 5, temperature=float("nan")), "finite"),
+        (Ask([1], 5, top_p=1.5), "top_p = 1.5"),
+        (Ask([1], 5, choices=100), "sequences are more than the 64"),
+        (Ask([1], 5, choices=3, beams=2), "3 choices cannot come from 2 beams"),
+        (Ask([1], 5, logprobs=21), "logprobs = 21"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_in_one_line(ask, why):
+    told = Told()
+    told.ask(1, ask)
+    (failed,) = told.messages
+    assert failed.status == 400
+    assert why in failed.why
+    assert "\n" not in failed.why
+    assert told.engine.next_at(0.0) is None
+
+
+def test_bytes_that_are_no_request_are_refused():
+    told = Told()
+    told.engine.add(Request(1, "generate", msgspec.Raw(encode({"tokens": "x"})), 1, 0.0, 1e9))
+    assert told.messages[0].status == 400
+
+
+def test_a_fault_in_a_step_fails_those_in_it_and_no_other():
+    told = Told(running=1)
+    told.ask(1, Ask(prompts(5)[0], 5))
+    told.ask(2, Ask(prompts(6)[0], 5))
+    run = told.engine._generator.step.run
+
+    def broken(rows):
+        told.engine._generator.step.run = run
+        raise RuntimeError("planted\nfault")
+
+    told.engine._generator.step.run = broken
+    told.work()
+    assert told.of(1) == [
+        Failed(1, 500, "the model failed on this input or one beside it: RuntimeError: planted fault")
+    ]
+    assert isinstance(told.of(2)[-1], Result)
+    assert told.engine._generator.scheduler.pool.held == 0
+
+
+def test_the_figures_say_how_full_the_cache_is_and_how_much_of_the_time_was_the_models():
+    told = Told()
+    told.ask(1, Ask(prompts(20)[0], 6))
+    told.work()
+    values = next(message.values for message in told.messages if isinstance(message, Figures))
+    assert values["generated_tokens_total"] >= 1
+    assert 0 < values["cache_blocks_held"] + values["cache_blocks_kept"] <= values["cache_blocks"]
+    assert 0 < values["share_of_bare_forward"] <= 1
+
+
+def test_beam_search_tells_all_answers_at_its_end_with_their_scores():
+    told = Told()
+    told.ask(1, Ask(prompts(9)[0], 6, beams=4, choices=2))
+    told.work()
+    assert [type(message) for message in told.of(1)] == [Item, Result]
+    outcome = msgspec.msgpack.decode(told.of(1)[-1].payload, type=Outcome)
+    assert outcome.scores == sorted(outcome.scores, reverse=True)
+    assert len(told.pieces(1)) == len(outcome.scores) == 2
+
+
+def test_weights_are_packed_once_for_processes_that_are_forked_later():
+    from shoal.serve.generation.packing import packed_once
+
+    model = tiny_gpt()
+    prepare(model, {"threads": 1})
+    first = packed_once(model, model.tokens.weight.dtype)
+    assert packed_once(model, model.tokens.weight.dtype)[2] is first[2]
+
+
+def test_a_model_that_is_no_gpt_and_an_option_that_is_none_are_refused_by_name():
+    with pytest.raises(UserError, match="not by a MoE"):
+        Told(MoE(MoEConfig(layers=1, heads=1, width=8, context=8, vocab=8)))
+    with pytest.raises(UserError, match="did you mean 'cache_bytes'"):
+        options_from({"cache_byte": 1})
+    with pytest.raises(UserError, match="precision"):
+        options_from({"precision": "int8"})
