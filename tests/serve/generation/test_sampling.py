@@ -54,8 +54,12 @@ def test_tokens_come_as_often_as_transformers_warpers_say(options, temperature):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    vocab=st.integers(2, 900), seed=st.integers(0, 99), top_k=st.integers(0, 900), top_p=st.floats(0, 1), at=st.floats(0, 1, exclude_max=True)
-)  # fmt: skip
+    vocab=st.integers(2, 900),
+    seed=st.integers(0, 99),
+    top_k=st.integers(0, 900),
+    top_p=st.floats(0, 1),
+    at=st.floats(0, 1, exclude_max=True),
+)
 def test_what_is_drawn_is_always_one_of_those_that_are_left(vocab, seed, top_k, top_p, at):
     row = logits(vocab, seed, scale=0.3)  # flat: the kept probability needs more than the few that are sorted first
     ask = Ask([1], 1, top_k=min(top_k, vocab), top_p=top_p)
