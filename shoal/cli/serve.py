@@ -32,6 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--timeout-s", type=float, help="a request that takes longer gets 504")
     parser.add_argument("--body-bytes", type=int, help="the largest body of a request")
     parser.add_argument("--connections", type=int, help="open at the same time")
+    parser.add_argument("--read-timeout-s", type=float, help="a request may take so long from first to last byte")
     parser.add_argument("--drain-s", type=float, help="after SIGTERM, open requests may take so long to end")
     parser.add_argument("--hang-s", type=float, help="a model process that is silent for longer at work is replaced")
     parser.add_argument("--api-keys", metavar="FILE", help="one key a line; or the variable SHOAL_API_KEYS, by commas")

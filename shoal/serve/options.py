@@ -4,13 +4,23 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Literal
 
-from shoal.errors import UserError
+from shoal.errors import UserError, unknown_name
+
+TASKS = (
+    "image-classification",
+    "sequence-classification",
+    "classification",  # of rows of numbers
+    "embeddings",
+    "question-answering",
+    "text-generation",
+    "tensors",  # whatever the model takes, and what it gives
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     target: str = "latest"  # a run, a checkpoint, a Hugging Face folder, or module:factory
-    task: str = ""  # "": inferred; see shoal.serve.target.TASKS
+    task: str = ""  # "": inferred; see TASKS
     name: str = ""  # of the model, for clients; "": the folder's
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
@@ -49,6 +59,8 @@ class ServeOptions:
         for name in ("latency_ms", "queue", "drain_s", "idle_timeout_s"):
             if getattr(self, name) < 0:
                 raise UserError(f"serve: {name} must not be negative, got {getattr(self, name)}.")
+        if self.task and self.task not in TASKS:
+            raise unknown_name("task", self.task, TASKS, "--task")
         if not 0 <= self.port < 65536:
             raise UserError(f"serve: port must be from 0 to 65535, got {self.port}.")
         if self.dtype not in ("float32", "bfloat16"):

@@ -24,8 +24,17 @@ class Array(msgspec.Struct, array_like=True, frozen=True):
         return np.frombuffer(self.data, self.dtype).reshape(self.shape)
 
 
+_NAMES = {np.dtype(name): name for name in DTYPES}  # numpy makes a dtype's name anew each time it is asked
+
+
 def array(values: NDArray[Any]) -> Array:
-    return Array(values.dtype.name, values.shape, np.ascontiguousarray(values).tobytes())
+    """Raises KeyError for a dtype that is not one of DTYPES."""
+    return Array(_NAMES[values.dtype], values.shape, values.tobytes())
+
+
+def dtype_name(values: NDArray[Any]) -> str | None:
+    """None for a dtype that is not one of DTYPES."""
+    return _NAMES.get(values.dtype)
 
 
 class Inputs(msgspec.Struct, array_like=True, frozen=True):

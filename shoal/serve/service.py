@@ -131,7 +131,7 @@ class Service:
 
     def _forget(self, id: int, asker: _Asker) -> None:
         self._askers.pop(id, None)
-        if not asker.answer.done():
+        if not asker.answer.done() or asker.answer.cancelled():  # whoever waited for it was cancelled, and it with him
             asker.answer.cancel()
             self.metrics.cancelled += 1
             self._carry_out(self._router.cancel(id, time.monotonic()))

@@ -31,6 +31,7 @@ class SinglePass:
         self._open: dict[int, tuple[Request, Inputs]] = {}
         self._began_busy = 0.0  # since when there has been something to do; 0.0: there is nothing
         self._told_at = 0.0
+        self._untold = False
         self._counts: dict[str, float] = dict.fromkeys(
             (
                 *("batches_total", "rows_total", "tokens_total", "padding_tokens_total", "failed_total"),
@@ -63,13 +64,19 @@ class SinglePass:
     def cancel(self, id: int) -> None:
         if self._batcher.drop(id):
             del self._open[id]
+            self._rest()
 
     def next_at(self, now: float) -> float | None:
-        return self._batcher.next_at(now)
+        due = self._batcher.next_at(now)
+        if self._untold:  # the last figures before it falls idle; then there is nothing to wake up for
+            told = self._told_at + FIGURES_EVERY_S
+            return told if due is None else min(due, told)
+        return due
 
     def work(self, now: float) -> None:
         batch = self._batcher.take(now)
         if batch is None:
+            self._tell_figures()
             return
         late = [id for id in batch.ids if self._open[id][0].deadline < now]
         if late:
@@ -79,9 +86,10 @@ class SinglePass:
             batch = self._without(batch, late)
         if batch.ids:
             self._tell([Begun(batch.ids)])
-            self._tell([*self._answers(batch), *self._figures()])
-        if not self._open:
-            self._counts["busy_seconds_total"] += time.monotonic() - self._began_busy
+            self._untold = True
+            self._tell(self._answers(batch))
+        self._rest()
+        self._tell_figures()
 
     def _without(self, batch: Batch, late: list[int]) -> Batch:
         ids = tuple(id for id in batch.ids if id not in late)
@@ -133,14 +141,19 @@ class SinglePass:
         for bound in ROWS_BOUNDS:
             counts[f'batch_rows_bucket{{le="{bound}"}}'] += batch.rows <= bound
 
-    def _figures(self) -> list[FromEngine]:
+    def _rest(self) -> None:
+        """Nothing may be left to do: the time since something was, was busy."""
+        if not self._open:
+            self._counts["busy_seconds_total"] += time.monotonic() - self._began_busy
+
+    def _tell_figures(self) -> None:
         now = time.monotonic()
         if now - self._told_at < FIGURES_EVERY_S:
-            return []
-        self._told_at = now
-        busy = self._counts["busy_seconds_total"] + now - self._began_busy
+            return
+        self._told_at, self._untold = now, False
+        busy = self._counts["busy_seconds_total"] + (now - self._began_busy if self._open else 0.0)
         share = self._counts["forward_seconds_total"] / busy if busy > 0 else 0.0
-        return [Figures({**self._counts, "busy_seconds_total": busy, "share_of_bare_forward": share})]
+        self._tell([Figures({**self._counts, "busy_seconds_total": busy, "share_of_bare_forward": share})])
 
 
 def _group(inputs: Inputs) -> Hashable:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,23 +15,13 @@ from shoal.data.registry import open_data
 from shoal.data.source import Source
 from shoal.data.special import special_tokens
 from shoal.data.tokenizer import from_description, open_tokenizer
-from shoal.errors import UserError, unknown_name
+from shoal.errors import UserError
 from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.gpt import GPT, GPTConfig
 from shoal.models.huggingface import load_folder
 from shoal.models.registry import task_name
 from shoal.models.weights_file import read_json
 from shoal.train.scoring import find_target, load_target, rebuild
-
-TASKS = (
-    "image-classification",
-    "sequence-classification",
-    "classification",  # of rows of numbers
-    "embeddings",
-    "question-answering",
-    "text-generation",
-    "tensors",  # whatever the model takes, and what it gives
-)
 
 
 @dataclass(frozen=True)
@@ -45,9 +36,9 @@ class Loaded:
 
 
 def load(target: str, task: str = "", dtype: str = "float32", name: str = "") -> Loaded:
-    """The model in evaluation mode on the CPU. Raises UserError when there is no such target, or no such task of it."""
-    if task and task not in TASKS:
-        raise unknown_name("task", task, TASKS, "--task")
+    """The model in evaluation mode on the CPU; ``task`` is one of shoal.serve.options.TASKS, or "" to infer it.
+
+    Raises UserError when there is no such target, and when it is not made for the task."""
     path = Path(target)
     if (path / "config.json").exists() and not (path / "recipe.toml").exists():
         loaded = _from_folder(path)
@@ -201,4 +192,10 @@ def _pixels(source: Source) -> list[list[float]] | None:
     """[channels][256]: the number that each pixel value becomes; None for data that is not of pixels."""
     treatment = getattr(source, "pixels", None)
     table = getattr(treatment, "table", None)
-    return None if table is None else table.tolist()
+    if table is not None:
+        plain: list[list[float]] = table.tolist()
+        return plain
+    stored = getattr(source, "input", None)  # of arrays: 8-bit ones become 0 .. 1
+    if isinstance(stored, np.ndarray) and stored.dtype == np.uint8 and stored.ndim == 4:
+        return [[value / 255 for value in range(256)]] * int(stored.shape[1])
+    return None

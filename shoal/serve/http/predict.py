@@ -107,8 +107,6 @@ class Predict:
         """All of them, in order; the first failure ends the rest."""
         if len(inputs) == 1:
             return [await self._one(inputs[0], request, kind)]
-        if len({name for one in inputs for name in one.arrays}) > 8:
-            raise HttpError(400, "more than 8 arrays by name")
         room = asyncio.Semaphore(AT_ONCE)
 
         async def one(piece: Inputs) -> Outputs:

@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.serve.http.messages import HttpError
-from shoal.serve.payloads import DTYPES, Inputs, Outputs, array
+from shoal.serve.payloads import DTYPES, Inputs, Outputs, array, dtype_name
 
 MOST_SAMPLES = 1024  # of one HTTP request
+MOST_ARRAYS = 8  # of one sample
 
 
 class Intake(Protocol):
@@ -52,14 +53,15 @@ def numbers(value: Any, name: str, dtype: str = "float32") -> NDArray[Any]:
         given = np.asarray(value)
         if given.dtype.kind not in "biuf":
             raise ValueError("not only numbers")
-        made = given.astype(dtype)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused below
+            made = given.astype(dtype)
     except (ValueError, TypeError, OverflowError):
         raise HttpError(400, f"{name!r} must be numbers in nested lists of equal lengths", param=name) from None
     return finite(made, name)
 
 
 def finite(values: NDArray[Any], name: str) -> NDArray[Any]:
-    if values.dtype.name not in DTYPES:
+    if dtype_name(values) is None:
         raise HttpError(400, f"{name!r} has the dtype {values.dtype.name}: use one of {', '.join(DTYPES)}", param=name)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise HttpError(400, f"{name!r} holds NaN or infinity, or a number too large for float32", param=name)
@@ -68,6 +70,8 @@ def finite(values: NDArray[Any], name: str) -> NDArray[Any]:
 
 def rows_of(arrays: Mapping[str, NDArray[Any]], most_rows: int) -> list[Inputs]:
     """Arrays whose dim 0 is the sample, cut into pieces that fit a batch."""
+    if len(arrays) > MOST_ARRAYS:
+        raise HttpError(400, f"{len(arrays)} arrays: send at most {MOST_ARRAYS}")
     sizes = {len(values) if values.ndim else 0 for values in arrays.values()}
     if len(sizes) != 1 or 0 in sizes:
         raise HttpError(400, f"the arrays must have one number of samples, at least 1, got {sorted(sizes)}")

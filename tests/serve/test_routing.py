@@ -1,0 +1,239 @@
+"""The router: every request has one end, whatever dies, and no process gets more than its window."""
+
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.serve.engine import Request
+from shoal.serve.routing import ATTEMPTS_TOGETHER, Instruction, Limits, Refuse, Router, Send, Withdraw
+
+RAW = msgspec.Raw(b"\xc0")
+
+
+def request(id: int, client: str = "a", priority: int = 0, cost: int = 1, deadline: float = 1e9) -> Request:
+    return Request(id, "predict", RAW, cost, 0.0, deadline, priority, client)
+
+
+@dataclass
+class World:
+    """Processes that answer in order; one that works on a poisoned request dies of it."""
+
+    router: Router
+    poison: frozenset[int] = frozenset()
+    batch: int = 4
+    now: float = 0.0
+    queues: dict[int, list[Request]] = field(default_factory=dict)
+    ends: dict[int, list[str]] = field(default_factory=dict)
+    next_replica: int = 0
+
+    def carry_out(self, instructions: list[Instruction]) -> None:
+        for one in instructions:
+            match one:
+                case Send():
+                    assert all(r.id != one.request.id for queue in self.queues.values() for r in queue)
+                    self.queues[one.replica].append(one.request)
+                    assert len(self.queues[one.replica]) <= self.router.limits.window
+                case Withdraw():
+                    self.queues[one.replica] = [r for r in self.queues[one.replica] if r.id != one.id]
+                case Refuse():
+                    self.ends.setdefault(one.id, []).append(str(one.status))
+
+    def start(self) -> None:
+        number, self.next_replica = self.next_replica, self.next_replica + 1
+        self.queues[number] = []
+        self.carry_out(self.router.up(number, self.now))
+
+    def work(self, replica: int) -> None:
+        batch = self.queues[replica][: self.batch]
+        if not batch:
+            return
+        self.now += 1.0
+        self.router.heard(replica, self.now)
+        self.router.begun(replica, [r.id for r in batch])
+        if self.poison & {r.id for r in batch}:
+            self.die(replica)
+            return
+        for one in batch:
+            if one in self.queues[replica]:
+                self.queues[replica].remove(one)
+            self.ends.setdefault(one.id, []).append("done")
+            self.carry_out(self.router.answered(replica, one.id, self.now))
+
+    def die(self, replica: int) -> None:
+        del self.queues[replica]
+        self.carry_out(self.router.lost(replica, self.now))
+
+    def arrive(self, one: Request) -> None:
+        self.carry_out(self.router.arrive(one, self.now))
+
+    def finish(self) -> None:
+        for _ in range(1000):
+            if not len(self.router):
+                return
+            if not self.queues:
+                self.start()
+            for replica in list(self.queues):
+                if replica in self.queues:
+                    self.work(replica)
+        raise AssertionError(f"{len(self.router)} requests never end")
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("arrive"), st.integers(0, 2), st.integers(0, 2)),
+        st.tuples(st.just("work"), st.integers(0, 3), st.just(0)),
+        st.tuples(st.just("die"), st.integers(0, 3), st.just(0)),
+        st.tuples(st.just("start"), st.just(0), st.just(0)),
+        st.tuples(st.just("cancel"), st.integers(0, 60), st.just(0)),
+        st.tuples(st.just("expire"), st.integers(0, 30), st.just(0)),
+    ),
+    max_size=80,
+)
+
+
+def play(events: list[tuple[str, int, int]], router: Router, poison: frozenset[int]) -> tuple[World, int, set[int]]:
+    world, arrived, cancelled = World(router, poison), 0, set()
+    world.start()
+    for kind, a, b in events:
+        replica = sorted(world.queues)[a % len(world.queues)] if world.queues else None
+        if kind == "arrive":
+            world.arrive(request(arrived, client="abc"[a], priority=b, deadline=arrived + 20.0))
+            arrived += 1
+        elif kind == "start" and len(world.queues) < 4:
+            world.start()
+        elif kind == "cancel" and a < arrived and a not in world.ends:
+            world.carry_out(router.cancel(a, world.now))
+            cancelled.add(a)
+        elif kind == "expire":
+            world.now = max(world.now, float(a))
+            world.carry_out(router.expire(world.now))
+        elif kind == "work" and replica is not None:
+            world.work(replica)
+        elif kind == "die" and replica is not None:
+            world.die(replica)
+    world.finish()
+    return world, arrived, cancelled
+
+
+@given(events=EVENTS, window=st.integers(1, 6), waiting=st.integers(0, 8), poison=st.frozensets(st.integers(0, 30)))
+def test_every_request_has_exactly_one_end_whatever_dies(events, window, waiting, poison):
+    world, arrived, cancelled = play(events, Router(Limits(window=window, waiting=waiting)), poison)
+    assert set(world.ends) | cancelled == set(range(arrived))
+    assert not [id for id, ends in world.ends.items() if len(ends) + (id in cancelled) != 1]
+    assert world.router.sent == len(world.router.line) == len(world.router) == 0
+    assert all(replica.work == 0 and not replica.alone for replica in world.router.replicas.values())
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.frozensets(st.integers(0, 39), max_size=3))
+def test_a_request_that_kills_processes_fails_alone(count, replicas, poison):
+    world = World(Router(Limits(window=8, waiting=100)), poison)
+    for _ in range(replicas):
+        world.start()
+    for id in range(count):
+        world.arrive(request(id))
+    world.finish()
+    assert world.ends == {id: ["500" if id in poison else "done"] for id in range(count)}
+
+
+def test_a_router_that_forgets_the_requests_of_the_dead_is_caught(monkeypatch):
+    monkeypatch.setattr(Router, "lost", lambda self, replica, now: self.replicas.pop(replica) and [])
+    with pytest.raises(AssertionError, match="never end"):
+        play([("arrive", 0, 0), ("die", 0, 0)], Router(Limits(window=2, waiting=2)), frozenset())
+
+
+def test_a_process_that_is_killed_from_outside_costs_no_request_its_life():
+    """Each death near to it counts as one attempt; then it runs alone, and is not the one to blame."""
+    world = World(Router(Limits(window=4, waiting=10)))
+    world.start()
+    world.arrive(request(0))
+    for _ in range(ATTEMPTS_TOGETHER):
+        (replica,) = world.queues
+        world.router.begun(replica, [0])
+        world.die(replica)
+        world.start()
+    world.arrive(request(1))
+    (replica,) = world.queues
+    assert [one.id for one in world.queues[replica]] == [0], "nothing beside the suspect"
+    world.finish()
+    assert world.ends == {0: ["done"], 1: ["done"]}
+
+
+def test_requests_that_a_dead_process_had_not_begun_count_no_attempt_and_go_first():
+    world = World(Router(Limits(window=3, waiting=10)))
+    world.start()
+    for id in range(5):
+        world.arrive(request(id))
+    world.router.begun(0, [0])
+    world.die(0)
+    world.start()
+    assert [(one.id, one.attempt) for one in world.queues[1]] == [(0, 1), (1, 0), (2, 0)]
+
+
+def test_what_a_stream_has_reached_travels_with_the_request_to_the_next_process():
+    world = World(Router(Limits(window=3, waiting=10)))
+    world.start()
+    world.arrive(request(0))
+    items = [msgspec.Raw(b"\x01"), msgspec.Raw(b"\x02")]
+    for item in items:
+        world.router.reached(0, item)
+    world.die(0)
+    world.start()
+    assert list(world.queues[1][0].reached) == items
+
+
+def test_the_least_work_gets_the_next_request():
+    world = World(Router(Limits(window=10, waiting=10)))
+    world.start()
+    world.start()
+    for id, cost in enumerate([100, 10, 10, 10]):
+        world.arrive(request(id, cost=cost))
+    assert [one.id for one in world.queues[0]] == [0]
+    assert [one.id for one in world.queues[1]] == [1, 2, 3]
+
+
+def test_clients_take_turns_and_higher_priorities_go_first():
+    world = World(Router(Limits(window=1, waiting=20)), batch=1)
+    world.start()
+    order = [("greedy", 0)] * 5 + [("modest", 0), ("urgent", 1)]
+    for id, (client, priority) in enumerate(order):
+        world.arrive(request(id, client=client, priority=priority))
+    world.finish()
+    assert list(world.ends) == [0, 6, 1, 5, 2, 3, 4]
+
+
+def test_who_comes_when_the_line_is_full_is_told_when_to_come_back():
+    world = World(Router(Limits(window=1, waiting=2)))
+    world.start()
+    for id in range(5):
+        world.arrive(request(id))
+    assert world.ends == {3: ["429"], 4: ["429"]}
+    (refusal,) = world.router.arrive(request(9), world.now)
+    assert isinstance(refusal, Refuse)
+    assert refusal.retry_after_s >= 1.0
+
+
+def test_who_would_be_answered_too_late_is_refused_before_work_is_spent():
+    world = World(Router(Limits(window=1, waiting=100)), batch=1)
+    world.start()
+    for id in range(12):
+        world.arrive(request(id))
+    world.work(0)
+    world.work(0)  # one a second
+    world.arrive(request(50, deadline=world.now + 3.0))
+    world.arrive(request(51, deadline=world.now + 60.0))
+    assert world.ends[50] == ["429"]
+    assert 51 not in world.ends
+
+
+def test_only_a_process_that_has_work_and_says_nothing_is_stuck():
+    router = Router(Limits(window=4, waiting=4))
+    router.up(0, 0.0)
+    assert list(router.stuck(1000.0, 60.0)) == [], "idle for long is not stuck"
+    router.arrive(request(0), 1000.0)
+    assert list(router.stuck(1059.0, 60.0)) == []
+    assert list(router.stuck(1061.0, 60.0)) == [0]
+    router.heard(0, 1061.0)
+    assert list(router.stuck(1062.0, 60.0)) == []
