@@ -91,8 +91,9 @@ def plain_arm(group, size: str, process_group, hook=None) -> Iterator[float]:
         yield loss.item()
 
 
-def shoal_arm(group, size: str) -> Iterator[float]:
-    worker = Worker(group, Plan(mesh={"data": group.world}, sync="exact"), shards=group.world)
+def shoal_arm(group, size: str, states: str = "replicated") -> Iterator[float]:
+    plan = Plan(mesh={"data": group.world}, sync="exact", states=states)
+    worker = Worker(group, plan, shards=group.world)
     net = mlp(size)
     called = worker.model(net)
     worker.optimizer(sgd(net))
@@ -114,6 +115,7 @@ def measure(group, size: str, rounds: int, steps: int, file: str) -> dict:
         "ddp over shm": lambda: plain_arm(group, size, over_shm),
         GLOO: lambda: plain_arm(group, size, over_gloo),
         "shoal exact": lambda: shoal_arm(group, size),
+        "shoal zero1": lambda: shoal_arm(group, size, "zero1"),
     }
     running = {name: arm() for name, arm in arms.items()}
     for arm in running.values():  # kernels, caches, buffers; DDP orders its buckets anew after the first step

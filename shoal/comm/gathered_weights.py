@@ -119,6 +119,10 @@ class GatheredWeights:
                 return next(i for i, b in enumerate(self._layout.buckets) if b.start <= element < b.stop)
         return None
 
-    def resident_bytes(self) -> int:
-        """The memory that parameters have on this worker right now."""
-        return sum(resident_bytes(pages.tensor) for pages in self._pages.values())
+    def held_bytes(self) -> dict[str, int]:
+        """The memory that parameters have on this worker right now: its own slices, and what has been gathered."""
+        every = own = 0
+        for pages in self._pages.values():
+            every += resident_bytes(pages.tensor)
+            own += sum(resident_bytes(pages.tensor[r.start : r.stop]) for ranges in self._own for r in ranges)
+        return {"parameters": own, "gathered": every - own}

@@ -45,3 +45,13 @@ def resident_bytes(tensor: Tensor) -> int:
     if libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(pages * mmap.PAGESIZE), there):
         return size
     return min(size, sum(page & 1 for page in there) * mmap.PAGESIZE)
+
+
+def give_back_shared(tensor: Tensor) -> None:
+    """Give the memory of a part of a heap back, for all who map it, as far as it is whole pages: zeros from now on."""
+    if sys.platform != "linux":
+        return
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_REMOVE)

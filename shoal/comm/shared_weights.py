@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from shoal.comm.group import HostGroup
 from shoal.comm.layout import ALIGNMENT, Layout, Slot
+from shoal.comm.pages import resident_bytes
 from shoal.comm.slices import Piece
 
 _UPDATED = 6  # message kind: the group and the exchange use the ones below
@@ -33,7 +34,7 @@ class SharedWeights:
         for parameter in frozen:
             slots.append(Slot(end, parameter.numel()))
             end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        self.frozen = self._place(frozen, slots, end, keep=False)
+        self._frozen = self._place(frozen, slots, end, keep=False)
 
     @torch.no_grad()
     def _place(
@@ -83,6 +84,7 @@ class SharedWeights:
     def settle(self) -> None:
         self.arrive()
 
-    def held(self) -> list[Tensor]:
-        """The memory that all workers of the group hold together once."""
-        return [*self._flats.values(), *self.frozen]
+    def held_bytes(self) -> dict[str, int]:
+        """This worker's share of the memory that all of its group hold together once."""
+        shared = [*self._flats.values(), *self._frozen]
+        return {"parameters": sum(map(resident_bytes, shared)) // self._group.world}

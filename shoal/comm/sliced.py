@@ -16,7 +16,7 @@ from shoal.comm.distributed import DistributedExchange, DistributedGroup
 from shoal.comm.exchange import Terms, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat, global_norm
 from shoal.comm.layout import BLOCK
-from shoal.comm.pages import Pages
+from shoal.comm.pages import Pages, resident_bytes
 from shoal.comm.slices import Piece, Sharing, owned_ranges
 from shoal.comm.torch_all_gather import all_gather
 
@@ -140,6 +140,15 @@ class SlicedExchange(DistributedExchange):
         index = bisect(self._starts, piece.place) - 1
         start = self._places[index] + piece.place - self._starts[index]
         return self._own[start : start + piece.length]
+
+    def held_bytes(self) -> dict[str, int]:
+        """After finish: the own slices of the result; what partial sums still hold, and what has come in."""
+        partials = sum(resident_bytes(pages.tensor) for pages in self._pages)
+        return {
+            "gradients": self._own.nbytes,
+            "partial sums": partials,
+            "coming in": sum(room.nbytes for room in self._rooms),
+        }
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:

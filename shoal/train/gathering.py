@@ -102,8 +102,8 @@ class BlockWeights:
         for bucket in buckets:
             self.weights.start(bucket)
 
-    def held(self) -> list[Tensor]:
-        return []
+    def held_bytes(self) -> dict[str, int]:
+        return self.weights.held_bytes()
 
     # --- in a pass --------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ optimisers that are allowed here treat each element by itself.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from shoal.comm.exchange import Exchange, Terms
 from shoal.comm.group import Group, HostGroup
 from shoal.comm.server.optimizer import ELEMENTWISE
 from shoal.comm.shared_weights import SharedWeights
+from shoal.comm.sliced_heap import SlicedHeapExchange
 from shoal.comm.slices import Piece, Sharing, pieces_of
 from shoal.comm.transport import make_exchange
 from shoal.data.ledger import Ledger
@@ -36,7 +37,14 @@ class Weights(Protocol):
     def updated(self) -> None: ...
     def arrive(self) -> None: ...
     def settle(self) -> None: ...
-    def held(self) -> list[Tensor]: ...
+    def held_bytes(self) -> dict[str, int]: ...
+
+
+class Slices(Protocol):
+    """The exchange, as far as it is asked for slices of its result."""
+
+    def piece(self, piece: Piece) -> Tensor: ...
+    def held_bytes(self) -> dict[str, int]: ...
 
 
 class States(Protocol):
@@ -85,11 +93,10 @@ class Sharded(Everywhere):
         weights: Weights,
         states: States,
         pieces: Sequence[Piece],
-        mean: Callable[[Piece], Tensor],
+        slices: Slices,
     ) -> None:
-        """``mean``: the gradient of a piece, flat, once the step's gradient has been finished."""
         super().__init__(optimizer)
-        self._mean = mean
+        self._slices = slices
         self.gradients, self.weights, self.states, self.pieces = gradients, weights, states, pieces
         self.equal = weights.whole
         self.parts = [weights.piece(piece) for piece in pieces]
@@ -160,7 +167,7 @@ class Sharded(Everywhere):
         self.optimizer.state.clear()
         unused = set(self.gradients.unused())
         for piece, part in zip(self.pieces, self.parts, strict=True):
-            part.grad = None if piece.slot in unused else self._mean(piece).view(part.shape).to(part.dtype)
+            part.grad = None if piece.slot in unused else self._slices.piece(piece).view(part.shape).to(part.dtype)
         if self._inner is not None:
             for group, index in zip(self._inner.param_groups, self._groups, strict=True):
                 group.update(settings(self.optimizer.param_groups[index]))
@@ -179,10 +186,13 @@ class Sharded(Everywhere):
                     f"together: leave such changes to the optimiser, or use states = 'replicated'."
                 )
 
-    def held(self) -> dict[str, list[Tensor]]:
-        """What this worker holds between two steps, by kind; of the parameters, what its group holds together."""
-        own = [] if self._inner is None else [v for s in self._inner.state.values() for v in s.values()]
-        return {"parameters": self.weights.held(), "optimizer": [v for v in own if isinstance(v, Tensor)]}
+    def held_bytes(self) -> dict[str, int]:
+        """What this worker holds between two steps, by kind, counted: pages that are there, tensors that are allocated.
+
+        Of memory that workers share, its part."""
+        states = [] if self._inner is None else [v for s in self._inner.state.values() for v in s.values()]
+        own = sum(value.nbytes for value in states if isinstance(value, Tensor))
+        return {**self.weights.held_bytes(), **self._slices.held_bytes(), "optimizer": own}
 
 
 def sharded(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Sharded:
@@ -194,10 +204,8 @@ def sharded(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.opt
     if isinstance(among, HostGroup):
         frozen = [p for p in gradients.module.parameters() if not p.requires_grad] if plan.states == "zero3" else []
         shared = SharedWeights(among, layout, parameters, frozen)
-        states = HostStates(among, layout, parameters)
-        return Sharded(
-            gradients, optimizer, shared, states, pieces, lambda p: exchange.result_of(p.slot)[p.start : p.stop]
-        )
+        assert isinstance(exchange, SlicedHeapExchange)
+        return Sharded(gradients, optimizer, shared, HostStates(among, layout, parameters), pieces, exchange)
     from shoal.comm.gathered_weights import GatheredWeights
     from shoal.comm.sliced import SlicedExchange
     from shoal.train.gathering import BlockWeights
@@ -215,7 +223,7 @@ def sharded(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.opt
     )
     exchange.before_finish = weights.complete
     sent = SentStates(among, layout, parameters, sharing)  # type: ignore[arg-type]
-    return Sharded(gradients, optimizer, weights, sent, pieces, exchange.piece)
+    return Sharded(gradients, optimizer, weights, sent, pieces, exchange)
 
 
 def sharing_of(plan: Plan, group: Group) -> Sharing:
@@ -225,7 +233,9 @@ def sharing_of(plan: Plan, group: Group) -> Sharing:
 def sliced_exchange(plan: Plan, group: Group, terms: Terms) -> Exchange:
     """The exchange under which no worker needs the whole gradient."""
     if isinstance(group, HostGroup):
-        return make_exchange(group, terms)
+        if terms.device.type != "cpu" and group.world > 1:
+            return make_exchange(group, terms)  # which refuses
+        return SlicedHeapExchange(group, terms, releases=plan.states != "zero1")
     from shoal.comm.distributed import DistributedGroup
     from shoal.comm.sliced import SlicedExchange
 

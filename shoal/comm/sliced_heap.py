@@ -1,0 +1,91 @@
+"""The exchange on one host for sharded states: each worker updates its slices of the one result.
+
+The result is the memory of the first partial sum, there once for all. ZeRO-2 gives back the memory of every other one,
+bucket by bucket, as soon as all workers have finished their slices of it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.comm.exchange import HeapExchange, Terms
+from shoal.comm.group import HostGroup
+from shoal.comm.pages import give_back_shared, resident_bytes
+from shoal.comm.slices import Piece
+
+_REDUCED = 1  # the only message kind of its channel
+
+
+class SlicedHeapExchange(HeapExchange):
+    """See shoal.comm.exchange. ``piece`` gives the part of the result that this worker holds."""
+
+    def __init__(self, group: HostGroup, terms: Terms, *, releases: bool) -> None:
+        super().__init__(group, terms)
+        self._gives_back = releases and group.world > 1 and terms.device.type == "cpu"
+        self._words = group.split([range(group.world)]).mesh  # of their own: they come between those of the exchange
+        self.on_release: Callable[[Sequence[int]], None] = lambda slots: None
+        self._released = 0  # buckets of this step
+        self._heard_of = [0] * group.world  # buckets that each worker has said to have finished its slice of
+        self._step = 0
+        self._last_bucket = [max(self.layout.buckets_of(slot)) for slot in range(len(self.layout.slots))]
+
+    def begin(self, passes: tuple[int, ...]) -> None:
+        super().begin(passes)
+        self._released, self._heard_of = 0, [0] * self._group.world
+
+    def advance(self) -> None:
+        super().advance()
+        self._release(wait=False)
+
+    @torch.no_grad()
+    def _reduce(self, bucket: int) -> None:
+        super()._reduce(bucket)
+        if self._gives_back:
+            self._words.broadcast(_REDUCED, self._step + bucket)
+
+    def finish(self) -> float:
+        norm = super().finish()  # all have finished everything: nobody is waited for any more
+        self._release(wait=True)
+        self._step += len(self.layout.buckets)
+        return norm
+
+    def _release(self, *, wait: bool) -> None:
+        if not self._gives_back:
+            return
+        while self._released < self._reduced:
+            for rank in self._words.others:
+                if self._heard_of[rank] > self._released:
+                    continue
+                ask = self._words.receive if wait else self._words.take
+                if ask(rank, _REDUCED, self._step + self._released) is None:
+                    return
+                self._heard_of[rank] += 1
+            self._give_back(self._released)
+            self._released += 1
+
+    def _give_back(self, bucket: int) -> None:
+        """The memory of a bucket of the own partial sums, but for the one that holds the result."""
+        whole = self.layout.buckets[bucket]
+        over = [slot for slot, last in enumerate(self._last_bucket) if last == bucket]
+        for index, buffer in enumerate(self._buffers[self._group.rank]):
+            if (self._group.rank, index) == self._operands[0]:
+                continue
+            for slot in over:
+                self._adopted.pop((index, slot), None)
+            give_back_shared(buffer[whole.start : whole.stop])
+        self.on_release(over)
+
+    def piece(self, piece: Piece) -> Tensor:
+        """The mean of a piece, flat: valid after finish, until the next begin."""
+        return self.result_of(piece.slot)[piece.start : piece.stop]
+
+    def held_bytes(self) -> dict[str, int]:
+        """After finish: this worker's share of the result, and what its other partial sums still hold."""
+        result = sum(slot.size for slot in self.layout.slots if slot.offset < self.layout.state_start)
+        kept = [key for key in self._adopted if (self._group.rank, key[0]) != self._operands[0]]
+        partials = sum(self._adopted[key].nbytes for key in kept)
+        for index, buffer in enumerate(self._buffers[self._group.rank]):
+            if (self._group.rank, index) != self._operands[0]:
+                partials += resident_bytes(buffer)
+        return {"gradients": result * self._dtype.itemsize // self._group.world, "partial sums": partials}
