@@ -24,7 +24,7 @@ from shoal.comm.accounting.clocks import clock_name
 from shoal.comm.accounting.counters import Counters, Kind, Place
 from shoal.comm.accounting.moments import Moments
 from shoal.comm.exchange import Terms, cuts, denominator
-from shoal.comm.finishing import block_squares, finish_flat, global_norm
+from shoal.comm.finishing import block_squares, finish_flat
 from shoal.comm.group import Partition
 from shoal.comm.layout import Bucket
 from shoal.comm.status import Phase, Reporter
@@ -358,9 +358,9 @@ class DistributedExchange:
         self._count("all-gather", operands[0].nbytes)
 
     @torch.no_grad()
-    def finish(self) -> float:
+    def finish(self) -> torch.Tensor:
         self._complete()
-        return global_norm(block_squares(self._result[: self.layout.state_start]).tolist())
+        return block_squares(self._result[: self.layout.state_start])
 
     def _complete(self) -> None:
         before = self._group.report.position

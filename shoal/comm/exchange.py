@@ -10,7 +10,7 @@ The protocol of a step, the same for every exchange:
     adopt(...)         a gradient stays where it is and stands for its slot of a partial, instead of being copied there
     post()             the next bucket of all own partials is final; called once a bucket, in order
     advance()          reduce what every worker has posted, without waiting; called whenever there is a moment
-    finish()           wait for the rest; returns the global norm, and `result_of` gives the mean gradient of a slot
+    finish()           wait for the rest; returns each block's sum of squares, and `result_of` gives the mean gradient
 """
 
 import struct
@@ -26,7 +26,7 @@ import torch
 from shoal.comm.accounting.account import Account, stand
 from shoal.comm.accounting.counters import Tally
 from shoal.comm.arena import OwnMemory
-from shoal.comm.finishing import Slice, fast_path, finish_flat, finish_pieces, global_norm, slice_of
+from shoal.comm.finishing import Slice, fast_path, finish_flat, finish_pieces, slice_of
 from shoal.comm.layout import BLOCK, Layout
 from shoal.comm.tree import Accumulation, Add, accumulation, completion, covering, row
 
@@ -107,8 +107,9 @@ class Exchange(Protocol):
 
     def post(self) -> None: ...
     def advance(self) -> None: ...
-    def finish(self) -> float:
-        """Wait until the result is whole on this worker; the global norm of the gradients."""
+    def finish(self) -> torch.Tensor:
+        """Wait until the result is whole on this worker; the sum of squares of each block of gradients, float64
+        [blocks, perhaps with more that are zero], valid until the next begin: `global_norm` takes it."""
 
     def result_of(self, slot: int) -> torch.Tensor:
         """The mean of a slot, flat [size]: valid after finish, until the next begin."""
@@ -292,7 +293,7 @@ class HeapExchange:
             rows.append(np.where(places == NOWHERE, flat, np.uint64(self._memory.bases[rank]) + places.view(np.uint64)))
         return np.stack(rows)
 
-    def finish(self) -> float:
+    def finish(self) -> torch.Tensor:
         self.account.finishes()
         self._advance(wait=True)
         self.all_facts.copy_(self._facts)  # all have posted their last bucket: the rows are complete
@@ -302,7 +303,7 @@ class HeapExchange:
         self._barrier(_DONE)
         self.account.settle()
         self._sequence += len(self.layout.buckets)
-        return global_norm(self._squares.tolist())
+        return self._squares
 
     def result_of(self, slot: int) -> torch.Tensor:
         rank, index = self._operands[0]

@@ -7,7 +7,7 @@ same bits.
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -66,11 +66,12 @@ def _block_squares(flat: torch.Tensor) -> torch.Tensor:
     return lanes.reshape(-1)
 
 
-def global_norm(squares: Sequence[float]) -> float:
+def global_norm(squares: Iterable[float]) -> float:
     """From the sums of squares of all blocks; fsum rounds once, so that neither order nor padding matters."""
-    if not all(map(math.isfinite, squares)):
+    numbers = list(squares)
+    if not all(map(math.isfinite, numbers)):
         return math.nan
-    return math.sqrt(math.fsum(squares))
+    return math.sqrt(math.fsum(numbers))
 
 
 def fast_path(dtype: torch.dtype, device: torch.device) -> bool:

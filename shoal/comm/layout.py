@@ -48,24 +48,32 @@ class Layout:
         return [i for i, bucket in enumerate(self.buckets) if bucket.start < end and begin < bucket.stop]
 
 
-def flat_layout(gradients: Sequence[int], state: Sequence[int], workers: int, bucket_elements: int) -> Layout:
+def flat_layout(
+    gradients: Sequence[int],
+    state: Sequence[int],
+    workers: int,
+    bucket_elements: int,
+    held: Sequence[int] | None = None,
+) -> Layout:
     """Lay out gradients (sizes in elements, in the order in which they become ready), then buffers.
 
-    Buckets are whole blocks, as many for each worker; the end is padded, and padding is zero."""
-    slots: list[Slot] = []
-    offset = 0
-
-    def place(sizes: Sequence[int]) -> None:
-        nonlocal offset
-        for size in sizes:
-            slots.append(Slot(offset, size))
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-
-    place(gradients)
-    offset = state_start = -(-offset // BLOCK) * BLOCK
-    place(state)
-    blocks = max(1, -(-offset // BLOCK))
-    rounds = -(-blocks // workers)  # blocks of each worker over all buckets
+    Buckets are whole blocks, as many for each worker; the end is padded, and padding is zero.
+    ``held``: the numbers of the gradients that are there, in order; None: all. Each has its place in the layout of all,
+    without the blocks that hold none of them: `blocks_held` says which are left."""
+    places, offset = _places(gradients)
+    if held is not None:
+        blocks = blocks_held(gradients, held)
+        number = {block: index for index, block in enumerate(blocks)}
+        places = [
+            Slot(number[at.offset // BLOCK] * BLOCK + at.offset % BLOCK, at.size)
+            for at in map(places.__getitem__, held)
+        ]
+        offset = len(blocks) * BLOCK
+    state_start = -(-offset // BLOCK) * BLOCK
+    more, offset = _places(state, state_start)
+    slots = [*places, *more]
+    blocks_in_all = max(1, -(-offset // BLOCK))
+    rounds = -(-blocks_in_all // workers)  # blocks of each worker over all buckets
     each = max(1, bucket_elements // (BLOCK * workers))
     buckets = []
     start = 0
@@ -74,3 +82,21 @@ def flat_layout(gradients: Sequence[int], state: Sequence[int], workers: int, bu
         buckets.append(Bucket(start, part, workers))
         start += part * workers
     return Layout(tuple(slots), state_start, tuple(buckets))
+
+
+def blocks_held(gradients: Sequence[int], held: Sequence[int]) -> list[int]:
+    """Which blocks of the layout of all gradients hold some of these, in order."""
+    places, _ = _places(gradients)
+    found: set[int] = set()
+    for slot in map(places.__getitem__, held):
+        found.update(range(slot.offset // BLOCK, (slot.offset + max(1, slot.size) - 1) // BLOCK + 1))
+    return sorted(found)
+
+
+def _places(sizes: Sequence[int], offset: int = 0) -> tuple[list[Slot], int]:
+    """One after the other, each aligned; and where the last one ends."""
+    slots = []
+    for size in sizes:
+        slots.append(Slot(offset, size))
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    return slots, offset

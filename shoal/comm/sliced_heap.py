@@ -44,11 +44,11 @@ class SlicedHeapExchange(HeapExchange):
         if self._gives_back:
             self._words.broadcast(_REDUCED, self._step + bucket)
 
-    def finish(self) -> float:
-        norm = super().finish()  # all have finished everything: nobody is waited for any more
+    def finish(self) -> torch.Tensor:
+        squares = super().finish()  # all have finished everything: nobody is waited for any more
         self._release(wait=True)
         self._step += len(self.layout.buckets)
-        return norm
+        return squares
 
     def _release(self, *, wait: bool) -> None:
         if not self._gives_back:

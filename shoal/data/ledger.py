@@ -103,6 +103,10 @@ class Ledger:
         starts = np.cumsum([0, *sizes])
         return tuple(mine[starts[i] : starts[i] + size] for i, size in enumerate(sizes) if size)
 
+    def passes(self, step: int) -> tuple[int, ...]:
+        """How many micro-batches each shard has at that step."""
+        return tuple(len(self.shard(step, shard)) for shard in range(self.shards))
+
     def verify(self, events: Iterable[Mapping[str, Any]]) -> "Account":
         """Read a run's events in order and say what was committed, and everything that is wrong with it.
 

@@ -98,7 +98,7 @@ class _Life:
         """Nobody holds a state: from the newest checkpoint of the run, or from the start."""
         worker, order = self.worker, self.order
         again = bool(place.run) and (Path(place.run) / "recipe.toml").exists()
-        worker._share_weights(worker._trained())
+        worker._share_weights(worker.held.module)
         recipe, why = settled(order.recipe, worker)
         origins = {**order.origins, "precision": why} if why else dict(order.origins)
         # the run was made by an epoch that was lost before it had begun, or all of its workers were lost later

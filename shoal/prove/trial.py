@@ -100,7 +100,7 @@ def run_and_compare(group: Group, order: Order, final: Path) -> Ended:
 
     def observe(worker: Worker, step: Step) -> None:
         assert step.figures is not None
-        module, optimizer = worker._trained(), worker._optimizer
+        module, optimizer = worker.held.module, worker._optimizer
         assert optimizer is not None
         group.emit(step_print(step.number, step.figures.leaf_losses, module, optimizer))
         held.update(training_tensors(module, optimizer))

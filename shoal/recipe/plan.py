@@ -112,6 +112,10 @@ class Plan:
         """Workers, or groups of workers, that have shards of their own: experts are spread over some of them."""
         return self.axes.size("data") * self.axes.size("expert")
 
+    def replica_of(self, rank: int) -> int:
+        """Whose shards a worker works on: its place in `owned`."""
+        return next(n for n, ranks in enumerate(self.axes.partition("pipe", "context", "tensor")) if rank in ranks)
+
     @property
     def splits_model(self) -> bool:
         """No worker holds the whole model."""

@@ -1,6 +1,7 @@
 """Which plans can be trained: said before anything is spent."""
 
 from shoal.errors import UserError
+from shoal.parallel.held import check_axes
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
 
@@ -9,13 +10,19 @@ _NOT_YET = ("offload_parameters",)
 
 def check_trainable(plan: Plan) -> None:
     """Raises UserError for what a plan can say, `shoal plan` explains, and the training loop does not carry out."""
-    split = [f"{axis} = {size}" for axis, size in plan.axes.sizes if axis != "data" and size > 1]
-    if split:
+    check_axes(plan)
+    if plan.splits_model and plan.states != "replicated":
         raise UserError(
-            f"plan: training runs over mesh axis 'data' so far, and the mesh has {', '.join(split)}: "
-            f"use --workers N, or look at the plan with shoal plan."
+            f"plan: states = {plan.states!r} is for whole models so far, and the mesh splits this one: use "
+            f"states = 'replicated', or mesh axis 'data' alone."
         )
     memory, usual = plan.memory, MemoryPlan()
+    saves = memory.changes_updates or ("saving activations" if memory.works_on_blocks else "")
+    if plan.splits_model and saves:
+        raise UserError(
+            f"plan: {saves} is for whole models so far, and the mesh splits this one: leave one of them out, "
+            f"or use mesh axis 'data' alone."
+        )
     if memory.changes_updates and (plan.sync == "local" or plan.states != "replicated"):
         other = f"states = {plan.states!r}" if plan.states != "replicated" else "sync = 'local'"
         raise UserError(f"plan: {memory.changes_updates} does not go with {other} so far: leave one of them out.")

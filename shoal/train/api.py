@@ -56,6 +56,10 @@ def train(
     check_trainable(plan)
     folder = Run.find(resume).path if resume is not None else run_dir
     order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
+    if plan.splits_model:
+        from shoal.train.legality import check_split
+
+        check_split(recipe, plan, model, data)
     if joins is not None:
         return _train_joined(order, progress)
     seen: list[Path] = []

@@ -1,6 +1,6 @@
 """From backward passes to one mean gradient: accumulate in tree order, reduce while the last pass still runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shoal.comm.exchange import Exchange, Placement
-from shoal.comm.layout import Layout, flat_layout
+from shoal.comm.layout import Layout
 from shoal.comm.tree import Accumulate, Accumulation, tree_sum
 from shoal.errors import UserError
 
@@ -16,6 +16,21 @@ _STOP, _CHECKSUM, _WAITED, _CHANGE, _FIRED = 0, 1, 2, 3, 4  # places in a row of
 _TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is
 
 ExchangeFactory = Callable[[Layout, int, Callable[[torch.Tensor], tuple[float, float]], torch.dtype], Exchange]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Tensors whose gradients and changes are summed over the same workers: all of a model's, or a part's."""
+
+    parameters: Mapping[str, nn.Parameter]  # that require a gradient, in the order of readiness
+    buffers: Mapping[str, torch.Tensor]
+    layout: Layout  # of the parameters, then the buffers, in a flat buffer
+    dtype: torch.dtype  # of the sums
+
+    @staticmethod
+    def real(buffer: torch.Tensor) -> torch.Tensor:
+        """A buffer as the layout counts its elements."""
+        return torch.view_as_real(buffer) if buffer.is_complex() else buffer
 
 
 def _users(tensor: torch.Tensor) -> int:
@@ -42,35 +57,29 @@ class StepFigures:
 
 
 class Gradients:
-    """Hooks on a module's parameters that carry its gradients into the exchange's buffers.
+    """Hooks on parameters that carry their gradients into the exchange's buffers.
 
-    After each backward pass no parameter holds a gradient; after `finish` each holds the global mean."""
+    A pass is `open`, a backward pass, `close`. After it no parameter holds a gradient; after `reduce` and `hang` each
+    holds the global mean."""
 
     def __init__(
         self,
-        module: nn.Module,
+        trained: Trained,
         placement: Placement,
         leaves: int,
-        bucket_bytes: int,
         make_exchange: ExchangeFactory,
+        *,
+        copies: int = 1,
     ) -> None:
-        self.module = module
+        """``copies``: how many workers make passes of each leaf, each for a part of it."""
         self._placement = placement
-        self._leaves = leaves
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad][::-1]  # the order of readiness
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        self._buffers = {name: b for name, b in module.named_buffers() if b.numel()}
-        self._state = [torch.view_as_real(b) if b.is_complex() else b for b in self._buffers.values()]
-        dtype = _flat_dtype(named)
-        self.layout = flat_layout(
-            [p.numel() for p in self.parameters],
-            [b.numel() for b in self._state],
-            len(placement.ownership),
-            bucket_bytes // dtype.itemsize,
-        )
-        facts = _FIRED + len(named) + 2 * leaves
-        self.exchange = make_exchange(self.layout, facts, self._denominators, dtype)
+        self.leaves, self._copies, self.dtype = leaves, copies, trained.dtype
+        self.names = list(trained.parameters)
+        self.parameters = list(trained.parameters.values())
+        self._state = [trained.real(buffer) for buffer in trained.buffers.values()]
+        self.layout = trained.layout
+        facts = _FIRED + len(self.parameters) + 2 * leaves
+        self.exchange = make_exchange(self.layout, facts, self._denominators, trained.dtype)
         self._buckets_of = [self.layout.buckets_of(slot) for slot in range(len(self.layout.slots))]
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))  # type: ignore[no-untyped-call]
@@ -84,7 +93,7 @@ class Gradients:
         self._passes: tuple[int, ...] = ()
         self._program = self._state_program = Accumulation((), 0, 0)
         self._now: Accumulate | None = None
-        self._last = False
+        self._last = self._claimed = False
         self._fired: list[bool] = []  # parameters that the pass under way has reached
         self._used: list[bool] = []  # parameters that any pass of the step has reached
         self._open: list[int] = []
@@ -109,6 +118,7 @@ class Gradients:
                 self._open[bucket] += 1
         self._used = [False] * len(self.parameters)
         self._done = self._leaf_ends = self._posted = 0
+        self._claimed = False
         self._leaf = -1
         facts = self.exchange.facts
         facts.zero_()
@@ -147,26 +157,22 @@ class Gradients:
             for buffer, begun in zip(self._state, self._begun_state, strict=True):
                 buffer.copy_(begun)
 
-    def backward(
-        self, leaf: int, loss: torch.Tensor, value: float, count: float, *, leaf_ends: bool, waited_s: float
-    ) -> None:
-        """One backward pass of ``loss`` (a sum over ``count`` targets), the next one of the program.
+    def open(self, leaf: int, value: float, count: float, *, waited_s: float) -> None:
+        """Before a backward pass, the next one of the program, of a loss of ``value``, a sum over ``count`` targets.
 
         ``waited_s`` is how long this worker has waited for data in the step so far."""
         base = _FIRED + len(self.parameters)
         self.exchange.facts[_WAITED] = waited_s
         self.exchange.facts[base + leaf] += value
-        self.exchange.facts[base + self._leaves + leaf] += count
-        if self._done == 0:
-            self.exchange.claim()
+        self.exchange.facts[base + self.leaves + leaf] += count
+        self._claim()
         self._now = self._program.passes[self._done]
         self._done += 1
         self._last = self._done == len(self._program.passes)
         self._fired = [False] * len(self.parameters)
-        if leaf_ends:
-            self._take_state()
-        with self.exchange.inside():
-            loss.backward()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """After the backward pass."""
         for index, fired in enumerate(self._fired):
             if not fired:
                 self._absent(index)
@@ -174,11 +180,18 @@ class Gradients:
         if self._last:
             self._post_ready()
 
+    def _claim(self) -> None:
+        if not self._claimed:
+            self._claimed = True
+            self.exchange.claim()
+
     @torch.no_grad()
-    def _take_state(self) -> None:
-        """What the leaf changed in the module's buffers, accumulated as gradients are."""
+    def leave_leaf(self) -> None:
+        """After the last forward pass of a leaf: what it changed in the buffers is accumulated as gradients are."""
+        self._claim()
         now = self._state_program.passes[self._leaf_ends]
         self._leaf_ends += 1
+        last = self._leaf_ends == len(self._state_program.passes)
         count = len(self.parameters)
         for index, (buffer, begun) in enumerate(zip(self._state, self._begun_state, strict=True)):
             if buffer.dtype == torch.bool:
@@ -186,8 +199,8 @@ class Gradients:
             else:  # an infinity that stays (a mask) has not changed, though inf - inf is not a number
                 change = torch.where(buffer == begun, torch.zeros_like(buffer), buffer - begun)
             self._put(self._state_views[index], change, now)
-            if self._last:
-                self._close(count + index)
+            if last:
+                self._finish_slot(count + index)
 
     def _arrived(self, index: int, parameter: torch.Tensor) -> None:
         now = self._now
@@ -206,7 +219,7 @@ class Gradients:
                 self._adopt(index, now.buffer, gradient)
             self._put(self._at[index], gradient, now)
         if self._last:
-            self._close(index)
+            self._finish_slot(index)
             self._post_ready()
 
     def _absent(self, index: int) -> None:
@@ -219,7 +232,7 @@ class Gradients:
             zero = views[0].new_zeros(()).expand_as(views[0])
             self._put(views, zero, self._now)
         if self._last:
-            self._close(index)
+            self._finish_slot(index)
 
     def _adopt(self, index: int, buffer: int, gradient: torch.Tensor) -> None:
         """Let a gradient that comes first stay where it is and be the buffer, where that can be: a copy saved."""
@@ -238,7 +251,7 @@ class Gradients:
         for add in now.then:
             views[add.into].add_(views[add.other])
 
-    def _close(self, slot: int) -> None:
+    def _finish_slot(self, slot: int) -> None:
         for bucket in self._buckets_of[slot]:
             self._open[bucket] -= 1
 
@@ -256,10 +269,8 @@ class Gradients:
 
     # --- its end ----------------------------------------------------------------------------------------------
 
-    def finish(self, clip: float = 0.0, *, keep_gradients: bool = True) -> StepFigures:
-        """Wait for the global mean gradient and hang it on the parameters, clipped to the global norm ``clip``.
-
-        ``keep_gradients``: the optimiser is known not to write to p.grad; else every worker gets a copy of its own."""
+    def reduce(self) -> torch.Tensor:
+        """Wait for the global mean gradient; the sums of squares of its blocks, as `Exchange.finish` gives them."""
         if self._done != len(self._program.passes):
             raise UserError(
                 f"commit came after {self._done} of {len(self._program.passes)} backward passes of this worker: "
@@ -267,24 +278,16 @@ class Gradients:
             )
         self._open = [0] * len(self._open)
         self._post_ready()
-        self._check_buffers()
-        norm = self.exchange.finish()
-        figures = self.figures(self.exchange.all_facts, norm, self._passes)
-        if clip and norm > clip:
-            self.exchange.scale(clip / norm)
-        self._hang(copy=self.exchange.shared_result and not keep_gradients)
-        return figures
-
-    def _check_buffers(self) -> None:
-        for name, buffer in self.module.named_buffers():
-            if self._buffers.get(name, buffer) is not buffer:
-                raise UserError(
-                    f"the forward pass put a new tensor in the place of buffer {name!r}: write into the old one, "
-                    f"{name.rpartition('.')[2]}.copy_(...), so that all workers can share it."
-                )
+        return self.exchange.finish()
 
     @torch.no_grad()
-    def _hang(self, *, copy: bool) -> None:
+    def hang(self, factor: float = 1.0, *, keep_gradients: bool = True) -> None:
+        """Hang the mean gradient on the parameters, times ``factor``, and give the buffers their new state.
+
+        ``keep_gradients``: the optimiser is known not to write to p.grad; else every worker gets a copy of its own."""
+        if factor != 1.0:
+            self.exchange.scale(factor)
+        copy = self.exchange.shared_result and not keep_gradients
         self._at = []
         unused = set(self.unused())
         for index, parameter in enumerate(self.parameters):
@@ -327,20 +330,24 @@ class Gradients:
         return self._state
 
     def first_not_finite(self) -> str:
-        """The first parameter, in the model's order, whose gradient is not finite."""
+        """The first parameter, in the model's order, whose gradient is not finite; "" for none."""
         for name, parameter in zip(self.names[::-1], self.parameters[::-1], strict=True):
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-                return f"that of parameter {name!r} is not"
-        return "its norm overflows"
+                return name
+        return ""
 
     def _denominators(self, facts: torch.Tensor) -> tuple[float, float]:
-        counts = facts[:, _FIRED + len(self.parameters) + self._leaves :]
-        return max(float(counts.sum()), 1.0), float(sum(1 for passes in self._passes if passes))
+        counts = facts[:, _FIRED + len(self.parameters) + self.leaves :]
+        return max(float(counts.sum()), 1.0), float(self._copies * sum(1 for passes in self._passes if passes))
 
-    def figures(self, facts: torch.Tensor, norm: float, passes: Sequence[int]) -> StepFigures:
-        """What the rows of workers, [workers, facts], say of a step with these passes a leaf."""
+    def figures(
+        self, norm: float, facts: torch.Tensor | None = None, passes: Sequence[int] | None = None
+    ) -> StepFigures:
+        """What the rows of workers, [workers, facts], say of a step with these passes a leaf; by default this one."""
+        facts = self.exchange.all_facts if facts is None else facts
+        passes = self._passes if passes is None else passes
         base = _FIRED + len(self.parameters)
-        losses = facts[:, base : base + self._leaves].sum(dim=0).tolist()  # one owner a leaf: nothing is rounded
+        losses = facts[:, base : base + self.leaves].sum(dim=0).tolist()  # one owner a leaf: nothing is rounded
         targets = self._denominators(facts)[0]
         present = [loss for loss, count in zip(losses, passes, strict=True) if count]
         return StepFigures(
@@ -355,20 +362,8 @@ class Gradients:
         )
 
 
-def _flat_dtype(named: Sequence[tuple[str, nn.Parameter]]) -> torch.dtype:
-    """Gradients are summed in float64 when a parameter is, else in float32."""
-    if not named:
-        raise UserError("the model has no parameter that requires a gradient: nothing would be trained.")
-    for name, parameter in named:
-        if not parameter.dtype.is_floating_point:
-            raise UserError(
-                f"parameter {name!r} is {parameter.dtype}: only real floating-point parameters are trained."
-            )
-    return torch.float64 if any(p.dtype == torch.float64 for _, p in named) else torch.float32
-
-
 def writes_gradients(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimiser may write to p.grad: those of torch.optim do not, but for some ``foreach`` kernels."""
+    optimizer = getattr(optimizer, "inner", optimizer)  # shoal.memory.streamed's leaves them to the one inside
     trusted = type(optimizer).__module__.startswith(_TRUSTED)
     return not trusted or any(group.get("foreach") for group in optimizer.param_groups)
-    optimizer = getattr(optimizer, "inner", optimizer)  # shoal.memory.streamed's leaves them to the one inside

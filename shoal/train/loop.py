@@ -15,11 +15,13 @@ from torch import nn
 from shoal.comm.group import Group
 from shoal.comm.status import Phase
 from shoal.data.dataset import DatasetSource
+from shoal.data.ledger import Ledger
 from shoal.data.registry import open_data
 from shoal.data.source import Splits
 from shoal.errors import UserError
 from shoal.models.registry import build, task_for
 from shoal.models.task import Task
+from shoal.parallel.place import Subject
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
@@ -62,15 +64,29 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     splits = _open(group, order)
     if len(splits.train) == 0:
         raise UserError(f"the training data in {recipe.data.path!r} holds no sample.")
-    torch.manual_seed(recipe.seed)
-    made = order.model() if order.model else build(recipe.model, splits.train.facts)
+    made = _made(order, splits)
     task = task_for(recipe.model, splits.train.facts)
-    model = worker.model(made, compile=recipe.model.compile)
+    subject = _subject(recipe, splits, task, worker.device) if order.plan.splits_model else None
+    model = worker.model(made, compile=recipe.model.compile, subject=subject)
+    task = worker.held.task or task
     worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
     origins = {**order.origins, "precision": why} if why else dict(order.origins)
     order = replace(order, recipe=recipe, origins=origins)
     run = _agree_on_run(group, order)
     return Loop(worker, order, run, splits, task, model).train()
+
+
+def _made(order: Order, splits: Splits) -> nn.Module:
+    """The whole model with its first weights."""
+    torch.manual_seed(order.recipe.seed)
+    return order.model() if order.model else build(order.recipe.model, splits.train.facts)
+
+
+def _subject(recipe: Recipe, splits: Splits, task: Task, device: torch.device) -> Subject:
+    """With the first micro-batch of the run."""
+    ledger = Ledger(len(splits.train), recipe.batch, recipe.shards, recipe.micro_batches, recipe.seed)
+    fetched = splits.train.fetch(ledger.shard(0, 0)[0], 0)
+    return Subject(task, {name: tensor.to(device) for name, tensor in fetched.items()})
 
 
 def settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
@@ -180,9 +196,7 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         with autocast(self.recipe.precision, self.worker.device):  # around all: each weight is cast once a step
-            for batch in step:
-                total, count = self.task.loss(self.model, batch)
-                step.backward(total, count)
+            step.run(self.model, self.task)
         step.commit(wait=self.order.observe is not None)
         if self.order.observe:
             self.order.observe(self.worker, step)
@@ -211,11 +225,12 @@ class Loop:
             device=str(worker.device),
             threads=recipe.threads,
             precision=recipe.precision,
-            parameters=sum(p.numel() for p in self.worker._trained().parameters()),
+            parameters=worker.held.elements,
             recipe_hash=recipe.arithmetic_hash,
             torch=torch.__version__,
             steps=self.steps,
             transport=worker.transport,
+            **({"split": worker.held.split()} if worker.plan.splits_model else {}),
             **({"lossy": worker.plan.lossy} if worker.plan.lossy else {}),
         )
 
@@ -262,6 +277,8 @@ class Loop:
 
     def _tell_committed(self) -> None:
         """Steps that all workers have done; where they may be steps apart, that is known a little later."""
+        share, axes = self.worker.held.shares[0], self.worker.plan.axes
+        ranks = axes.along(self.worker.rank, *share.axes)
         for number, figures, extra in self.worker.told():
             fields = self.untold.pop(number, None)
             if fields is None:
@@ -273,7 +290,7 @@ class Loop:
                 loss=figures.loss,
                 grad_norm=figures.norm,
                 targets=int(figures.targets),
-                waited=dict(enumerate(figures.waited)),
+                waited=dict(zip(ranks, figures.waited, strict=False)),
                 **fields,
                 **extra,
             )
@@ -303,13 +320,14 @@ class Loop:
         begun = time.perf_counter()
         self.figures = evaluate(
             self.worker.group,
-            self.worker._trained(),
+            self.worker.held.module,
             self.task,
             source,
             batch=self.recipe.batch,
             precision=self.recipe.precision,
             device=self.worker.device,
             samples=self.recipe.report.evaluate_samples,
+            held=self.worker.held,
         )
         split = "validation" if self.splits.validation is not None else "test"
         self.tell("evaluated", step=step, split=split, figures=self.figures, seconds=time.perf_counter() - begun)
@@ -356,10 +374,8 @@ class Loop:
         interrupted = worker.stopping and worker.step < self.steps
         if interrupted:
             self.tell("interrupted", step=worker.step, why="asked to stop")
-        elif self.recipe.report.sample and worker.rank == 0:
-            text = sample_text(worker._trained(), self.splits.train.facts, self.recipe)
-            if text is not None:
-                self.tell("sampled", step=worker.step, text=text)
+        elif self.recipe.report.sample:
+            self._sample()
         if self.write_problem:
             raise UserError(
                 f"the last checkpoint of {str(self.run.path)!r} was not written: {self.write_problem} "
@@ -383,6 +399,18 @@ class Loop:
         if self.board:
             self.board.close()
         return result
+
+    def _sample(self) -> None:
+        model = self.worker.held.module
+        if self.worker.plan.splits_model:
+            weights = self.worker.weights()
+            if self.worker.rank == 0:
+                model = _made(self.order, self.splits).to(self.worker.device)
+                model.load_state_dict(weights, strict=False)
+        if self.worker.rank == 0:
+            text = sample_text(model, self.splits.train.facts, self.recipe)
+            if text is not None:
+                self.tell("sampled", step=self.worker.step, text=text)
 
     def _write_result(self, result: dict[str, Any]) -> None:
         file = self.run.path / "result.json"

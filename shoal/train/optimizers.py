@@ -39,10 +39,11 @@ def make_optimizer(spec: OptimizerSpec, model: nn.Module, lr: float) -> torch.op
     if "fused" in known and "fused" not in options and "foreach" not in options:
         options["fused"] = True
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() >= 2]}, {"params": [p for p in trained if p.dim() < 2]}]
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained if p.dim() >= 2]},
+                                    {"params": [p for p in trained if p.dim() < 2]}]  # fmt: skip
     if "weight_decay" in known:
-        groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
+        groups[1]["weight_decay"] = 0.0
     try:
-        return cls([group for group in groups if group["params"]], lr=lr, **options)  # type: ignore[call-arg]
+        return cls(groups, lr=lr, **options)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer {spec.name!r} does not take these options: {error}.") from None

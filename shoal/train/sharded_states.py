@@ -21,6 +21,7 @@ from shoal.comm.transport import make_exchange
 from shoal.data.ledger import Ledger
 from shoal.errors import UserError
 from shoal.memory.blocks import find_blocks
+from shoal.parallel.held import Held
 from shoal.recipe.plan import Plan
 from shoal.train.gradients import Gradients, StepFigures
 from shoal.train.state_gathering import HostStates, State, cut
@@ -195,14 +196,15 @@ class Sharded(Everywhere):
         return {**self.weights.held_bytes(), **self._slices.held_bytes(), "optimizer": own}
 
 
-def sharded(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Sharded:
+def sharded(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Sharded:
     """The update for ``plan.states``. Called by all workers, once the weights are those that training starts from."""
+    plan, group = held.plan, held.group
     layout, parameters, exchange = gradients.layout, gradients.parameters, gradients.exchange
     sharing = sharing_of(plan, group)
     pieces = pieces_of(layout, sharing.slices(group.rank))
     among = group if sharing.members == group.world else group.split(sharing.groups())
     if isinstance(among, HostGroup):
-        frozen = [p for p in gradients.module.parameters() if not p.requires_grad] if plan.states == "zero3" else []
+        frozen = [p for p in held.module.parameters() if not p.requires_grad] if plan.states == "zero3" else []
         shared = SharedWeights(among, layout, parameters, frozen)
         assert isinstance(exchange, SlicedHeapExchange)
         return Sharded(gradients, optimizer, shared, HostStates(among, layout, parameters), pieces, exchange)
@@ -216,7 +218,7 @@ def sharded(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.opt
     gathered = GatheredWeights(among, group.rank, sharing, layout, parameters, exchange.count_gather)  # type: ignore[arg-type]
     weights = BlockWeights(
         gathered,
-        find_blocks(gradients.module),
+        find_blocks(held.module),
         layout,
         lambda: (exchange.most_passes([group.rank]), exchange.most_passes(ranks)),
         releases=plan.states == "zero3",

@@ -1,6 +1,6 @@
 """The state of a training run as named tensors and plain facts, and back: what a checkpoint holds."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ def optimizer_facts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return {"groups": groups, "values": {name: state for name, state in values.items() if state}}
 
 
+def values_of(facts: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Of `optimizer_facts`, the plain values of these parameters."""
+    return {name: values for name, values in facts["values"].items() if name in names}
+
+
 def _plain(value: Any, key: str) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": value.item()}
@@ -65,15 +70,21 @@ def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
         raise UserError("the optimiser holds a parameter that is not the model's.") from None
 
 
+def check_names(own: Collection[str], given: Collection[str]) -> None:
+    """Raises UserError naming the first of a model's tensors that a checkpoint lacks or has beyond them."""
+    for name in own:
+        if name not in given:
+            raise UserError(f"the checkpoint lacks the model's tensor {name!r}: it belongs to another model.")
+    for name in given:
+        if name not in own:
+            raise UserError(f"the checkpoint has a tensor {name!r} that the model lacks: it belongs to another model.")
+
+
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError naming the first tensor that is missing, left over or of another shape."""
     own = model_tensors(model)
-    for name in own:
-        if name not in tensors:
-            raise UserError(f"the checkpoint lacks the model's tensor {name!r}: it belongs to another model.")
+    check_names(own, tensors)
     for name, tensor in tensors.items():
-        if name not in own:
-            raise UserError(f"the checkpoint has a tensor {name!r} that the model lacks: it belongs to another model.")
         if own[name].shape != tensor.shape or own[name].dtype != tensor.dtype:
             raise UserError(
                 f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)} in the checkpoint and {own[name].dtype} "

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,7 +14,11 @@ from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher
 from shoal.data.source import Batch
 from shoal.errors import RunFailed, UserError
-from shoal.train.gradients import Gradients, StepFigures, writes_gradients
+from shoal.models.task import Task
+from shoal.train.checksum import compare
+from shoal.train.gradients import StepFigures, writes_gradients
+from shoal.train.reduction import Reduction
+from shoal.train.stages import StageWork
 from shoal.train.streams import enter_stream
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ class Crew(Protocol):
     device: torch.device
     seed: int
     clip: float
+    nothing: Batch  # of no samples: what a worker computes whose experts have something to do, and which has not
 
     @property
     def shards(self) -> range: ...
@@ -42,7 +47,7 @@ class Step:
     def __init__(
         self,
         crew: "Crew",
-        gradients: Gradients,
+        reduction: Reduction,
         update: "Update",
         ledger: Ledger,
         number: int,
@@ -56,23 +61,27 @@ class Step:
         self.samples = int(sum(ledger.counts(number)))
         self.last_of_epoch = self.index == ledger.steps_per_epoch - 1
         self.parts = dict.fromkeys(("data", "forward", "backward", "exchange", "update"), 0.0)
+        if reduction.held.pipeline is not None:
+            self.parts["stages"] = 0.0  # waiting for other stages
         self.figures: StepFigures | None = None
-        self._crew, self._gradients, self._update = crew, gradients, update
+        self._crew, self._reduction, self._update = crew, reduction, update
         self._ledger, self._zero_based, self._batches = ledger, number, batches
         self._on_commit = on_commit
         self._report = crew.group.report
         self._report(Phase.loading, step=self.number)
-        self._passes = passes_of(ledger, number)
-        checksum = 0.0
-        if number % COMPARE_EVERY == 0 and update.equal:
+        self._passes = ledger.passes(number)
+        check = number % COMPARE_EVERY == 0 and update.equal
+        if check:
             update.arrive()
-            checksum = parameter_checksum(gradients.module)
-        gradients.begin(self._passes, stop=crew.group.stop_asked, change=self._report.change_asked, checksum=checksum)
+        reduction.begin(self._passes, stop=crew.group.stop_asked, change=self._report.change_asked, check=check)
         self._place: Place | None = None
+        self._of_others = False  # the pass is for the tokens that others send to this worker's experts
         self._mark = time.perf_counter()
 
     def __iter__(self) -> Iterator[Batch]:
         mine = sum(self._passes[shard] for shard in self._crew.shards)
+        if self._reduction.held.pipeline is not None:
+            raise UserError("the stages of a pipeline take micro-batches in the order of its schedule: use step.run.")
         for number in range(mine):
             self._report(Phase.loading)
             self._lap("data")
@@ -81,19 +90,59 @@ class Step:
                 self._lap("data")
                 self._update.arrive()
                 self._lap("exchange")
-            if self._crew.device.type != "cpu":
-                batch = {k: v.to(self._crew.device, non_blocking=True) for k, v in batch.items()}
+            batch = self.to_device(batch)
             self._lap("data")
             _, shard, micro = self._place
-            enter_stream(self._crew.seed, self._zero_based, shard, micro)
-            self._gradients.enter_leaf(shard)
+            self.enter_stream(shard, micro)
+            self._reduction.enter_leaf(shard)
             self._report(Phase.forward, shard=shard)
             yield batch
             if self._place is not None:
                 raise UserError(
                     f"step {self.number}: a micro-batch of shard {shard} went by without step.backward(loss)."
                 )
+        for _ in range(self._reduction.others_passes(self._passes, mine)):
+            self._of_others = True
+            self._report(Phase.forward)
+            yield self._crew.nothing
+            if self._of_others:
+                raise UserError(f"step {self.number}: a pass without samples went by without step.backward(loss).")
         self._lap("backward")
+
+    def run(self, model: nn.Module, task: Task) -> None:
+        """All passes of the step; those of a pipeline in the order of its schedule."""
+        held = self._reduction.held
+        if held.pipeline is None:
+            for batch in self:
+                self.backward(*task.loss(model, batch))
+            return
+        places = [(shard, micro) for shard in self._crew.shards for micro in range(self._passes[shard])]
+        self._update.arrive()
+        if not places:
+            return
+        work = StageWork(self, self._reduction, places, self._passes, self._batches)
+        found = held.pipeline.step(held.schedule(len(places)), task, work)
+        self.parts["data"] += work.loading_s
+        self.parts["forward"] += found.forward_s - work.loading_s
+        self.parts["backward"] += found.backward_s
+        self.parts["stages"] += found.waiting_s
+        self._mark = time.perf_counter()
+
+    def enter_stream(self, shard: int, micro: int) -> None:
+        """Make torch's default generators start at the stream of a micro-batch."""
+        enter_stream(self._crew.seed, self._zero_based, shard, micro)
+
+    def to_device(self, batch: Batch) -> Batch:
+        if self._crew.device.type == "cpu":
+            return batch
+        return {name: tensor.to(self._crew.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def check_loss(self, value: float, shard: int, micro: int) -> None:
+        """Raises RunFailed naming shard and sample ids when it is not finite."""
+        if not math.isfinite(value):
+            ids = self._ledger.shard(self._zero_based, shard)[micro].tolist()
+            shown = ", ".join(map(str, ids[:32])) + (f", ... ({len(ids)} in all)" if len(ids) > 32 else "")
+            raise RunFailed(f"loss is {value} at step {self.number}, shard {shard}, sample ids {shown}")
 
     @property
     def shard(self) -> int:
@@ -107,20 +156,25 @@ class Step:
 
         The mean is taken over the whole step: that is what makes the result independent of the split.
         Raises RunFailed naming shard and sample ids when the loss is not finite."""
-        if self._place is None:
-            raise UserError("step.backward was called twice for one micro-batch, or outside of the step's iteration.")
-        _, shard, micro = self._place
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            ids = self._ledger.shard(self._zero_based, shard)[micro].tolist()
-            shown = ", ".join(map(str, ids[:32])) + (f", ... ({len(ids)} in all)" if len(ids) > 32 else "")
-            raise RunFailed(f"loss is {value} at step {self.number}, shard {shard}, sample ids {shown}")
-        self._lap("forward")
-        self._report(Phase.backward, shard=shard)
-        self._place = None
-        ends = micro == self._passes[shard] - 1
+        run = loss.backward
         with torch.autocast(self._crew.device.type, enabled=False):  # the caller's, if any, is for forward passes
-            self._gradients.backward(shard, loss, value, float(count), leaf_ends=ends, waited_s=self.parts["data"])
+            if self._of_others:
+                self._of_others = False
+                self._reduction.backward_of_others(run)
+                return
+            if self._place is None:
+                raise UserError(
+                    "step.backward was called twice for one micro-batch, or outside of the step's iteration."
+                )
+            _, shard, micro = self._place
+            value = float(loss.detach())
+            self.check_loss(value, shard, micro)
+            self._lap("forward")
+            self._report(Phase.backward, shard=shard)
+            self._place = None
+            if micro == self._passes[shard] - 1:
+                self._reduction.leave_leaf()
+            self._reduction.backward(shard, run, value, float(count), waited_s=self.parts["data"])
         self._lap("backward")
 
     def commit(self, *, wait: bool = True) -> StepFigures:
@@ -131,7 +185,7 @@ class Step:
         self._lap("backward")
         self._update.arrive()  # a worker without a sample in this step has not waited yet
         trusted = not writes_gradients(self._update.optimizer)
-        self.figures = figures = self._gradients.finish(self._crew.clip, keep_gradients=trusted)
+        self.figures = figures = self._reduction.finish(self._crew.clip, keep_gradients=trusted)
         self._lap("exchange")
         self._check(figures)
         self._report(Phase.updating)
@@ -147,39 +201,13 @@ class Step:
         if not math.isfinite(figures.norm):
             raise RunFailed(
                 f"the gradient is not finite at step {self.number} although the loss is ({figures.loss:.6g}): "
-                f"{self._gradients.first_not_finite()}"
+                f"{self._reduction.first_not_finite()}"
             )
-        compare(figures.checksums, f"before step {self.number}")
+        for ranks, checksums in self._reduction.checksums():
+            if len(checksums) == len(ranks):  # workers that go their own ways know of themselves alone
+                compare(ranks, checksums, f"before step {self.number}")
 
     def _lap(self, part: str) -> None:
         now = time.perf_counter()
         self.parts[part] += now - self._mark
         self._mark = now
-
-
-def passes_of(ledger: Ledger, step: int) -> tuple[int, ...]:
-    """How many backward passes each shard has at a step."""
-    return tuple(len(ledger.shard(step, shard)) for shard in range(ledger.shards))
-
-
-def compare(checksums: Sequence[float], when: str) -> None:
-    """Raises RunFailed naming the ranks whose parameters are not those of the most."""
-    if len(set(checksums)) > 1:
-        usual = max(checksums, key=checksums.count)
-        odd = [rank for rank, value in enumerate(checksums) if value != usual]
-        raise RunFailed(
-            f"the workers' parameters differ {when}: rank {', '.join(map(str, odd))} "
-            f"disagree{'s' if len(odd) == 1 else ''} with the others "
-            f"(checksums {', '.join(f'{s:.0f}' for s in checksums)})"
-        )
-
-
-@torch.no_grad()
-def parameter_checksum(module: nn.Module) -> float:
-    """A sum of the parameters' bits, exact in float64: equal on workers whose parameters are equal."""
-    total = 0
-    for parameter in module.parameters():
-        flat = parameter.detach().reshape(-1).contiguous()
-        words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-        total += int(flat.view(words).sum(dtype=torch.int64))
-    return float(total % (1 << 52))

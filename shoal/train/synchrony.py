@@ -21,9 +21,10 @@ from shoal.comm.server.exchanges import LocalExchange, OwnPlacement, ServedExcha
 from shoal.comm.transport import make_exchange
 from shoal.data.ledger import Ledger
 from shoal.errors import UserError
+from shoal.parallel.held import Held
+from shoal.parallel.pipeline.engine import Pipeline
 from shoal.recipe.plan import Plan
 from shoal.train.gradients import Gradients, StepFigures
-from shoal.train.step import passes_of
 
 Told = tuple[int, StepFigures, dict[str, Any]]  # step, its figures over all workers, what else is said of it
 
@@ -71,18 +72,18 @@ def exchange_of(
     placement: Placement,
     most: tuple[int, ...],
     device: torch.device,
-    module: nn.Module,
+    shapes: Sequence[tuple[int, ...]],
     layout: Layout,
     facts: int,
     denominators: Denominators,
     dtype: torch.dtype,
 ) -> Exchange:
+    """``shapes``: of the parameters, in the order of the layout."""
     terms = Terms(layout, placement, most, facts, denominators, dtype, device)
     if plan.compresses:
         from shoal.comm.compression.exchange import compressed_exchange
 
-        shapes = [tuple(p.shape) for p in module.parameters() if p.requires_grad][::-1]  # in the order of the layout
-        return compressed_exchange(plan.compression, group, terms, shapes=shapes, force=plan.compression_force)
+        return compressed_exchange(plan.compression, group, terms, shapes=list(shapes), force=plan.compression_force)
     if plan.states != "replicated":
         from shoal.train.sharded_states import sliced_exchange
 
@@ -97,16 +98,17 @@ def exchange_of(
     return made
 
 
-def update_of(plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Update:
+def update_of(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Update:
+    plan, group = held.plan, held.group
     if plan.sync == "local":
         return Averaging(plan, group, gradients, optimizer)
     if plan.sync == "parameter-server":
-        return (Stale if plan.staleness else Served)(plan, group, gradients, optimizer)
+        return (Stale if plan.staleness else Served)(held, gradients, optimizer)
     if plan.states != "replicated":
         from shoal.train.sharded_states import sharded
 
-        return sharded(plan, group, gradients, optimizer)
-    return Everywhere(optimizer)
+        return sharded(held, gradients, optimizer)
+    return Everywhere(optimizer, held.pipeline)
 
 
 class Everywhere:
@@ -114,8 +116,8 @@ class Everywhere:
 
     equal = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, pipeline: Pipeline | None = None) -> None:
+        self.optimizer, self._pipeline = optimizer, pipeline
         self._told: list[Told] = []
         self._ledger: Ledger | None = None
 
@@ -124,12 +126,14 @@ class Everywhere:
 
     def _passes(self, number: int) -> tuple[int, ...]:
         assert self._ledger is not None
-        return passes_of(self._ledger, number - 1)
+        return self._ledger.passes(number - 1)
 
     def arrive(self) -> None: ...
 
     def step(self, number: int, figures: StepFigures) -> None:
         self.optimizer.step()
+        if self._pipeline is not None:
+            self._pipeline.share_tied()
         self._told.append((number, figures, {}))
 
     def stops(self, number: int, figures: StepFigures) -> bool:
@@ -150,9 +154,9 @@ class _OnServers(Everywhere):
 
     exchange: ServedExchange | StaleExchange
 
-    def __init__(self, plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
-        self.plan, self.group, self.gradients = plan, group, gradients
+        self.plan, self.group, self.module, self.gradients = held.plan, held.group, held.module, gradients
         exchange = gradients.exchange
         assert isinstance(exchange, ServedExchange | StaleExchange)
         self.exchange = exchange
@@ -180,7 +184,7 @@ class _OnServers(Everywhere):
             bucket_elements=plan.bucket_bytes // dtype.itemsize,
         )
         self._roster = roster.reach(self.group, plan.servers)
-        embeddings = {id(m.weight) for m in gradients.module.modules() if isinstance(m, nn.Embedding)}
+        embeddings = {id(m.weight) for m in self.module.modules() if isinstance(m, nn.Embedding)}
         sparse = [slot for slot, parameter in enumerate(gradients.parameters) if id(parameter) in embeddings]
         self._client = roster.connect(
             self.exchange,
@@ -225,11 +229,11 @@ class Stale(_OnServers):
 
     equal = False
 
-    def __init__(self, plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(plan, group, gradients, optimizer)
+    def __init__(self, held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(held, gradients, optimizer)
         self._rows: dict[int, dict[int, Tensor]] = {}  # step -> worker -> facts, norm, steps ahead
         self._ahead, self._last, self._first = 0, -1, 0
-        self._buffers = _Average(group, plan)
+        self._buffers = _Average(held.group, held.plan)
 
     def arrive(self) -> None:
         grant = self.exchange.arrive() if self._client is not None else None
@@ -281,7 +285,7 @@ class Stale(_OnServers):
             end = len(self.exchange.facts)
             ahead = table[:, end + 1].tolist()
             norm = math.sqrt(math.fsum(n * n for n in table[:, end].tolist()) / len(ahead))
-            figures = self.gradients.figures(table[:, :end], norm, self._passes(number))
+            figures = self.gradients.figures(norm, table[:, :end], self._passes(number))
             self.exchange.rows[1:] = table[1:, end + 2 :].numpy()
             extra = {"staleness": {"max": int(max(ahead)), "mean": sum(ahead) / len(ahead)}}
             found.append((number, figures, extra))
@@ -334,7 +338,7 @@ class Averaging(Everywhere):
             for index, n in enumerate(numbers):
                 rows = torch.stack([rows[index] for rows in every])
                 norm = math.sqrt(math.fsum(x * x for x in rows[:, -1].tolist()) / len(rows))
-                self._told.append((n, self.gradients.figures(rows[:, :-1], norm, self._passes(n)), {}))
+                self._told.append((n, self.gradients.figures(norm, rows[:, :-1], self._passes(n)), {}))
 
     def _shared_state(self) -> list[Tensor]:
         """The optimiser's tensors to be averaged. What is no vector, a counter of steps say, becomes rank 0's; a worker

@@ -6,6 +6,7 @@ docs/your_own_loop.md shows one; `shoal.train` runs `shoal.train.loop` on it.
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,20 +21,33 @@ from shoal.comm.status import Phase
 from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher
-from shoal.data.source import Source
+from shoal.data.source import Batch, Source
 from shoal.errors import RunFailed, UserError
 from shoal.memory.apply import set_up
 from shoal.memory.conversion import converted
 from shoal.memory.keeping import KeptParameters, keep_parameters, keep_states
+from shoal.parallel.held import Held
+from shoal.parallel.place import Subject, place
+from shoal.parallel.whole import Whole
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint
+from shoal.train.checksum import compare, parameter_checksum
 from shoal.train.device import device_for
-from shoal.train.gradients import Gradients, StepFigures
+from shoal.train.gradients import StepFigures
+from shoal.train.reduction import Reduction
 from shoal.train.sharded_states import check as check_sharded
 from shoal.train.snapshot import BackgroundWriter, Written
-from shoal.train.state import load_model, load_optimizer, model_tensors, optimizer_facts, optimizer_tensors
-from shoal.train.step import Place, Step, compare, parameter_checksum
-from shoal.train.synchrony import Told, Update, exchange_of, placement_of, update_of
+from shoal.train.state import (
+    check_names,
+    load_model,
+    load_optimizer,
+    model_tensors,
+    optimizer_facts,
+    optimizer_tensors,
+    values_of,
+)
+from shoal.train.step import Place, Step
+from shoal.train.synchrony import Told, Update, update_of
 from shoal.train.weights import weights_sha256
 
 
@@ -60,11 +74,13 @@ class Worker:
         self.stopping = False  # the run was asked to stop; no further step is yielded
         self.ledger: Ledger | None = None
         self._fingerprint = ""
-        self._module: nn.Module | None = None
+        self.nothing: Batch = {}  # a batch of no samples
+        self._held: Held | None = None
+        self._whole: Whole | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._parameters = KeptParameters()
         self._kept: dict[str, Any] = {}
-        self._gradients: Gradients | None = None
+        self._reduction: Reduction | None = None
         self._update: Update | None = None
         self._teller: Teller | None = None
         self._writers: dict[Path, BackgroundWriter] = {}
@@ -74,44 +90,41 @@ class Worker:
 
     @property
     def shards(self) -> range:
-        """The shards that this worker owns."""
-        return self._ownership[self.rank]
+        """The shards that this worker works on, alone or with others of its replica."""
+        return self._ownership[self.plan.replica_of(self.rank)]
 
     # --- what is trained --------------------------------------------------------------------------------------
 
-    def model(self, module: nn.Module, *, compile: bool = False) -> nn.Module:
+    def model(self, module: nn.Module, *, compile: bool = False, subject: Subject | None = None) -> nn.Module:
         """Move the module to this worker's device, give every worker rank 0's weights, and hook its gradients.
 
+        A plan that splits the model leaves in ``module`` what this worker holds; ``subject`` is what it is trained on.
         With ``compile`` the returned module runs through torch.compile; its parameters are the same."""
         self.group.report(Phase.building)
-        if self._module is not None:
+        if self._held is not None:
             raise UserError("worker.model was called twice: wrap several modules in one nn.ModuleDict.")
-        self._module = module.to(self.device)
+        module.to(self.device)
         self._share_weights(module)
         self._parameters = keep_parameters(module, self.plan.memory)
         if compile and self.plan.memory.works_on_blocks:
             raise UserError("plan: memory is saved in models that are not compiled: leave model.compile out.")
+        if compile and self.plan.splits_model:
+            raise UserError("plan: a model that is split over workers is not compiled: leave model.compile out.")
+        self._held = place(module, self.plan, self.group, self.device, subject)
+        self._whole = Whole(self._held, self.device)
         set_up(module, self.plan.memory, self._say)
-        self._gradients = self._hooked(module)
+        self._reduction = self._hooked()
         called: Any = torch.compile(module) if compile else module
         return cast(nn.Module, called)
 
-    def _hooked(self, module: nn.Module) -> Gradients:
-        placement = placement_of(self.plan, self._ownership, self.rank)
-        most = tuple(self.micro_batches for _ in range(self._shard_count))
-        return Gradients(
-            module,
-            placement,
-            self._shard_count,
-            self.plan.bucket_bytes,
-            lambda *a: exchange_of(self.plan, self.group, placement, most, self.device, module, *a),
-        )
+    def _hooked(self) -> Reduction:
+        return Reduction(self.held, self._ownership, self.micro_batches, self.device)
 
     def leave(self) -> None:
         """Let go of the group: what a step in flight has done is dropped, and its memory is free."""
-        if self._gradients is not None:
-            self._gradients.release()
-            self._gradients = None
+        if self._reduction is not None:
+            self._reduction.release()
+            self._reduction = None
 
     def join(self, group: Group, plan: Plan) -> None:
         """Go on with other workers from the last committed step, after `leave`; weights and optimiser stay as they are.
@@ -122,14 +135,17 @@ class Worker:
         self._ownership = plan.owned(self._shard_count)
         self._teller = None
         self.stopping = False
-        self._gradients = self._hooked(self._trained())
+        self._prepared = set(self._writers)
+        self._held = place(self.held.module, plan, group, self.device, None)
+        self._whole = Whole(self._held, self.device)
+        self._reduction = self._hooked()
 
-    def _say(self, line: str) -> None:
     def _say_once(self, line: str) -> None:
         """What is true of all workers."""
         if self.rank == 0:
             print(f"shoal: {line}", file=sys.stderr, flush=True)
 
+    def _say(self, line: str) -> None:
         print(f"shoal: rank {self.rank}: {line}", file=sys.stderr, flush=True)
 
     def _share_weights(self, module: nn.Module) -> None:
@@ -157,13 +173,13 @@ class Worker:
         if self.plan.sync == "parameter-server":
             check_optimizer(optimizer)
         if self.plan.states != "replicated":
-            check_sharded(self.plan.states, optimizer, self._trained())
+            check_sharded(self.plan.states, optimizer, self.held.module)
         self._optimizer = optimizer
         if self.plan.memory.changes_updates:
             hosts = self.group.gather(self.group.host.encode())
             optimizer = keep_states(
                 optimizer,
-                self._trained(),
+                self.held.module,
                 self.plan.memory,
                 self._parameters,
                 device=self.device,
@@ -196,27 +212,31 @@ class Worker:
             )
         if len(source) == 0:
             raise UserError("the training data holds no sample.")
-        gradients = self._gradients
-        if gradients is None or self._optimizer is None:
+        reduction = self._reduction
+        if reduction is None or self._optimizer is None:
             raise UserError("call worker.model(module) and worker.optimizer(...) before the first step.")
         self.ledger = ledger = Ledger(len(source), batch, self._shard_count, self.micro_batches, self.seed)
         self._fingerprint = source.fingerprint
         self._check_resumed()
         if self._update is None:
-            self._update = update_of(self.plan, self.group, gradients, self._optimizer)
+            self._update = update_of(self.held, reduction.first, self._optimizer)
+        if self.held.experts is not None:
+            fetched = source.fetch(ledger.ids(0)[:1], 0)
+            self.nothing = {name: tensor[:0].to(self.device) for name, tensor in fetched.items()}
         update = self._update
         update.begin(ledger)
         last = steps or epochs * ledger.steps_per_epoch
         ahead, threads = self.plan.prefetch * len(self.shards) * self.micro_batches, self.plan.loaders
         with Prefetcher(source, self._work(ledger, self.step, last), ahead, threads) as batches:
             while self.step < last and not self.stopping:
-                step = Step(self, gradients, update, ledger, self.step, batches, self._committed)
+                step = Step(self, reduction, update, ledger, self.step, batches, self._committed)
                 yield step
                 if not step.committed:
                     raise UserError(f"step {step.number} was left without commit(): call step.commit() at its end.")
 
         if self.plan.states != "replicated":
             update.settle(self.step)  # whoever reads the weights now finds them whole
+
     def _committed(self, figures: StepFigures) -> None:
         self.step += 1
         assert self._update is not None
@@ -234,6 +254,9 @@ class Worker:
         return self._update.told() if self._update is not None else []
 
     def _work(self, ledger: Ledger, first: int, last: int) -> Iterator[tuple[Place, Any, int]]:
+        pipeline = self.held.pipeline
+        if pipeline is not None and not pipeline.readers:
+            return  # other stages read the batches
         for step in range(first, last):
             epoch, _ = ledger.position(step)
             for shard in self.shards:
@@ -274,22 +297,31 @@ class Worker:
     def compare_parameters(self) -> None:
         """Called by every worker. Raises RunFailed naming the ranks whose parameters are not those of the most."""
         self.settle()
-        mine = json.dumps(parameter_checksum(self._trained())).encode()
-        compare([json.loads(row) for row in self.group.gather(mine)], f"after step {self.step}")
+        held, axes = self.held, self.plan.axes
+        mine = [
+            [axes.along(self.rank, *share.axes)[0], number, parameter_checksum(share.parameters.values())]
+            for number, share in enumerate(held.shares)
+        ]
+        equal: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # those that should have the same
+        for rank, row in enumerate(self.group.gather(json.dumps(mine).encode())):
+            for first, number, checksum in json.loads(row):
+                equal[first, number][rank] = checksum
+        for found in equal.values():
+            compare(list(found), list(found.values()), f"after step {self.step}")
 
     @property
     def transport(self) -> dict[str, Any]:
         """What carries the gradients: see the event `started`."""
-        if self._gradients is None:
+        if self._reduction is None:
             return {}
         servers = {"servers": self.plan.servers} if self.plan.sync == "parameter-server" else {}
-        return {**transport(self._gradients.exchange.account), **servers}
+        return {**transport(self._reduction.first.exchange.account), **servers}
 
     def communication(self) -> dict[str, Any] | None:
         """On rank 0, after a step: now and then, what all workers' transports have counted since the last answer."""
-        if self._gradients is None:
+        if self._reduction is None:
             return None
-        exchange = self._gradients.exchange
+        exchange = self._reduction.first.exchange
         self._teller = self._teller or Teller(exchange.account.form)
         return self._teller(exchange.rows, exchange.account.offsets)
 
@@ -297,29 +329,54 @@ class Worker:
 
     @property
     def weights_sha256(self) -> str:
-        return weights_sha256(model_tensors(self._trained()))
+        """Of the whole model. Where a plan splits it, all workers ask for it together."""
+        if not self.plan.splits_model:
+            return weights_sha256(self.weights())
+        weights = self.weights()
+        return self.group.gather(weights_sha256(weights).encode() if weights else b"")[0].decode()
 
-    def _trained(self) -> nn.Module:
-        if self._module is None:
+    @property
+    def held(self) -> Held:
+        """What this worker holds of the model."""
+        if self._held is None:
             raise UserError("call worker.model(module) first.")
-        return self._module
+        return self._held
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model's parameters and persistent buffers, by name, on every worker.
+
+        Where a plan splits the model: on rank 0, {} elsewhere, and all workers call it together."""
+        own = model_tensors(self.held.module)
+        if not self.plan.splits_model:
+            return own
+        assert self._whole is not None
+        found = self._whole.gather(own)
+        return {name: found[name] for name in self.held.names} if found else {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds, by name."""
-        model = self._trained()
-        state = {f"model/{name}": tensor for name, tensor in model_tensors(model).items()}
+        """All that a checkpoint holds, by name; where from, see `weights`."""
+        state = {f"model/{name}": tensor for name, tensor in self.weights().items()}
         if self._optimizer:
-            state |= {f"optimizer/{n}": t for n, t in optimizer_tensors(model, self._optimizer).items()}
+            own = optimizer_tensors(self.held.module, self._optimizer)
+            if self.plan.splits_model:
+                assert self._whole is not None
+                own = self._whole.gather(own, _parameters_of(own))
+            state |= {f"optimizer/{name}": tensor for name, tensor in own.items()}
         return state
 
     def facts(self) -> dict[str, Any]:
+        """Beside the tensors; where a plan splits the model, all workers ask for it together."""
+        optimizer = optimizer_facts(self.held.module, self._optimizer) if self._optimizer else None
+        if optimizer and self.plan.splits_model:
+            for row in self.group.gather(json.dumps(optimizer["values"]).encode()):
+                optimizer["values"] = json.loads(row) | optimizer["values"]
         epoch, index = self.ledger.position(self.step) if self.ledger else (0, 0)
         return {
             "step": self.step,
             "epoch": epoch,
             "index": index,
             "arithmetic": self._arithmetic() if self.ledger else {},
-            "optimizer": optimizer_facts(self._trained(), self._optimizer) if self._optimizer else None,
+            "optimizer": optimizer,
             "kept": {name: thing.state_dict() for name, thing in self._kept.items()},
             "torch": torch.__version__,
             "workers": self.world,
@@ -335,7 +392,7 @@ class Worker:
         self._prepared.add(place)
         self._fetch()
         if self.rank == 0:
-            self._writers[place] = BackgroundWriter(place, self.tensors(), keep=keep)
+            self._writers[place] = BackgroundWriter(place, {} if self.plan.splits_model else self.tensors(), keep=keep)
 
     def _fetch(self) -> None:
         if self._update is not None:
@@ -350,8 +407,9 @@ class Worker:
         self.group.report(Phase.saving, step=self.step)
         self.prepare_to_save(folder)
         self._fetch()
-        if self.rank == 0:
+        if self.rank == 0 or self.plan.splits_model:
             state, told = self.tensors(), {**self.facts(), **facts}
+        if self.rank == 0:
             waited = self._writers[Path(folder).absolute()].submit(state, told, best, final)
         if self._update is not None and not self._update.equal:
             self.group.gather(b"")  # the servers' state is that of this step until it has been fetched
@@ -381,17 +439,30 @@ class Worker:
 
     def restore(self, state: checkpoint.Checkpoint) -> None:
         """Take over a checkpoint's weights, optimiser, kept objects and position."""
-        model = self._trained()
+        module = self.held.module
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for name, tensor in state.tensors.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
-        weights, states, said = converted(parts["model"], parts["optimizer"], model, self.plan.memory)
+        facts = state.facts.get("optimizer")
+        if self.plan.splits_model:
+            assert self._whole is not None
+            check_names(self.held.names, parts["model"])
+            here = model_tensors(module)
+            parts["model"] = self._whole.own({name: parts["model"][name] for name in here})
+            trained = dict(module.named_parameters())
+            paths = _parameters_of(parts["optimizer"])
+            own = {path: t for path, t in parts["optimizer"].items() if paths[path] in trained}
+            parts["optimizer"] = self._whole.own(own, paths)
+            facts = facts and {**facts, "values": values_of(facts, trained)}
+        weights, states, said = converted(parts["model"], parts["optimizer"], module, self.plan.memory)
         for line in said:
             self._say_once(line)
-        load_model(model, weights)
-        if self._optimizer and state.facts.get("optimizer"):
-            load_optimizer(model, self._optimizer, states, state.facts["optimizer"])
+        load_model(module, weights)
+        if self._optimizer and facts:
+            load_optimizer(module, self._optimizer, states, facts)
+        if self.held.pipeline is not None:
+            self.held.pipeline.share_tied()
         for name, thing in self._kept.items():
             if name in state.facts["kept"]:
                 thing.load_state_dict(state.facts["kept"][name])
@@ -404,3 +475,8 @@ class Worker:
             writer.close()
         if self._update is not None:
             self._update.close()
+
+
+def _parameters_of(paths: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of "<parameter>/<key>", as an optimiser's tensors are called: the parameter."""
+    return {path: path.rpartition("/")[0] for path in paths}

@@ -223,7 +223,7 @@ def _drifting(group, order):
     def observe(worker, step):
         if worker.rank == 2 and step.number == 3:
             with torch.no_grad():
-                next(worker._trained().parameters()).view(-1)[0] += 1e-3
+                next(worker.held.module.parameters()).view(-1)[0] += 1e-3
 
     return run_recipe(group, replace(order, observe=observe))
 

@@ -11,7 +11,6 @@ from shoal.memory.apply import set_up
 from shoal.memory.meter import storage_of
 from shoal.models.registry import build
 from shoal.recipe.memory_plan import MemoryPlan
-from shoal.recipe.pipeline_plan import PipelinePlan
 from shoal.recipe.plan import Plan
 
 WAYS = {
@@ -76,8 +75,9 @@ class Fickle(torch.nn.Module):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (Plan(mesh={"data": 2, "pipe": 2}), "training runs over mesh axis 'data' so far, and the mesh has pipe = 2"),
-        (Plan(mesh={"tensor": 2}, pipeline=PipelinePlan()), "the mesh has tensor = 2"),
+        (Plan(mesh={"pipe": 2, "context": 2}), "'pipe' and 'context' do not go together"),
+        (Plan(mesh={"tensor": 2}, memory=MemoryPlan(recompute="full")), "saving activations is for whole models"),
+        (Plan(mesh={"data": 2, "pipe": 2}, states="zero1"), "'zero1' is for whole models"),
         (Plan(memory=MemoryPlan(peak_bytes="1GiB")), "memory.peak_bytes is not carried out yet"),
         (Plan(memory=MemoryPlan(offload_parameters="disk")), "memory.offload_parameters is not carried out yet"),
         (Plan(states="zero1", memory=MemoryPlan(optimizer_bits=8)), "8 does not go with states = 'zero1'"),

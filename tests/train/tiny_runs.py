@@ -71,12 +71,13 @@ def model(kind: str) -> ModelSpec:
         "resnet": {"depth": 8, "width": 4},
         "lstm": {"width": 12, "layers": 2, "dropout": 0.1},
         "gpt": {"layers": 2, "heads": 2, "width": 16, "dropout": 0.1},
+        "moe": {"layers": 2, "heads": 2, "width": 16, "experts": 4, "dropout": 0.1},
     }
     return ModelSpec(kind=kind, options=options[kind])
 
 
 def splits(kind: str, samples: int, held_out: int = 20) -> Splits:
-    source = Words if kind in ("gpt", "lstm") else Images
+    source = Words if kind in ("gpt", "lstm", "moe") else Images
     return Splits(source(samples), validation=source(held_out, seed=1) if held_out else None)
 
 

@@ -23,7 +23,7 @@ from shoal.comm.compression.reduction import MOST_STAGES, Division, Line, RawRed
 from shoal.comm.compression.worth import Verdict, agreed, on_one_host
 from shoal.comm.distributed import DistributedExchange, DistributedGroup
 from shoal.comm.exchange import Exchange, Terms, cuts
-from shoal.comm.finishing import block_squares, global_norm
+from shoal.comm.finishing import block_squares
 from shoal.comm.group import Group, HostGroup
 from shoal.comm.layout import Bucket, Layout
 from shoal.errors import UserError
@@ -263,7 +263,7 @@ class HostExchange:
         """Messages come in the order of the stages: all but the first stage is done at the end."""
 
     @torch.no_grad()
-    def finish(self) -> float:
+    def finish(self) -> torch.Tensor:
         self.account.finishes()
         self._pieces.line.finish()
         self.all_facts.copy_(self._facts)  # all have posted their last bucket: the rows are complete
@@ -271,7 +271,7 @@ class HostExchange:
             self.rows[:] = self._rows
         self._barrier()
         self.account.settle()
-        return global_norm(block_squares(self._result[: self.layout.state_start]).tolist())
+        return block_squares(self._result[: self.layout.state_start])
 
     def _barrier(self) -> None:
         """All have read everything: payloads and facts may be written again."""

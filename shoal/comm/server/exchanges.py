@@ -13,7 +13,7 @@ from shoal.comm.accounting.clocks import clock_name
 from shoal.comm.accounting.counters import Kind
 from shoal.comm.accounting.moments import Moments
 from shoal.comm.exchange import Placement, Terms
-from shoal.comm.finishing import finish_flat, global_norm
+from shoal.comm.finishing import finish_flat
 from shoal.comm.group import Group
 from shoal.comm.layout import BLOCK
 from shoal.comm.server.client import Client, Grant
@@ -145,12 +145,12 @@ class OwnSum(_Own):
     def _reduced(self, bucket: int) -> None:
         """A bucket of the mean is final."""
 
-    def finish(self) -> float:
+    def finish(self) -> torch.Tensor:
         self.account.finishes()
         self.all_facts[0] = self.facts
         self.account.settle()
         self.clock += 1
-        return global_norm(self._squares.tolist())
+        return self._squares
 
 
 class LocalExchange(OwnSum):
@@ -211,7 +211,7 @@ class ServedExchange(_Own):
         self.account.tallies[0].call(sent=sent)
         self._posted += 1
 
-    def finish(self) -> float:
+    def finish(self) -> torch.Tensor:
         self.account.finishes()
         before = self.group.report.position
         self.group.report(Phase.exchanging)
@@ -234,7 +234,7 @@ class ServedExchange(_Own):
             bad = (~squares.isfinite()).nonzero().flatten().tolist()  # so that a parameter can be named
             for block in bad:
                 self.result[block * BLOCK : (block + 1) * BLOCK] = torch.nan
-        return global_norm(squares.tolist())
+        return squares
 
     def commit(self, groups: Sequence[Mapping[str, Any]], unused: Sequence[int]) -> None:
         """Have the finished round applied; the first worker's word counts."""

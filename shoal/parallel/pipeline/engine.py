@@ -105,8 +105,9 @@ class Pipeline:
         )
 
     @property
-    def reads_batches(self) -> bool:
-        return self.last in self.stages or any(stage.chunk.batch_inputs for stage in self.stages.values())
+    def readers(self) -> int:
+        """How many of its chunks read batches: each asks for each micro-batch once."""
+        return sum(number == self.last or bool(s.chunk.batch_inputs) for number, s in self.stages.items())
 
     def owned(self, chunk: int) -> dict[str, Parameter]:
         """The trained parameters of a chunk, but for copies of another one's: in the model's order."""

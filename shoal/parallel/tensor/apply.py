@@ -63,7 +63,10 @@ def cut_tensors(model: nn.Module, splits: Mapping[str, Split], rank: int) -> Non
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         split = splits.get(name)
         if split is not None and tensor.shape[split.dim] == split.full:
-            tensor.data = split.take(tensor, rank).clone(memory_format=torch.contiguous_format)
+            part = split.take(tensor, rank).clone(memory_format=torch.contiguous_format)
+            # Autograd may have met the whole tensor and remember its shape; it forgets at a change of type.
+            tensor.data = part.new_empty(0, dtype=torch.float16 if part.dtype == torch.float32 else torch.float32)
+            tensor.data = part
 
 
 def _learn_first(model: nn.Module, slices: Slices) -> None:

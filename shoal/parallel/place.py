@@ -1,0 +1,163 @@
+"""A model placed on the workers of a mesh: each keeps its stages, its slices, its experts."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from shoal.comm.group import Group
+from shoal.comm.tensors import make_collectives
+from shoal.data.source import Batch
+from shoal.errors import UserError
+from shoal.models.gpt import GPT
+from shoal.models.task import Task
+from shoal.parallel.context.model import split_sequence
+from shoal.parallel.context.ring import Ring
+from shoal.parallel.context.task import SplitTask
+from shoal.parallel.experts.model import split_experts
+from shoal.parallel.held import Cut, Held, Share, check_axes, prune
+from shoal.parallel.layout.decide import BATCH_NORMS, layout_for
+from shoal.parallel.partition.balance import balance
+from shoal.parallel.partition.cut import cut
+from shoal.parallel.partition.measure import pieces
+from shoal.parallel.pipeline.engine import Pipeline
+from shoal.parallel.pipeline.head_and_tail import arguments_of
+from shoal.parallel.tensor.apply import split_model
+from shoal.recipe.plan import Plan
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a split model is trained on: pipelines are cut along a forward pass, sequences by what the loss does."""
+
+    task: Task
+    batch: Batch  # a whole micro-batch
+
+
+def place(module: nn.Module, plan: Plan, group: Group, device: torch.device, subject: Subject | None) -> Held:
+    """Leave of ``module`` what this worker holds, in place; called by all workers, which have the same weights.
+
+    Raises UserError for what cannot be split as the plan says."""
+    check_axes(plan)
+    axes = plan.axes
+    names = tuple(name for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor))
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    check_trained(trained)
+    held = Held(
+        module,
+        subject.task if subject else None,
+        plan,
+        group,
+        (),
+        names,
+        {name: p.numel() for name, p in trained.items()},
+        torch.float64 if any(p.dtype == torch.float64 for p in trained.values()) else torch.float32,
+        elements=sum(p.numel() for p in module.parameters()),
+    )
+    if not plan.splits_model:
+        held.shares = (Share(trained, _buffers(module), group, ("data",)),)
+        return held
+    if subject is None and (axes.size("pipe") > 1 or axes.size("context") > 1):
+        raise UserError(
+            "plan: mesh axes 'pipe' and 'context' need to know the task and an example: train from a recipe, with "
+            "shoal.train(recipe, plan); a loop of your own takes axes 'data', 'tensor' and 'expert'."
+        )
+    layout = layout_for(module, plan)
+    data = group.split(axes.partition("data"))
+    if axes.size("pipe") > 1:
+        assert subject is not None
+        _into_stages(held, subject, device)
+    parts = [stage.chunk.module for stage in held.pipeline.stages.values()] if held.pipeline else [module]
+    if axes.size("tensor") > 1:
+        along = make_collectives(group.split(axes.partition("tensor")))
+        for part in parts:
+            split_model(part, layout, along)
+        held.cuts += (Cut("tensor", layout.splits, along),)
+    if held.pipeline:
+        held.shares = _of_stages(held.pipeline, data)
+        return held
+    if axes.size("context") > 1:
+        assert subject is not None
+        ring = Ring.of(group.split(axes.partition("context")), isinstance(module, GPT), device)
+        split_sequence(module, ring)
+        held.task = SplitTask(subject.task, ring)
+        all_of_them = group.split(axes.partition("data", "context"))
+        held.shares = (Share(trained, _buffers(module), all_of_them, ("data", "context")),)
+        return held
+    if axes.size("expert") > 1:
+        held.experts = make_collectives(group.split(axes.partition("expert")))
+        splits = split_experts(module, held.experts)
+        held.cuts += (Cut("expert", splits, held.experts),)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        dense = {name: p for name, p in trained.items() if name not in splits}
+        own = {name: p for name, p in trained.items() if name in splits}
+        replicas = group.split(axes.partition("data", "expert"))
+        held.shares = (
+            Share(dense, _buffers(module), replicas, ("data", "expert")),
+            Share(own, {}, data, ("data",)),
+        )
+        return held
+    held.shares = (Share(trained, _buffers(module), data, ("data",)),)
+    return held
+
+
+def check_trained(trained: Mapping[str, Parameter]) -> None:
+    """Raises UserError when there is nothing to train, or something that is no real floating-point number."""
+    if not trained:
+        raise UserError("the model has no parameter that requires a gradient: nothing would be trained.")
+    for name, parameter in trained.items():
+        if not parameter.dtype.is_floating_point:
+            raise UserError(
+                f"parameter {name!r} is {parameter.dtype}: only real floating-point parameters are trained."
+            )
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in module.named_buffers() if buffer.numel()}
+
+
+def _into_stages(held: Held, subject: Subject, device: torch.device) -> None:
+    plan, module, group = held.plan, held.module, held.group
+    example = arguments_of(subject.task.loss, module, subject.batch)
+    made = held.schedule(1 if not plan.pipeline.schedule.endswith(".csv") else _micro_batches_of(plan))
+    at: list[int] | None = None
+    if not plan.pipeline.cuts:
+        said: list[list[object]] = [[], []]
+        if group.rank == 0:
+            table = pieces(module, example)
+            found = balance(table, made.chunks, workers=made.placement)
+            said = [list(found), [table[number].name for number in found]]
+        at, names = json.loads(group.gather(json.dumps(said).encode())[0])
+        held.cut_at = tuple(names)
+    else:
+        held.cut_at = plan.pipeline.cuts
+    chunks = cut(module, made.chunks, example=example, cuts=plan.pipeline.cuts, at=at)
+    held.stages = group.split(plan.axes.partition("pipe"))
+    held.pipeline = pipeline = Pipeline(held.stages, chunks, made.placement, module, device)
+    kept: list[Tensor] = []
+    for stage in pipeline.stages.values():
+        kept += [p for name, p in stage.chunk.module.named_parameters() if name not in stage.copies]
+        kept += stage.chunk.module.buffers()
+    prune(module, kept)
+
+
+def _of_stages(pipeline: Pipeline, data: Group) -> tuple[Share, ...]:
+    shares: list[Share] = []
+    for number, stage in pipeline.stages.items():
+        part = stage.chunk.module
+        buffers = _buffers(part)
+        for prefix, module in part.named_modules():
+            if isinstance(module, BATCH_NORMS):  # a training pass does not read them: they may be set back for the next
+                buffers |= {f"{prefix}.{key}": b.data for key, b in module.named_buffers(recurse=False) if b.numel()}
+        channel = data if not shares else data.split([range(data.world)])
+        shares.append(Share(pipeline.owned(number), buffers, channel, ("data",), number))
+    return tuple(shares)
+
+
+def _micro_batches_of(plan: Plan) -> int:
+    from shoal.parallel.schedules.csv_file import read_csv
+
+    return read_csv(plan.pipeline.schedule).micro_batches

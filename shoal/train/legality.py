@@ -1,0 +1,58 @@
+"""Whether a plan can split a recipe's model: looked at without its weights, before any worker starts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.data.dataset import DatasetSource
+from shoal.data.ledger import Ledger
+from shoal.data.registry import open_data
+from shoal.data.source import Splits
+from shoal.errors import UserError, unknown_name
+from shoal.models.registry import build
+from shoal.parallel.experts.model import experts_split
+from shoal.parallel.layout.decide import layout_for
+from shoal.parallel.schedules import make_schedule, verify
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Recipe
+
+
+def check_split(recipe: Recipe, plan: Plan, model: Callable[[], nn.Module] | None, data: Any) -> None:
+    """Raises UserError, with the repair, for rules, cuts, experts and schedules that cannot be."""
+    if data is None:
+        splits = open_data(recipe.data, recipe.seed)
+    else:
+        splits = data if isinstance(data, Splits) else Splits(DatasetSource(data))
+    if len(splits.train) == 0:
+        return  # which is said by those who read it
+    with torch.device("meta"):
+        module = model() if model is not None else build(recipe.model, splits.train.facts)
+    layout_for(module, plan)
+    if plan.axes.size("expert") > 1:
+        experts_split(module, plan.axes.size("expert"))
+    if plan.axes.size("pipe") > 1:
+        _check_pipeline(recipe, plan, module, len(splits.train))
+
+
+def _check_pipeline(recipe: Recipe, plan: Plan, module: nn.Module, samples: int) -> None:
+    ledger = Ledger(samples, recipe.batch, recipe.shards, recipe.micro_batches, recipe.seed)
+    pipeline, size = plan.pipeline, plan.axes.size("pipe")
+    last = ledger.steps_per_epoch - 1
+    steps = {0, last} if last < (recipe.steps or last + 1) else {0}
+    counts = {sum(ledger.passes(step)[shard] for shard in owned)
+              for step in steps for owned in plan.owned(recipe.shards)} - {0}  # fmt: skip
+    chunks = 0
+    for count in sorted(counts):
+        made = make_schedule(pipeline.schedule, size, count, pipeline.chunks)
+        verify(made)
+        chunks = made.chunks
+    known = {name for name, _ in (*module.named_modules(), *module.named_parameters())} - {""}
+    for cut in pipeline.cuts:
+        if cut not in known:
+            raise unknown_name("cut point", cut, known, "plan.pipeline.cuts")
+    if pipeline.cuts and len(pipeline.cuts) != chunks - 1:
+        raise UserError(
+            f"plan: {chunks} chunks have {chunks - 1} cuts between them, and pipeline.cuts names {len(pipeline.cuts)}."
+        )

@@ -1,0 +1,206 @@
+"""All gradients of a worker: a set for each group of workers that sums them, one norm, one clipping over all."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from shoal.comm.layout import blocks_held, flat_layout
+from shoal.errors import UserError
+from shoal.parallel.held import Held, Share
+from shoal.recipe.plan import Plan
+from shoal.train.checksum import parameter_checksum
+from shoal.train.gradients import Gradients, StepFigures, Trained
+from shoal.train.norm import Norm, NormAlone, NormOverParts, NormOverStages
+from shoal.train.synchrony import exchange_of, placement_of
+
+
+class Reduction:
+    """A pass goes through `enter_leaf`, a forward pass, `leave_leaf` after the leaf's last one, and `backward`."""
+
+    def __init__(self, held: Held, ownership: Sequence[range], micro_batches: int, device: torch.device) -> None:
+        """``ownership``: the shards of each replica."""
+        self.held = held
+        self._buffers = {name: b for name, b in held.module.named_buffers() if b.numel()}
+        shards = ownership[-1].stop
+        self._row = _Row.of(held, ownership) if held.experts else None
+        self.sets = [self._set(share, ownership, shards, micro_batches, device) for share in held.shares]
+        self._of_chunk = {s.chunk: [g for g, o in zip(self.sets, held.shares, strict=True) if o.chunk == s.chunk]
+                          for s in held.shares}  # fmt: skip
+        self._norm = self._make_norm()
+
+    @property
+    def first(self) -> Gradients:
+        """The set that every worker's losses and counts go with."""
+        return self.sets[0]
+
+    def _set(
+        self, share: Share, ownership: Sequence[range], shards: int, micro_batches: int, device: torch.device
+    ) -> Gradients:
+        held, plan = self.held, self.held.plan
+        ranks = plan.axes.along(held.group.rank, *share.axes)
+        copies = plan.axes.size("context")
+        if self._row is not None and share.axes == ("data",):  # of experts, to whom a row of replicas sends its tokens
+            owned, leaves = [range(place, place + 1) for place in range(len(ranks))], len(ranks)
+            most = tuple(max(len(ownership[r]) for r in row) * micro_batches for row in self._row.replicas)
+        else:
+            owned, leaves = [ownership[held.plan.replica_of(rank)] for rank in ranks], shards
+            most = (micro_batches,) * shards
+        plan = plan if plan.exact or plan.sync != "exact" else replace(plan, sync="fast")
+        placement = placement_of(plan, owned, share.group.rank)
+        trained = _trained(held, share, plan)
+        shapes = [tuple(p.shape) for p in trained.parameters.values()]
+        return Gradients(
+            trained,
+            placement,
+            leaves,
+            lambda *a: exchange_of(plan, share.group, placement, most, device, shapes, *a),
+            copies=copies,
+        )
+
+    def _make_norm(self) -> Norm:
+        held = self.held
+        if not held.plan.splits_model:
+            return NormAlone()
+        group = held.group.split(held.plan.axes.partition("pipe", "expert", "context", "tensor"))
+        if held.plan.exact:
+            numbers = {name: index for index, name in enumerate(reversed(list(held.sizes)))}
+            sizes = list(held.sizes.values())[::-1]
+            blocks = [blocks_held(sizes, [numbers[name] for name in each.names]) for each in self.sets]
+            return NormOverStages(group, self.sets, blocks)
+        return NormOverParts(group, self.sets, [[held.counts(name) for name in each.names] for each in self.sets])
+
+    # --- one step ---------------------------------------------------------------------------------------------
+
+    def begin(self, passes: tuple[int, ...], *, stop: bool, change: bool, check: bool) -> None:
+        """``check``: compare the parameters of workers that hold the same ones."""
+        for gradients, share in zip(self.sets, self.held.shares, strict=True):
+            checksum = parameter_checksum(share.parameters.values()) if check else 0.0
+            of_experts = self._row is not None and share.axes == ("data",)
+            own = self._row.passes(passes) if self._row is not None and of_experts else passes
+            gradients.begin(own, stop=stop, change=change, checksum=checksum)
+
+    def enter_leaf(self, leaf: int, chunk: int = 0) -> None:
+        """Before a forward pass of a leaf: buffers start from the step's first state."""
+        self._of_chunk[chunk][0].enter_leaf(leaf)
+
+    def leave_leaf(self, chunk: int = 0) -> None:
+        """After its last forward pass."""
+        self._of_chunk[chunk][0].leave_leaf()
+
+    def backward(
+        self, leaf: int, run: Callable[[], None], value: float, count: float, *, waited_s: float, chunk: int = 0
+    ) -> None:
+        """One backward pass, ``run``, of a loss of ``value``, a sum over ``count`` targets."""
+        opened = self._of_chunk[chunk]
+        opened[0].open(leaf, value, count, waited_s=waited_s)
+        if self._row is not None:
+            opened[1].open(self._row.leaf, 0.0, self._row.count(count), waited_s=waited_s)
+        self._run(opened, run)
+
+    def backward_of_others(self, run: Callable[[], None]) -> None:
+        """A pass in which this worker has no samples, but experts that others send tokens to."""
+        assert self._row is not None
+        opened = self.sets[1:]
+        opened[0].open(self._row.leaf, 0.0, self._row.count(0.0), waited_s=0.0)
+        self._run(opened, run)
+
+    @staticmethod
+    def _run(opened: Sequence[Gradients], run: Callable[[], None]) -> None:
+        with opened[0].exchange.inside():
+            run()
+        for gradients in opened:
+            gradients.close()
+
+    def others_passes(self, passes: tuple[int, ...], own: int) -> int:
+        """How many passes this worker makes without samples of its own."""
+        if self._row is None:
+            return 0
+        return self._row.passes(passes)[self._row.leaf] - own
+
+    # --- its end ----------------------------------------------------------------------------------------------
+
+    def finish(self, clip: float = 0.0, *, keep_gradients: bool = True) -> StepFigures:
+        """Wait for the global mean gradient and hang it on the parameters, clipped to the global norm ``clip``.
+
+        ``keep_gradients``: the optimiser is known not to write to p.grad; else every worker gets a copy of its own."""
+        self._check_buffers()
+        squares = [gradients.reduce() for gradients in self.sets]
+        found = self.first.figures(0.0)
+        norm, stop = self._norm(squares, found.stop)
+        factor = clip / norm if clip and norm > clip else 1.0
+        for gradients, share in zip(self.sets, self.held.shares, strict=True):
+            if factor != 1.0 and self._norm.reads_result and gradients.exchange.shared_result:
+                share.group.gather(b"")  # nobody scales what another replica still reads for its norm
+            gradients.hang(factor, keep_gradients=keep_gradients)
+        return replace(found, norm=norm, stop=stop)
+
+    def _check_buffers(self) -> None:
+        for name, buffer in self.held.module.named_buffers():
+            if self._buffers.get(name, buffer) is not buffer:
+                raise UserError(
+                    f"the forward pass put a new tensor in the place of buffer {name!r}: write into the old one, "
+                    f"{name.rpartition('.')[2]}.copy_(...), so that all workers can share it."
+                )
+
+    def release(self) -> None:
+        """Let go of the module: no hook acts any more, and what a step in flight has done is undone."""
+        for gradients in self.sets:
+            gradients.release()
+
+    def checksums(self) -> list[tuple[list[int], tuple[float, ...]]]:
+        """Of each set, after `finish`: the ranks that hold the same parameters, and what each has."""
+        axes = self.held.plan.axes
+        return [
+            (list(axes.along(self.held.group.rank, *share.axes)), gradients.figures(0.0).checksums)
+            for gradients, share in zip(self.sets, self.held.shares, strict=True)
+        ]
+
+    def first_not_finite(self) -> str:
+        """The first parameter held here, in the model's order, whose gradient is not finite."""
+        for gradients in self.sets:
+            name = gradients.first_not_finite()
+            if name:
+                return f"that of parameter {name!r} is not"
+        return "its norm overflows" if len(self.sets) == 1 else "another worker holds the parameter"
+
+
+class _Row:
+    """Replicas whose samples' tokens go to the same experts: they make their passes together."""
+
+    def __init__(self, held: Held, replicas: list[list[int]], leaf: int, ownership: Sequence[range]) -> None:
+        self.replicas, self.leaf = replicas, leaf
+        self._experts, self._ownership = held.experts, ownership
+
+    @staticmethod
+    def of(held: Held, ownership: Sequence[range]) -> "_Row":
+        axes = held.plan.axes
+        columns = axes.along(held.group.rank, "data")
+        rows = [[held.plan.replica_of(rank) for rank in axes.along(column, "expert")] for column in columns]
+        return _Row(held, rows, columns.index(held.group.rank), ownership)
+
+    def passes(self, passes: tuple[int, ...]) -> tuple[int, ...]:
+        """Of each row, from those of each shard."""
+        return tuple(
+            max(sum(passes[shard] for shard in self._ownership[replica]) for replica in row) for row in self.replicas
+        )
+
+    def count(self, count: float) -> float:
+        """The targets of the row's pass."""
+        assert self._experts is not None
+        return float(self._experts.all_reduce(torch.tensor([count], dtype=torch.float64)))
+
+
+def _trained(held: Held, share: Share, plan: Plan) -> Trained:
+    parameters = dict(reversed(list(share.parameters.items())))
+    dtype = held.sum_type
+    state = [Trained.real(buffer).numel() for buffer in share.buffers.values()]
+    bucket_elements = plan.bucket_bytes // dtype.itemsize
+    if plan.splits_model and plan.exact:  # each gradient lies in its blocks as it does in the whole model
+        numbers = {name: index for index, name in enumerate(reversed(list(held.sizes)))}
+        held_here = [numbers[name] for name in parameters]
+        sizes = list(held.sizes.values())[::-1]
+        layout = flat_layout(sizes, state, share.group.world, bucket_elements, held_here)
+    else:
+        layout = flat_layout([p.numel() for p in parameters.values()], state, share.group.world, bucket_elements)
+    return Trained(parameters, share.buffers, layout, dtype)

@@ -1,0 +1,149 @@
+"""Training over every axis of the mesh: pipelines to the bit, split tensors within the tolerance."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from train.test_exactness import trail
+from train.tiny_runs import recipe, splits
+
+from shoal.data.source import Splits
+from shoal.errors import UserError
+from shoal.models.registry import build
+from shoal.parallel.schedules import make_schedule
+from shoal.parallel.schedules.csv_file import to_csv
+from shoal.recipe.pipeline_plan import PipelinePlan
+from shoal.recipe.plan import Plan
+from shoal.train import checkpoint
+from shoal.train.api import train
+
+
+def over(schedule: str = "1f1b", chunks: int = 1, **mesh: int) -> Plan:
+    return Plan(mesh=mesh, device="cpu", pipeline=PipelinePlan(schedule=schedule, chunks=chunks))
+
+
+PIPELINES = {
+    "gpt": [over(pipe=2), over("zb-v", 2, pipe=2), over("zb-h1", data=2, pipe=2), over(pipe=2, data=3)],
+    "cnn": [over("gpipe", pipe=2), over("off", data=2, pipe=2)],
+    "resnet": [over("interleaved", 2, pipe=2), over(pipe=3)],
+    "lstm": [over(pipe=2), over(data=2, pipe=2)],
+}
+
+
+@pytest.mark.parametrize("kind", list(PIPELINES))
+def test_a_pipeline_gives_the_bits_of_one_process(run, kind):
+    wanted, data = recipe(kind, clip=0.05, micro_batches=2), splits(kind, 101)
+    alone = run(wanted, 1, data=data)
+    norms = [step[4] for step in trail(alone)]
+    assert sum(norm > wanted.clip for norm in norms) >= 10, "the recipe must clip, or this proves nothing"
+    for plan in PIPELINES[kind]:
+        found = run(wanted, plan=plan, data=data)
+        assert trail(found) == trail(alone), plan
+        assert found["weights_sha256"] == alone["weights_sha256"], plan
+        assert found["figures"] == alone["figures"], plan
+
+
+SPLITS = {
+    "gpt": [over(tensor=2), over(data=2, tensor=2), over(context=2), over(data=2, context=2), over(pipe=2, tensor=2)],
+    "cnn": [over(tensor=2), over(tensor=2, data=2), over(pipe=2, tensor=2)],
+    "resnet": [over(tensor=2)],
+    "lstm": [over(tensor=2)],
+    "moe": [over(expert=2), over(data=2, expert=2), over(expert=2, tensor=2), over(tensor=2)],
+}
+
+
+@pytest.mark.parametrize("kind", list(SPLITS))
+def test_split_tensors_train_within_the_tolerance_and_to_their_own_bits(run, kind):
+    """In float64, where what is left is the order of sums alone."""
+    wanted, data = recipe(kind, clip=0.05, micro_batches=2), wide(splits(kind, 101))
+
+    def make():
+        return build(wanted.model, data.train.facts).double()
+
+    alone = run(wanted, 1, data=data, model=make)
+    weights = loaded(alone)
+    for plan in SPLITS[kind]:
+        found = run(wanted, plan=plan, data=data, model=make)
+        assert loaded(found).keys() == weights.keys()
+        assert max(error(t, weights[name]) for name, t in loaded(found).items()) < 1e-10, plan
+        assert run(wanted, plan=plan, data=data, model=make)["weights_sha256"] == found["weights_sha256"], plan
+
+
+class Wide:
+    """A source whose numbers are float64."""
+
+    def __init__(self, source):
+        self.source, self.facts, self.fingerprint = source, source.facts, source.fingerprint
+
+    def __len__(self):
+        return len(self.source)
+
+    def fetch(self, ids, epoch):
+        return {k: t.double() if t.is_floating_point() else t for k, t in self.source.fetch(ids, epoch).items()}
+
+
+def wide(data: Splits) -> Splits:
+    return Splits(Wide(data.train), validation=Wide(data.validation))
+
+
+def loaded(result: dict) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.load(Path(result["checkpoint"])).tensors)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    if not wanted.is_floating_point():
+        return float(not torch.equal(found, wanted))
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3))
+
+
+def test_a_checkpoint_loads_into_any_other_layout_and_the_bits_go_on(run):
+    """Twelve steps in one layout, then up to twenty in another: as twenty in one process."""
+    wanted, data = recipe("gpt", clip=0.05, micro_batches=2), splits("gpt", 101)
+    alone = run(wanted, 1, data=data)
+    layouts = [over(pipe=2), over(data=3), over("zb-v", 2, data=2, pipe=2), over(data=1)]
+    for before, after in zip(layouts, (*layouts[1:], layouts[0]), strict=True):
+        begun = run(replace(wanted, steps=12), plan=before, data=data)
+        ended = run(wanted, plan=after, data=data, resume=begun["run_dir"])
+        assert ended["weights_sha256"] == alone["weights_sha256"], (before, after)
+
+
+def test_a_checkpoint_of_split_tensors_is_that_of_the_whole_model(run, tmp_path):
+    wanted, data = replace(recipe("gpt"), steps=3), splits("gpt", 64)
+    begun = run(wanted, plan=over(tensor=2), data=data)
+    there = loaded(begun)
+    whole = loaded(run(wanted, 1, data=data))
+    assert {n: t.shape for n, t in there.items()} == {n: t.shape for n, t in whole.items()}
+    other = shutil.copytree(begun["run_dir"], tmp_path / "other")
+    ended = run(replace(wanted, steps=5), plan=over(pipe=2), data=data, resume=begun["run_dir"])
+    again = run(replace(wanted, steps=5), 1, data=data, resume=other)
+    assert ended["weights_sha256"] == again["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (over(pipe=2, context=2), "'pipe' and 'context' do not go together"),
+        (over(expert=2), "has no experts"),
+        (over(tensor=5), "heads"),
+        (replace(over(pipe=2), pipeline=PipelinePlan(cuts=("blocks.9",))), "blocks.1"),
+        (over("1f2b", pipe=2), "1f1b"),
+        (over("interleaved", 9, pipe=2), "chunks"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_in_one_line(run, plan, says):
+    with pytest.raises(UserError) as found:
+        run(recipe("gpt"), plan=plan, data=splits("gpt", 64))
+    assert says in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_schedule_from_a_file_that_deadlocks_is_refused_before_any_worker_starts(tmp_path, monkeypatch):
+    rows = to_csv(make_schedule("gpipe", 2, 16)).splitlines()
+    rows[0] = ",".join(rows[0].split(",")[::-1])  # all backward passes first
+    file = tmp_path / "mine.csv"
+    file.write_text("\n".join(rows))
+    monkeypatch.setattr("shoal.train.api.Agent", lambda *a: pytest.fail("a process was started"))
+    with pytest.raises(UserError, match=r"mine\.csv"):
+        train(recipe("gpt", micro_batches=2), over(str(file), pipe=2), data=splits("gpt", 64), run_dir=tmp_path / "run")
