@@ -97,7 +97,11 @@ class Engine(Protocol):
         """One turn: one batch, or one step of all running generations. Tells what came of it."""
 
 
-class EngineFactory(Protocol):
-    """``shoal.serve.single_pass:open_engine`` and ``shoal.serve.generation.engine:open_engine``."""
+class EngineModule(Protocol):
+    """``shoal.serve.single_pass`` and ``shoal.serve.generation.engine``."""
 
-    def __call__(self, model: Any, facts: Mapping[str, Any], options: Mapping[str, Any], tell: Tell) -> Engine: ...
+    def prepare(self, model: Any, options: Mapping[str, Any]) -> None:
+        """Once, in the parent of the model processes: what is made of the weights here, all of them share."""
+
+    def open_engine(self, model: Any, facts: Mapping[str, Any], options: Mapping[str, Any], tell: Tell) -> Engine:
+        """In a model process."""

@@ -1,6 +1,7 @@
 """What `shoal serve` can be told, with its defaults."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ class ServeOptions:
     batch: int = 32  # samples, at most
     latency_ms: float = 0.0  # target from arrival to answer: a batch may wait for company so long; 0: it never waits
     queue: int = 256  # requests that wait beside those that the model processes have; who comes then gets 429
+    generation: Mapping[str, Any] = field(default_factory=dict)  # of text: see shoal.serve.generation.opening.Options
     timeout_s: float = 30.0  # a request that is not answered by then gets 504
     body_bytes: int = 4 << 20  # of a request
     connections: int = 1024
@@ -76,7 +78,8 @@ class ServeOptions:
 
     def engine_options(self) -> dict[str, Any]:
         """What the model processes are told."""
-        return {"batch": self.batch, "latency_ms": self.latency_ms, "threads": self.threads}
+        plain = {"batch": self.batch, "latency_ms": self.latency_ms, "threads": self.threads}
+        return {**plain, "generation": dict(self.generation)}
 
 
 def is_loopback(host: str) -> bool:

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from shoal.serve.control import (
@@ -110,7 +111,8 @@ class Parent:
             self._loaded = load(order.target, order.task, order.dtype, order.name)
             loaded = time.monotonic()
             weights = share_weights(self._loaded.model)
-            __import__(engine_module(self._loaded.facts["task"]))
+            engine = import_module(engine_module(self._loaded.facts["task"]))
+            engine.prepare(self._loaded.model, order.options)
         except ShoalError as error:
             self._say(Broken(str(error), isinstance(error, UserError)))
             return

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from shoal.serve.replicas import Replicas
 from shoal.serve.routing import Instruction, Limits, Refuse, Router, Send, Withdraw
 
 _encode = msgspec.msgpack.Encoder().encode
+STREAMS = 64  # generations that one model process may have, at least
 TICK_S = 0.5  # how often deadlines and stuck processes are looked at while requests are open
 
 
@@ -86,6 +87,9 @@ class Service:
             if waited is self.replicas.ready:
                 ready = self.replicas.ready.result()
                 self._model = Model(ready.facts)
+                if self._model.task == "text-generation":  # a step takes all that run, not one batch
+                    window = max(STREAMS, self._router.limits.window)
+                    self._router.limits = Limits(window=window, waiting=self.options.queue)
                 self.seconds = dict(ready.seconds)
                 self.weights_bytes = ready.weights_bytes
         self.seconds["all"] = time.monotonic() - self._begun
@@ -102,7 +106,7 @@ class Service:
 
     async def stream(
         self, kind: Kind, payload: msgspec.Struct, *, cost: int = 1, client: str = "", priority: int = 0
-    ) -> AsyncIterator[tuple[bool, msgspec.Raw]]:
+    ) -> AsyncGenerator[tuple[bool, msgspec.Raw]]:
         """(False, payload) of every item, at last (True, payload) of the result. Closing it withdraws the request."""
         id, asker = self._submit(kind, payload, cost, client, priority, streams=True)
         assert asker.items is not None

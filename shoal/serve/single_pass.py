@@ -196,6 +196,10 @@ def _cut(rows: NDArray[Any], one: Inputs, batch: Batch) -> NDArray[Any]:
     return rows[:, : one.length] if has_places else rows
 
 
+def prepare(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Nothing: the weights are used as they are."""
+
+
 def open_engine(model: nn.Module, facts: Mapping[str, Any], options: Mapping[str, Any], tell: Tell) -> SinglePass:
     batcher = Batcher(options["batch"], options["latency_ms"] / 1000)
     return SinglePass(open_forward(model, facts), facts.get("pad", 0), batcher, facts.get("context", 0), tell)

@@ -14,6 +14,7 @@ from shoal.data.reference import resolve
 from shoal.data.registry import open_data
 from shoal.data.source import Source
 from shoal.data.special import special_tokens
+from shoal.data.split import Subset
 from shoal.data.tokenizer import from_description, open_tokenizer
 from shoal.errors import UserError
 from shoal.models.bert import Bert, BertConfig, Head
@@ -190,6 +191,8 @@ def _run_task(trained_for: str, facts: Mapping[str, Any]) -> str:
 
 def _pixels(source: Source) -> list[list[float]] | None:
     """[channels][256]: the number that each pixel value becomes; None for data that is not of pixels."""
+    while isinstance(source, Subset):
+        source = source.source
     treatment = getattr(source, "pixels", None)
     table = getattr(treatment, "table", None)
     if table is not None:

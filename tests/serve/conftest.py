@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from browser import browser
 from serve import served_models
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.huggingface import save_folder
 
+__all__ = ["browser", "folders", "served"]  # the fixtures
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, *"abcdefgh", "who", "what", "is", "was", "red", "blue", "green", ".", "?"]
 
