@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -124,8 +124,7 @@ async def _deltas(
     """What comes of one prompt. When every choice has met a stop string, the rest is cancelled."""
     choices = [Choice(first + number, tokenizer, stops) for number in range(ask.choices)]
     cost = len(ask.tokens) + ask.most * max(ask.choices, ask.beams)
-    asked = service.stream("generate", ask, cost=cost, client=request.client, priority=priority)
-    stream = cast("AsyncGenerator[tuple[bool, msgspec.Raw], None]", asked)
+    stream = service.stream("generate", ask, cost=cost, client=request.client, priority=priority)
     if echo:
         for choice in choices:
             yield Delta(choice.index, echo, (), "")

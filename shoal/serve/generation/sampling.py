@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from shoal.serve.generation.messages import Ask, Scored
 from shoal.serve.generation.step import Floats
 
-FEW = 256  # candidates that are sorted first; all of them only where the kept probability needs more
+PIECE = 256  # weights that are added up at a time
 
 
 def uniform(seed: int, choice: int, index: int) -> float:
@@ -74,35 +74,34 @@ def draw(logits: Floats, ask: Ask, at: float) -> int:
     """The token whose part of the line from 0 to 1 holds ``at``, among those that top_k, top_p and min_p leave.
 
     As they are applied in ``transformers``: temperature first, then top_k, top_p and min_p, each on what is left."""
-    if not (ask.top_k or ask.top_p < 1.0 or ask.min_p):
-        weights = np.exp((logits - logits.max()) / np.float32(ask.temperature))
-        return _placed(weights, at)
-    order = _candidates(logits, ask)
-    weights = np.exp((logits[order] - logits[order[0]]) / np.float32(ask.temperature))
-    return int(order[_placed(weights, at)])
+    kept = _top(logits, ask.top_k) if 0 < ask.top_k < len(logits) else None
+    logs = logits - logits.max() if kept is None else logits[kept] - logits[kept[0]]
+    logs *= np.float32(1 / ask.temperature)
+    weights = np.exp(logs)
+    if ask.top_p < 1.0:
+        left = _nucleus(weights, ask.top_p)
+        weights, kept = weights[left], left if kept is None else kept[left]
+    if ask.min_p > 0.0:
+        left = np.flatnonzero(weights >= ask.min_p)  # the largest is 1
+        weights, kept = weights[left], left if kept is None else kept[left]
+    place = _placed(weights, at)
+    return place if kept is None else int(kept[place])
 
 
 def _placed(weights: Floats, at: float) -> int:
-    line = np.cumsum(weights, dtype=np.float64)
-    place = int(np.searchsorted(line, at * line[-1], side="right"))
-    return min(place, int(np.searchsorted(line, line[-1])))  # rounding: never behind the last weight above zero
-
-
-def _candidates(logits: Floats, ask: Ask) -> NDArray[np.int64]:
-    """Those that are left, likeliest first; of equal ones the smaller number first."""
-    vocab = len(logits)
-    wide = ask.top_p < 1.0 or ask.min_p > 0.0
-    few = min(vocab, ask.top_k or vocab)
-    count = min(few, FEW) if wide else few
-    while True:
-        order = _top(logits, count)
-        left = _left(logits, order, ask, few)
-        if left < count or count == few:  # it ends among these
-            return order[:left]
-        count = few
+    """The first place up to which the weights' sum is more than the share ``at`` of all; PIECE of them at a time."""
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), PIECE), dtype=np.float64)
+    line = np.cumsum(sums)
+    target = at * line[-1]
+    piece = min(int(np.searchsorted(line, target, side="right")), int(np.searchsorted(line, line[-1])))
+    within = np.cumsum(weights[piece * PIECE : (piece + 1) * PIECE], dtype=np.float64)
+    target -= line[piece] - sums[piece]
+    place = min(int(np.searchsorted(within, target, side="right")), int(np.searchsorted(within, within[-1])))
+    return piece * PIECE + place  # rounding: never behind the last weight above zero
 
 
 def _top(logits: Floats, count: int) -> NDArray[np.int64]:
+    """The largest, the largest first; of equal ones the smaller number first."""
     if count < len(logits):
         least = logits[np.argpartition(logits, len(logits) - count)[len(logits) - count]]
         found = np.flatnonzero(logits >= least)  # may be more than ``count`` where some are equal
@@ -111,19 +110,17 @@ def _top(logits: Floats, count: int) -> NDArray[np.int64]:
     return found[np.lexsort((found, -logits[found]))][:count]
 
 
-def _left(logits: Floats, order: NDArray[np.int64], ask: Ask, few: int) -> int:
-    scale = np.float32(ask.temperature)
-    weights = np.exp((logits[order] - logits[order[0]]) / scale).astype(np.float64)
-    left = len(order)
-    if ask.top_p < 1.0:
-        if few == len(logits):
-            total = np.exp((logits - logits[order[0]]) / scale).sum(dtype=np.float64)
-        else:
-            total = np.exp((logits[_top(logits, few)] - logits[order[0]]) / scale).sum(dtype=np.float64)
-        left = min(left, int(np.searchsorted(np.cumsum(weights), ask.top_p * total, side="left")) + 1)
-    if ask.min_p > 0.0:
-        left = min(left, int((weights >= ask.min_p).sum()))
-    return max(left, 1)
+def _nucleus(weights: Floats, share: float) -> NDArray[np.int64]:
+    """The fewest that together have this share of the weight, in order of their numbers; of equal ones the first."""
+    falling = np.sort(weights)[::-1]  # values alone sort ten times as fast as their numbers do
+    line = np.cumsum(falling, dtype=np.float64)
+    count = min(int(np.searchsorted(line, share * line[-1], side="left")) + 1, len(weights))
+    least = falling[count - 1]
+    left = np.flatnonzero(weights >= least)
+    surplus = len(left) - count
+    if surplus:
+        left = np.setdiff1d(left, np.flatnonzero(weights == least)[-surplus:], assume_unique=True)
+    return left
 
 
 def log_probabilities(logits: Floats) -> Floats:
