@@ -61,7 +61,7 @@ def test_tokens_come_as_often_as_transformers_warpers_say(options, temperature):
     at=st.floats(0, 1, exclude_max=True),
 )
 def test_what_is_drawn_is_always_one_of_those_that_are_left(vocab, seed, top_k, top_p, at):
-    row = logits(vocab, seed, scale=0.3)  # flat: the kept probability needs more than the few that are sorted first
+    row = logits(vocab, seed, scale=0.3)  # flat: many are left
     ask = Ask([1], 1, top_k=min(top_k, vocab), top_p=top_p)
     token = draw(row, ask, at)
     order = np.lexsort((np.arange(vocab), -row))
