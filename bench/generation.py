@@ -27,7 +27,8 @@ from shoal.serve.engine import Failed, Item, Request, Result
 from shoal.serve.generation.engine import open_engine
 from shoal.serve.generation.messages import Ask
 from shoal.serve.generation.native_step import NativeStep, available
-from shoal.serve.generation.opening import Options, open_step
+from shoal.serve.generation.opening import open_step
+from shoal.serve.generation.options import Options
 from shoal.serve.generation.step import BLOCK, Rows
 
 RESULTS = Path(__file__).parent / "results"

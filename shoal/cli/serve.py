@@ -39,6 +39,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, for HTTPS")
     parser.add_argument("--tls-key", metavar="FILE")
     parser.add_argument("--allow-origin", metavar="ORIGIN", help="whose pages may ask from a browser: none but our own")
+    parser.add_argument(
+        "--generation",
+        action="append",
+        metavar="KEY=VALUE",
+        help="how text is generated: cache_bytes, running, prompt_rows, stretch, precision, kernels, speculate",
+    )
     parser.add_argument("--json", action="store_true", help="what is served as one JSON line on stdout")
 
 
@@ -52,6 +58,10 @@ def run(args: Namespace) -> int:
         if getattr(args, field.name, None) is not None
     }
     given["api_keys"] = _keys(args.api_keys)
+    if args.generation:
+        from shoal.serve.generation.options import options_from_pairs
+
+        given["generation"] = options_from_pairs(args.generation)
     options = ServeOptions(**given)
 
     def ready(told: dict[str, Any]) -> None:

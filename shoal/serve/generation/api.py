@@ -8,7 +8,8 @@ from torch import nn
 from shoal.errors import UserError
 from shoal.serve.generation.generator import Generator, Refused
 from shoal.serve.generation.messages import Ask, Outcome, Scored
-from shoal.serve.generation.opening import Options, open_generator
+from shoal.serve.generation.opening import open_generator
+from shoal.serve.generation.options import Options
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import nn
 from shoal.serve.engine import Begun, Failed, Figures, FromEngine, Item, Request, Result, Tell
 from shoal.serve.generation.generator import Generator, Refused, Told
 from shoal.serve.generation.messages import Ask, Piece
-from shoal.serve.generation.opening import Options, open_generator, options_from, pack_once
+from shoal.serve.generation.opening import open_generator, pack_once
+from shoal.serve.generation.options import Options, options_from
 
 FIGURES_EVERY_S = 1.0
 _asks = msgspec.msgpack.Decoder(Ask)

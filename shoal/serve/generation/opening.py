@@ -1,50 +1,14 @@
 """From a model to a generator: which kernels, how large the cache, how prompts are cut."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
-
 import torch
 from torch import nn
 
-from shoal.errors import UserError, unknown_name
+from shoal.errors import UserError
 from shoal.serve.generation.generator import Draft, Generator
+from shoal.serve.generation.options import Options
 from shoal.serve.generation.pace import pace_of
 from shoal.serve.generation.scheduler import Limits
 from shoal.serve.generation.step import BLOCK, Step, shape_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How text is generated. None of them but ``precision`` and ``kernels`` changes a bit of what comes out."""
-
-    cache_bytes: int = 0  # for keys and values; 0: as much as ``running`` sequences of the whole context, at most 1 GiB
-    running: int = 64  # sequences that hold cache at a time
-    prompt_rows: int = 512  # tokens of prompts in a step where nobody waits for a next token
-    stretch: float = 1.4  # a step with prompts takes at most so many times as long as one without
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the weights; sums are float32
-    kernels: Literal["auto", "native", "torch"] = "auto"  # auto: native where the C++ parts are there and on a CPU
-    threads: int = 1
-    speculate: int = 0  # guess so many tokens from repetitions in the text, and check them in one step; 0: do not
-
-    def __post_init__(self) -> None:
-        for name in ("running", "prompt_rows", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"generation option {name} must be at least 1, got {getattr(self, name)}.")
-        if self.cache_bytes < 0 or self.speculate < 0 or self.stretch < 1:
-            raise UserError("generation options: cache_bytes and speculate from 0, stretch from 1.")
-        for name, known in (("precision", ("float32", "bfloat16")), ("kernels", ("auto", "native", "torch"))):
-            if getattr(self, name) not in known:
-                raise unknown_name(f"generation option {name}", str(getattr(self, name)), known)
-
-
-def options_from(values: Mapping[str, Any]) -> Options:
-    """Raises UserError for names that are not among the options."""
-    known = {each.name for each in fields(Options)}
-    for name in values:
-        if name not in known:
-            raise unknown_name("generation option", name, known)
-    return Options(**values)
 
 
 def pack_once(model: nn.Module, options: Options) -> None:

@@ -9,7 +9,8 @@ from shoal.models.generation import generate as one_by_one
 from shoal.serve.generation.api import generate, run_all
 from shoal.serve.generation.messages import Ask
 from shoal.serve.generation.native_step import NativeStep, available
-from shoal.serve.generation.opening import Options, open_generator, open_step
+from shoal.serve.generation.opening import open_generator, open_step
+from shoal.serve.generation.options import Options
 from shoal.serve.generation.step import BLOCK, Rows
 from shoal.serve.generation.torch_step import TorchStep
 

@@ -9,7 +9,7 @@ from shoal.models.moe import MoE, MoEConfig
 from shoal.serve.engine import Begun, Failed, Figures, Item, Request, Result
 from shoal.serve.generation.engine import open_engine, prepare
 from shoal.serve.generation.messages import Ask, Outcome, Piece
-from shoal.serve.generation.opening import options_from
+from shoal.serve.generation.options import options_from, options_from_pairs
 
 encode = msgspec.msgpack.encode
 
@@ -214,3 +214,19 @@ def test_a_model_that_is_no_gpt_and_an_option_that_is_none_are_refused_by_name()
         options_from({"cache_byte": 1})
     with pytest.raises(UserError, match="precision"):
         options_from({"precision": "int8"})
+
+
+def test_options_come_from_words_of_the_command_line():
+    assert options_from_pairs(["cache_bytes=1000", "stretch=1.5", "precision=bfloat16"]) == {
+        "cache_bytes": 1000,
+        "stretch": 1.5,
+        "precision": "bfloat16",
+    }
+    for word, why in (
+        ("cache_byte=1", "did you mean"),
+        ("running=many", "a int"),
+        ("running", "a int"),
+        ("running=0", "1"),
+    ):
+        with pytest.raises(UserError, match=why):
+            options_from_pairs([word])
