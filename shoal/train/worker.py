@@ -24,28 +24,19 @@ from shoal.data.loading import Prefetcher
 from shoal.data.source import Batch, Source
 from shoal.errors import RunFailed, UserError
 from shoal.memory.apply import set_up
-from shoal.memory.conversion import converted
 from shoal.memory.keeping import KeptParameters, keep_parameters, keep_states
 from shoal.parallel.held import Held
 from shoal.parallel.place import Subject, place
-from shoal.parallel.whole import Whole
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint
 from shoal.train.checksum import compare, parameter_checksum
+from shoal.train.contents import Contents
 from shoal.train.device import device_for
 from shoal.train.gradients import StepFigures
 from shoal.train.reduction import Reduction
 from shoal.train.sharded_states import check as check_sharded
 from shoal.train.snapshot import BackgroundWriter, Written
-from shoal.train.state import (
-    check_names,
-    load_model,
-    load_optimizer,
-    model_tensors,
-    optimizer_facts,
-    optimizer_tensors,
-    values_of,
-)
+from shoal.train.state import model_tensors
 from shoal.train.step import Place, Step
 from shoal.train.synchrony import Told, Update, update_of
 from shoal.train.weights import weights_sha256
@@ -76,7 +67,7 @@ class Worker:
         self._fingerprint = ""
         self.nothing: Batch = {}  # a batch of no samples
         self._held: Held | None = None
-        self._whole: Whole | None = None
+        self._made_contents: Contents | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._parameters = KeptParameters()
         self._kept: dict[str, Any] = {}
@@ -111,7 +102,7 @@ class Worker:
         if compile and self.plan.splits_model:
             raise UserError("plan: a model that is split over workers is not compiled: leave model.compile out.")
         self._held = place(module, self.plan, self.group, self.device, subject)
-        self._whole = Whole(self._held, self.device)
+        self._made_contents = None
         set_up(module, self.plan.memory, self._say)
         self._reduction = self._hooked()
         called: Any = torch.compile(module) if compile else module
@@ -137,7 +128,7 @@ class Worker:
         self.stopping = False
         self._prepared = set(self._writers)
         self._held = place(self.held.module, plan, group, self.device, None)
-        self._whole = Whole(self._held, self.device)
+        self._made_contents = None
         self._reduction = self._hooked()
 
     def _say_once(self, line: str) -> None:
@@ -328,55 +319,42 @@ class Worker:
     # --- checkpoints ------------------------------------------------------------------------------------------
 
     @property
-    def weights_sha256(self) -> str:
-        """Of the whole model. Where a plan splits it, all workers ask for it together."""
-        if not self.plan.splits_model:
-            return weights_sha256(self.weights())
-        weights = self.weights()
-        return self.group.gather(weights_sha256(weights).encode() if weights else b"")[0].decode()
-
-    @property
     def held(self) -> Held:
         """What this worker holds of the model."""
         if self._held is None:
             raise UserError("call worker.model(module) first.")
         return self._held
 
+    @property
+    def _contents(self) -> Contents:
+        if self._made_contents is None:
+            self._made_contents = Contents(self.held, self.device)
+        return self._made_contents
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the whole model. Where a plan splits it, all workers ask for it together."""
+        return self._contents.sha256()
+
     def weights(self) -> dict[str, Tensor]:
         """The whole model's parameters and persistent buffers, by name, on every worker.
 
         Where a plan splits the model: on rank 0, {} elsewhere, and all workers call it together."""
-        own = model_tensors(self.held.module)
-        if not self.plan.splits_model:
-            return own
-        assert self._whole is not None
-        found = self._whole.gather(own)
-        return {name: found[name] for name in self.held.names} if found else {}
+        return self._contents.weights()
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, by name; where from, see `weights`."""
-        state = {f"model/{name}": tensor for name, tensor in self.weights().items()}
-        if self._optimizer:
-            own = optimizer_tensors(self.held.module, self._optimizer)
-            if self.plan.splits_model:
-                assert self._whole is not None
-                own = self._whole.gather(own, _parameters_of(own))
-            state |= {f"optimizer/{name}": tensor for name, tensor in own.items()}
-        return state
+        return self._contents.tensors(self._optimizer)
 
     def facts(self) -> dict[str, Any]:
         """Beside the tensors; where a plan splits the model, all workers ask for it together."""
-        optimizer = optimizer_facts(self.held.module, self._optimizer) if self._optimizer else None
-        if optimizer and self.plan.splits_model:
-            for row in self.group.gather(json.dumps(optimizer["values"]).encode()):
-                optimizer["values"] = json.loads(row) | optimizer["values"]
         epoch, index = self.ledger.position(self.step) if self.ledger else (0, 0)
         return {
             "step": self.step,
             "epoch": epoch,
             "index": index,
             "arithmetic": self._arithmetic() if self.ledger else {},
-            "optimizer": optimizer,
+            "optimizer": self._contents.facts(self._optimizer),
             "kept": {name: thing.state_dict() for name, thing in self._kept.items()},
             "torch": torch.__version__,
             "workers": self.world,
@@ -439,30 +417,8 @@ class Worker:
 
     def restore(self, state: checkpoint.Checkpoint) -> None:
         """Take over a checkpoint's weights, optimiser, kept objects and position."""
-        module = self.held.module
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        for name, tensor in state.tensors.items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
-        facts = state.facts.get("optimizer")
-        if self.plan.splits_model:
-            assert self._whole is not None
-            check_names(self.held.names, parts["model"])
-            here = model_tensors(module)
-            parts["model"] = self._whole.own({name: parts["model"][name] for name in here})
-            trained = dict(module.named_parameters())
-            paths = _parameters_of(parts["optimizer"])
-            own = {path: t for path, t in parts["optimizer"].items() if paths[path] in trained}
-            parts["optimizer"] = self._whole.own(own, paths)
-            facts = facts and {**facts, "values": values_of(facts, trained)}
-        weights, states, said = converted(parts["model"], parts["optimizer"], module, self.plan.memory)
-        for line in said:
+        for line in self._contents.load(state.tensors, state.facts.get("optimizer"), self._optimizer):
             self._say_once(line)
-        load_model(module, weights)
-        if self._optimizer and facts:
-            load_optimizer(module, self._optimizer, states, facts)
-        if self.held.pipeline is not None:
-            self.held.pipeline.share_tied()
         for name, thing in self._kept.items():
             if name in state.facts["kept"]:
                 thing.load_state_dict(state.facts["kept"][name])
@@ -475,8 +431,3 @@ class Worker:
             writer.close()
         if self._update is not None:
             self._update.close()
-
-
-def _parameters_of(paths: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of "<parameter>/<key>", as an optimiser's tensors are called: the parameter."""
-    return {path: path.rpartition("/")[0] for path in paths}
