@@ -89,8 +89,8 @@ def _disk(plan: MemoryPlan, device: torch.device, streamed: Streamed, sharing: i
         return shelf
     shelf.close()
     say(
-        f"the optimiser states of {sharing} worker{'s' if sharing > 1 else ''} take {needed / 1e6:.0f} MB and "
-        f"{str(shelf.file.folder)!r} has {free / 1e6:.0f} MB to spare: they stay in memory. "
+        f"the optimiser states of {sharing} worker{'s' if sharing > 1 else ''} take {needed / 1e6:.1f} MB and "
+        f"{str(shelf.file.folder)!r} has {free / 1e6:.1f} MB to spare: they stay in memory. "
         f"memory.offload_dir names another folder."
     )
     return Here(device)

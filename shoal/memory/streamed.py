@@ -43,7 +43,7 @@ class Keeping:
 def check_streamable(optimizer: torch.optim.Optimizer, key: str, *, quantised: bool) -> None:
     """Raises UserError for an optimiser that cannot be updated piece by piece, or whose states have no 8-bit form."""
     kind = type(optimizer)
-    if not kind.__module__.startswith("torch.optim."):
+    if not f"{kind.__module__}.".startswith("torch.optim."):
         raise UserError(f"plan: {key} is for the optimisers of torch.optim, and this one is {kind.__qualname__}.")
     if quantised and kind.__name__ not in QUANTISABLE:
         raise UserError(
@@ -88,7 +88,12 @@ class Streamed(torch.optim.Optimizer):
     def prefetch(self) -> None:
         """The states that the next update begins with will be needed soon."""
         for parameter in [p for group in self.param_groups for p in group["params"]][:4]:
-            self._keeping.shelf.ahead(self._tensors(parameter))
+            self._ahead(parameter)
+
+    def _ahead(self, parameter: nn.Parameter) -> None:
+        self._keeping.shelf.ahead(self._tensors(parameter))
+        if self._keeping.weights is not None:
+            self._keeping.weights.ahead([parameter.detach()])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -101,9 +106,11 @@ class Streamed(torch.optim.Optimizer):
             work += [(group, p) for p in given if p.numel() >= SMALLEST or p in self._keeping.rests]
         for number, (group, parameter) in enumerate(work):
             for _, later in work[number + 1 : number + 3]:
-                self._keeping.shelf.ahead(self._tensors(later))
+                self._ahead(later)
             self._update(group, parameter)
             self._keeping.shelf.done(self._tensors(parameter))
+            if self._keeping.weights is not None:
+                self._keeping.weights.done([parameter.detach()])
 
     def _update_together(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         """Parameters that stay as they are, and whose states do: one call for all."""
