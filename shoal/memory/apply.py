@@ -15,22 +15,25 @@ from shoal.memory.store import Here, Store
 from shoal.recipe.memory_plan import MemoryPlan
 
 
-def set_up(module: nn.Module, plan: MemoryPlan, tell: Callable[[str], None] = print) -> list[Block]:
+def set_up(
+    module: nn.Module, plan: MemoryPlan, tell: Callable[[str], None] = print, say: Callable[[str], None] = print
+) -> list[Block]:
     """Wrap the blocks that a plan recomputes or offloads; [] for none. Parameters and their names stay what they are.
 
-    Gradients keep their bits. ``tell`` hears it once when what is offloaded finds no more room. Raises UserError when
-    the model has no list of blocks, when a pattern fits none, and when there is no place to offload to."""
-    if plan.recompute == "none" and plan.offload_activations == "none":
+    Gradients keep their bits. Under a budget all blocks are wrapped, and do nothing until `keep_budget` chooses.
+    ``say`` is for what is true of all workers, ``tell`` for what happens to this one: it hears it once when what is
+    offloaded finds no more room. Raises UserError when the model has no list of blocks, when a pattern fits none, and
+    when there is no place to offload to."""
+    if not plan.works_on_blocks:
         return []
-    meter = Meter()
-    meter.ignore([*module.parameters(), *module.buffers()])
+    meter = meter_of(module)
     found = find_blocks(module, plan.blocks)
-    if not found:
+    if not found and not plan.budget_bytes:
         raise UserError(
             f"plan: memory.recompute and memory.offload_activations work on blocks, and {type(module).__name__} has no "
             f"list of layers: name its modules in plan.memory.blocks."
         )
-    store = _store(plan, meter, next((p.device for p in module.parameters()), torch.device("cpu")), tell)
+    store = _store(plan, meter, device_of(module), tell, say)
     blocks = []
     for number, (name, child) in enumerate(found.items()):
         recomputed = plan.recompute != "every" or number % plan.recompute_every == 0
@@ -43,14 +46,24 @@ def set_up(module: nn.Module, plan: MemoryPlan, tell: Callable[[str], None] = pr
     return blocks
 
 
-def _store(plan: MemoryPlan, meter: Meter, device: torch.device, tell: Callable[[str], None]) -> Store:
-    if plan.offload_activations == "none":
-        return Here(meter)
+def meter_of(module: nn.Module) -> Meter:
+    """One that does not count parameters and buffers."""
+    meter = Meter()
+    meter.ignore([*module.parameters(), *module.buffers()])
+    return meter
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _store(
+    plan: MemoryPlan, meter: Meter, device: torch.device, tell: Callable[[str], None], say: Callable[[str], None]
+) -> Store:
     if plan.offload_activations == "disk":
         return Away(meter, Disk(device, plan.offload_dir), tell)
-    if device.type == "cpu":
-        raise UserError(
-            "plan: memory.offload_activations = 'host' is for accelerators, and this worker computes on the host "
-            "itself: use 'disk'."
-        )
-    return Away(meter, Host(device), tell)
+    if plan.offload_activations == "host" and device.type != "cpu":
+        return Away(meter, Host(device), tell)
+    if plan.offload_activations == "host":
+        say("memory.offload_activations = 'host' moves nothing: the worker's device is the host's own processor.")
+    return Here(meter)

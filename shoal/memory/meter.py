@@ -27,7 +27,7 @@ class Meter:
     Several threads may hold and let go."""
 
     def __init__(self) -> None:
-        self.live = self.peak = 0
+        self.live = 0
         self._lock = threading.RLock()  # letting go may come in the middle of holding
         self._held: dict[int, list[int]] = {}  # storage -> holds, bytes
         self._ignored: set[int] = set()
@@ -35,6 +35,10 @@ class Meter:
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Memory that is there anyway: parameters and buffers."""
         self._ignored = {storage_of(tensor) for tensor in tensors}
+
+    def storages(self) -> set[int]:
+        """All that is counted now, and all that never is."""
+        return self._ignored | self._held.keys()
 
     def ignores(self, tensor: Tensor) -> bool:
         return storage_of(tensor) in self._ignored
@@ -50,7 +54,6 @@ class Meter:
                 count = bytes_of(tensor)
                 self._held[key] = [1, count]
                 self.live += count
-                self.peak = max(self.peak, self.live)
         return Hold(self, tensor, key)
 
     def _release(self, key: int) -> None:

@@ -36,13 +36,13 @@ def kind_of(operation: Any) -> str:
     return _KIND_OF.get(operation._schema.name, "elementwise")
 
 
-def _makes_new(operation: Any) -> bool:
+def makes_new(operation: Any) -> bool:
     """It writes to nothing, and what it gives is no view of what it takes."""
     schema = operation._schema
     return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
 
 
-def _draws(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def draws(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether it takes random numbers: an attention kernel without dropout does not."""
     if torch.Tag.nondeterministic_seeded not in operation.tags:
         return False
@@ -53,10 +53,11 @@ def _draws(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     return True
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
+    """Those that an operation gives."""
     if isinstance(value, Tensor):
         return [value]
-    return [t for each in value for t in _tensors(each)] if isinstance(value, tuple | list) else []
+    return [t for each in value for t in tensors_of(each)] if isinstance(value, tuple | list) else []
 
 
 def _each(value: Any, change: Callable[[Any], Any], kind: type) -> Any:
@@ -87,7 +88,7 @@ class Results:
         return len(self._kept)
 
     def add(self, result: Any, store: Store) -> None:
-        storages = frozenset(map(storage_of, _tensors(result)))
+        storages = frozenset(map(storage_of, tensors_of(result)))
         self._kept.append(
             _Result(_each(result, lambda tensor: _Waiting(store.keep(tensor.detach())), Tensor), storages)
         )
@@ -128,16 +129,16 @@ class Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         keeps = self._keeps.get(func)
         if keeps is None:
-            keeps = self._keeps[func] = kind_of(func) not in self._dropped and _makes_new(func)
+            keeps = self._keeps[func] = kind_of(func) not in self._dropped and makes_new(func)
         if keeps:
-            if _draws(func, args, kwargs):
+            if draws(func, args, kwargs):
                 self.results.leave_out()
             else:
                 self.results.add(result, self._store)
         elif func._schema.is_mutable:
             arguments = func._schema.arguments
             given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
-            written = {storage_of(t) for a, v in given if a.alias_info and a.alias_info.is_write for t in _tensors(v)}
+            written = {storage_of(t) for a, v in given if a.alias_info and a.alias_info.is_write for t in tensors_of(v)}
             self.results.forget(written)
         return result
 
@@ -156,7 +157,7 @@ class Reuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         keeps = self._keeps.get(func)
         if keeps is None:
-            keeps = self._keeps[func] = kind_of(func) not in self._dropped and _makes_new(func)
+            keeps = self._keeps[func] = kind_of(func) not in self._dropped and makes_new(func)
         if keeps:
             found = self._results.take(self._place)
             self._place += 1

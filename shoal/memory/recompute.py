@@ -9,7 +9,7 @@ back for the second pass and written once, and each value is let go as soon as i
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class Block:
         self.name, self.module, self.store = name, module, store
         self.mode: Mode = "none"
         self.dropped: frozenset[str] = frozenset()  # selective: kinds of operations that are computed again
+        self.observer: Callable[[Block, Callable[[], Pass]], Any] | None = None  # has a pass done, to see what is in it
         self.inner = module.forward
         self.written: list[tuple[nn.Module, str]] | None = None  # buffers that a pass writes; None: not known yet
         module.forward = MethodType(_forward, module)
@@ -92,12 +93,14 @@ class Block:
         copied.__dict__.update(self.__dict__)
         copied.module = memo.get(id(self.module), self.module)
         copied.inner = copy.deepcopy(self.inner, memo)
-        copied.written = None
+        copied.written = copied.observer = None
         return copied
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
+        if self.observer is not None:
+            return self.observer(self, lambda: Pass(self, args, kwargs))
         if self.mode == "none":
             with saving_into(self.store, self.name) if self.store.moves else contextlib.nullcontext():
                 return self.inner(*args, **kwargs)
@@ -136,8 +139,10 @@ class Pass:
 
     # --- the first time ---------------------------------------------------------------------------------------
 
-    def first(self) -> Any:
+    def first(self, seen: Callable[[Tensor], None] | None = None) -> Any:
+        """Do it; ``seen`` is called with each tensor that would have been saved."""
         block = self.block
+        self._seer = seen
         args, kwargs = self._arguments
         del self._arguments
         watched = block.written if block.written is not None else block.buffers()
@@ -161,11 +166,14 @@ class Pass:
                     f"leave it out by naming the others in plan.memory.blocks."
                 )
         self._versions = [version for _, version in self._seen]
+        self._seer = None
         del self._seen
         return output
 
     def _pack(self, tensor: Tensor) -> _Slot:
         slot = _Slot(self, tensor)
+        if self._seer is not None:
+            self._seer(tensor)
         self._slots.append(weakref.ref(slot))
         if self._results is not None:
             self._needed = len(self._results)

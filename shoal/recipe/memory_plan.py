@@ -29,6 +29,16 @@ def size_bytes(size: int | str, where: str) -> int:
     return math.floor(float(found[1]) * int(UNITS[found[2].lower()]))
 
 
+def size_text(count: int) -> str:
+    """2147483648 -> "2GiB", at most three figures, rounded up: read as a budget, it is never too small."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            digits = 2 if count < 10 * factor else 1 if count < 100 * factor else 0
+            rounded = math.ceil(count / factor * 10**digits) / 10**digits
+            return f"{rounded:.{digits}f}".rstrip("0").rstrip(".") + unit if digits else f"{rounded:.0f}{unit}"
+    return f"{count}B"
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     recompute: Literal["none", "every", "full", "selective"] = "none"
@@ -66,6 +76,11 @@ class MemoryPlan:
             raise UserError(
                 f"plan: memory.peak_bytes chooses what is recomputed: leave out memory.recompute = {self.recompute!r}."
             )
+        if self.budget_bytes and self.offload_activations != "none":
+            raise UserError(
+                f"plan: memory.peak_bytes chooses what is offloaded of the activations: leave out "
+                f"memory.offload_activations = {self.offload_activations!r}."
+            )
         if self.optimizer_bits not in (8, 32):
             raise UserError(f"plan: memory.optimizer_bits must be 8 or 32, got {self.optimizer_bits}.")
         if self.offload_dir and not self.uses_disk:
@@ -91,16 +106,22 @@ class MemoryPlan:
         return "disk" in tiers or bool(self.budget_bytes)
 
     @property
+    def changes_weights(self) -> str:
+        """The key that changes how parameters are kept while a pass runs, if one does."""
+        if self.parameters != "float32":
+            return f"memory.parameters = {self.parameters!r}"
+        if self.offload_parameters != "none":
+            return f"memory.offload_parameters = {self.offload_parameters!r}"
+        return ""
+
+    @property
     def changes_updates(self) -> str:
         """The key that changes how parameters or optimiser states are kept, if one does."""
         if self.optimizer_bits != 32:
             return f"memory.optimizer_bits = {self.optimizer_bits}"
-        if self.parameters != "float32":
-            return f"memory.parameters = {self.parameters!r}"
-        for key in ("offload_optimizer", "offload_parameters"):
-            if getattr(self, key) != "none":
-                return f"memory.{key} = {getattr(self, key)!r}"
-        return ""
+        if self.offload_optimizer != "none":
+            return f"memory.offload_optimizer = {self.offload_optimizer!r}"
+        return self.changes_weights
 
     @property
     def lossy(self) -> str:

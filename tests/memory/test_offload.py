@@ -281,9 +281,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
         set_up(made(), MemoryPlan(offload_activations="disk", offload_dir=str(tmp_path / "nowhere")))
 
 
-def test_offload_to_the_host_is_for_accelerators():
-    with pytest.raises(UserError, match="this worker computes on the host itself"):
-        set_up(made(), MemoryPlan(offload_activations="host"))
+def test_offload_to_the_host_moves_nothing_on_the_host_and_says_so():
+    said: list[str] = []
+    blocks = set_up(made(), MemoryPlan(offload_activations="host"), say=said.append)
+    assert said == [
+        "memory.offload_activations = 'host' moves nothing: the worker's device is the host's own processor."
+    ]
+    assert not any(block.store.moves for block in blocks)
 
 
 def test_the_host_tier_gives_back_what_it_was_given_and_uses_its_memory_again():

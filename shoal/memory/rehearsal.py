@@ -1,0 +1,53 @@
+"""One micro-batch forward and backward without a trace: what it takes is measured, what it does is undone."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from shoal.memory.gauge import Gauge
+
+Loss = Callable[[], Tensor]  # the forward pass of one micro-batch
+
+
+def rehearse(module: nn.Module, loss: Loss, gauge: Gauge, *, keep_gradients: bool = False) -> int:
+    """The most bytes that one micro-batch takes on top of what was held before.
+
+    Gradients are dropped as they come, or with ``keep_gradients`` when all have; weights, buffers and random streams
+    are afterwards what they were."""
+    with _undone(module, keep_gradients), gauge.watching():
+        gauge.restart()
+        before = gauge.live()
+        loss().backward()  # type: ignore[no-untyped-call]
+        most = gauge.peak()
+    return most - before
+
+
+@contextlib.contextmanager
+def _undone(module: nn.Module, keep_gradients: bool) -> Iterator[None]:
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    host = torch.get_rng_state()
+    other = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    hooks = []
+    if not keep_gradients:
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = None
+        with torch.no_grad():
+            for buffer, old in buffers:
+                buffer.copy_(old)
+        torch.set_rng_state(host)
+        if other is not None:
+            torch.cuda.set_rng_state(other, device)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
