@@ -29,10 +29,14 @@ def arena_files(workers: int) -> list[int]:
     """A file a worker, as large as the machine's memory: what is not touched costs nothing.
 
     [] where there is no use for them, or where a limit on address space (ulimit -v) leaves no room to map them."""
-    if workers == 1 or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+    return [] if workers == 1 else [file for _ in range(workers) for file in own_file()]
+
+
+def own_file() -> list[int]:
+    """One worker's, where others may come later."""
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return []
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return [anonymous_file(size) for _ in range(workers)]
+    return [anonymous_file(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
 
 
 def _mapped(file: int) -> mmap.mmap:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 _ROW = struct.Struct("<qqqqqq")  # step, phase, shard, peer, since (monotonic ns), pid
+_NOTE = struct.Struct("<d")
 _STRIDE = 64  # a cache line a worker
 _TRAIL = 512  # changes of phase that a worker remembers
 _STOP = 0  # byte 0: somebody asked the run to stop after the step in flight
@@ -76,6 +77,15 @@ class StatusBoard:
     def read(self, rank: int) -> Position:
         step, phase, shard, peer, since, pid = _ROW.unpack_from(self._page, (1 + rank) * _STRIDE)
         return Position(rank, step, Phase(phase), shard, peer, since / 1e9, pid)
+
+    def note(self, index: int, moment: float) -> None:
+        """Keep a moment (time.monotonic()) in one of the last rows, ``index`` from the end."""
+        _NOTE.pack_into(self._page, self.SIZE - (1 + index) * _STRIDE, moment)
+
+    def noted(self, index: int) -> float:
+        """0.0 where nothing has been noted."""
+        moment: float = _NOTE.unpack_from(self._page, self.SIZE - (1 + index) * _STRIDE)[0]
+        return moment
 
     def all(self) -> list[Position]:
         return [self.read(rank) for rank in range(self.workers)]

@@ -1,14 +1,17 @@
 """What a program calls: train, with workers that may come and go. The command line calls the same."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.cluster.detect import launched_workers
 from shoal.comm.launch import Agent
 from shoal.elastic.crew import ElasticJob
+from shoal.elastic.faults import MOST, Fault
 from shoal.errors import ShoalError, UserError
+from shoal.recipe.memory_plan import CHEAP, MemoryPlan
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
@@ -30,6 +33,10 @@ def check_elastic(plan: Plan, shards: int, least: int) -> None:
     if plan.sync != "exact" or plan.compresses:
         what = f"sync = {plan.sync!r}" if plan.sync != "exact" else f"compression = {plan.compression!r}"
         raise UserError(f"plan: {what} is not elastic yet: leave it out, or leave --elastic out.")
+    held = replace(plan.memory, recompute="none", recompute_every=2, recompute_operations=CHEAP, blocks=())
+    if plan.states != "replicated" or held != MemoryPlan():
+        what = f"states = {plan.states!r}" if plan.states != "replicated" else "what its [memory] asks for"
+        raise UserError(f"plan: {what} is not elastic yet, but for memory.recompute: leave it or --elastic out.")
     if plan.placement:
         raise UserError("--elastic deals the shards out evenly over those who are there: leave --placement out.")
     if not 1 <= least <= plan.workers:
@@ -52,11 +59,13 @@ def train_elastic(
     model: "Callable[[], nn.Module] | None" = None,
     data: Any = None,
     agent: Agent | None = None,
+    faults: Sequence[Fault] = (),
 ) -> dict[str, Any]:
     """As `shoal.train`, with workers of this host that may be lost, added and taken away while it runs.
 
     The weights are those of an undisturbed run, to the bit. A lost worker costs the step in flight; its place is taken
     by a new one. Below ``least`` workers the run waits, with its state in memory.
+    ``faults`` happen to its workers on purpose: see `shoal.elastic.chaos`.
     Raises UserError for bad input and RunFailed when a worker raised, or when workers are lost again and again."""
     import cloudpickle
 
@@ -65,6 +74,8 @@ def train_elastic(
 
     plan = plan or Plan()
     check_elastic(plan, recipe.shards, least)
+    if len(faults) > MOST:
+        raise UserError(f"{len(faults)} faults in one run: use at most {MOST}.")
     folder = Run.find(resume).path if resume is not None else run_dir
     order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
     seen: list[Path] = []
@@ -74,8 +85,15 @@ def train_elastic(
         if progress:
             progress(event)
 
-    program = cloudpickle.dumps((run_elastic, (order,)))
-    job = ElasticJob(program, plan.workers, least, recipe.shards, recipe.threads, plan.hang_after_s)
+    job = ElasticJob(
+        code=cloudpickle.dumps((run_elastic, (order,))),
+        threads=recipe.threads,
+        faults=tuple(faults),
+        workers=plan.workers,
+        least=least,
+        shards=recipe.shards,
+        hang_after_s=plan.hang_after_s,
+    )
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:
             with stop_signals() as stop:

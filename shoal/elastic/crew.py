@@ -4,41 +4,37 @@ import gc
 import os
 import signal
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from shoal.comm.agent import STOP, Ended, Said, die_with_parent, keep_freed_memory, process_state
-from shoal.comm.arena import arena_files
+from shoal.comm.agent import STOP, Ended, Said, die_with_parent
+from shoal.comm.arena import own_file
 from shoal.comm.heap import anonymous_file, heap_file
-from shoal.comm.mesh import PeerLost
 from shoal.comm.status import StatusBoard
 from shoal.elastic import membership as m
 from shoal.elastic import roster
-from shoal.elastic.seat import DRAINS, ROWS, Released, Seat, send_order
+from shoal.elastic.kernel import look
+from shoal.elastic.process import Program, live
+from shoal.elastic.seat import DRAINS, ROWS, send_order
 from shoal.elastic.watch import Watch
-from shoal.errors import ShoalError, UserError
 from shoal.run.events import EventLog
 
 POLL_S = 0.1  # between two looks at positions and at wanted.json
 END_S = 10.0  # how long workers may take to leave once the run has its result
 
 
-@dataclass(frozen=True)
-class ElasticJob:
+@dataclass(frozen=True, kw_only=True)
+class ElasticJob(Program):
     """What the launcher sends to the agent: see `shoal.comm.agent.Job`."""
 
-    program: bytes  # cloudpickle of (function, arguments), called as function(seat, *arguments); ours
     workers: int
     least: int
     shards: int
-    threads: int
     hang_after_s: float
 
     def carry_out(self, launcher: Connection, forward: Callable[[Any], None]) -> Ended:
@@ -51,7 +47,9 @@ class _Process:
     pipe: Connection  # what it says
     orders: socket.socket  # what it is told, and a byte back when it is asked to leave
     arena: list[int]
+    name: str = "a new worker"
     finished: bool = False  # it said that it ends
+    fenced: bool = False  # it was killed as a suspect
 
 
 class ElasticCrew:
@@ -69,9 +67,10 @@ class ElasticCrew:
         self.run_dir: Path | None = None
         self.log: EventLog | None = None
         self.untold: list[dict[str, Any]] = []  # events from before the run directory was known
+        self.noticed: set[int] = set()  # faults of a rehearsal
         self.wish = 0  # the number of the last wish that was heard
         self.step = 0  # the last that was told as committed
-        self.awake_s = time.monotonic()  # since when this process has been looking without a gap
+        self.awake_s = self.looked_s = time.monotonic()  # since when this process has been looking without a gap
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
@@ -106,8 +105,9 @@ class ElasticCrew:
         orders = {process.orders: seat for seat, process in self.processes.items()}
         ready = wait([self.launcher, *pipes, *orders], timeout=POLL_S)
         now = time.monotonic()
-        if now - self.awake_s > 10 * POLL_S:
+        if now - self.looked_s > 10 * POLL_S:
             self.awake_s = now  # this process was stopped too: what the clock says of others counts from here
+        self.looked_s = now
         for source in ready:
             if source is self.launcher:
                 if self.launcher.recv_bytes() == STOP:  # EOFError when the launcher has gone: nobody to work for
@@ -199,8 +199,9 @@ class ElasticCrew:
         why = ""
         if code < 0:
             known = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            why = f"{name} was killed by {known}{hint} at {at}"
+            hint = " (out of memory?)" if code == -signal.SIGKILL and not process.fenced else ""
+            by = "by its agent, so that it cannot go on" if process.fenced else f"by {known}{hint}"
+            why = f"{name} was killed {by} at {at}"
         elif not process.finished:
             why = f"{name} ended with exit code {code} at {at}"
         self._forget(seat)
@@ -224,10 +225,7 @@ class ElasticCrew:
         for seat in active:
             position = self.board.read(seat % ROWS)
             since = max(position.since_s, self.awake_s)
-            position = type(position)(
-                seat % ROWS, position.step, position.phase, position.shard, position.peer, since, position.pid
-            )
-            found.append((position, process_state(self.processes[seat].pid)))
+            found.append((replace(position, since_s=since), look(self.processes[seat].pid)))
         for row, evidence in self.watch.late(found, time.monotonic()):
             seat = rows[row]
             self._decide(m.Suspect(seat, f"{self._name(seat)}: {evidence}"))
@@ -250,10 +248,8 @@ class ElasticCrew:
     # --- what is told -----------------------------------------------------------------------------------------
 
     def _name(self, seat: int) -> str:
-        members = self.membership.members
-        rank = f"rank {members.index(seat)}" if seat in members else "a new worker"
-        pid = self.processes[seat].pid if seat in self.processes else 0
-        return f"{rank} on {self.host} (pid {pid})"
+        process = self.processes[seat]
+        return f"{process.name} on {self.host} (pid {process.pid})"
 
     def _know(self, path: Path) -> None:
         """The run directory has a name; it may not be there yet."""
@@ -289,10 +285,21 @@ class ElasticCrew:
                 "membership": self.membership.epoch,
                 "host": self.host,
                 "processes": who,
+                **self._noticed(tell),
                 **dict(tell.more),
             }
         )
         self._tell_what_waits()
+
+    def _noticed(self, tell: m.Tell) -> dict[str, Any]:
+        """In a rehearsal: how long ago the fault that was noticed had happened."""
+        noted = [(self.board.noted(index), index) for index in range(len(self.job.faults))]
+        new = sorted((at, index) for at, index in noted if at and index not in self.noticed)
+        if tell.event not in ("lost", "suspected") or not new:
+            return {}
+        at, index = new[0]
+        self.noticed.add(index)
+        return {"fault": str(self.job.faults[index]), "noticed_s": round(time.monotonic() - at, 6)}
 
     def _rank(self, seat: int) -> int | None:
         return self.membership.members.index(seat) if seat in self.membership.members else None
@@ -317,6 +324,7 @@ class ElasticCrew:
                 case m.Fork(seat):
                     self._fork(seat)
                 case m.Kill(seat):
+                    self.processes[seat].fenced = True
                     self._kill(seat)
                 case m.Release(seat):
                     self._order(seat, {"kind": "release"}, [])
@@ -351,6 +359,8 @@ class ElasticCrew:
         shared = arenas if len(arenas) == count else []
         pairs = {(a, b): socket.socketpair() for a in range(count) for b in range(a + 1, count)}
         for rank, seat in enumerate(form.seats):
+            if seat in self.processes:
+                self.processes[seat].name = f"rank {rank}"
             mine = [
                 pairs[min(rank, other), max(rank, other)][0 if rank < other else 1].fileno()
                 for other in range(count)
@@ -377,7 +387,7 @@ class ElasticCrew:
     def _fork(self, seat: int) -> None:
         ours, theirs = socket.socketpair()
         orders, ordered = socket.socketpair()
-        arena = arena_files(2)[:1]
+        arena = own_file()
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -392,47 +402,7 @@ class ElasticCrew:
                     os.close(file)
             if self.log:
                 self.log.close()
-            _work(self.job, seat, Connection(theirs.detach()), ordered, arena, self.board)
+            live(self.job, seat, Connection(theirs.detach()), ordered, arena, self.board)
         theirs.close()
         ordered.close()
         self.processes[seat] = _Process(pid, Connection(ours.detach()), orders, arena)
-
-
-def _work(
-    job: ElasticJob, number: int, pipe: Connection, orders: socket.socket, arena: list[int], board: StatusBoard
-) -> NoReturn:
-    """The life of a worker process, from the fork to its exit."""
-    import cloudpickle
-    import torch
-
-    def say(kind: str, value: Any, trace: str = "") -> None:
-        pipe.send_bytes(cloudpickle.dumps(Said(number, kind, value, trace)))
-
-    code = 1
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to pass on
-        keep_freed_memory()
-        torch.set_num_threads(job.threads)
-        seat = Seat(number, orders, arena, board, say)
-        function, arguments = cloudpickle.loads(job.program)
-        say("result", function(seat, *arguments))
-        code = 0
-    except Released:
-        say("released", None)
-        code = 0
-    except PeerLost:
-        code = 1  # the agent has gone
-    except UserError as error:
-        say("user_error", str(error))
-    except ShoalError as error:
-        say("failed", str(error), traceback.format_exc())
-    except SystemExit as leaving:
-        say("failed", f"the program called exit({leaving.code})", traceback.format_exc())
-    except BaseException as error:
-        text = " ".join(str(error).split())
-        say("failed", f"{type(error).__name__}: {text}" if text else type(error).__name__, traceback.format_exc())
-    finally:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)

@@ -336,10 +336,11 @@ class Membership:
         self._fill(out)
 
     def _to_change(self, living: Sequence[Seat], active: Sequence[Seat]) -> bool:
-        """Whether somebody is to come or to go who can."""
+        """Whether somebody is to come or to go who can; who comes at the same time is waited for, to pause once."""
         stay = [s for s in active if not s.drains]
         new = [s for s in living if s.at is At.idle and not s.drains]
-        grows = bool(new) and len(stay) < self.wanted
+        building = any(s.at is At.building for s in living)
+        grows = bool(new) and not building and len(stay) < self.wanted
         shrinks = len(stay) > self.wanted or (len(stay) < len(active) and len(stay) + len(new) >= self.least)
         return grows or shrinks
 

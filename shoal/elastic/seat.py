@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -15,8 +15,9 @@ from shoal.comm.group import HostGroup
 from shoal.comm.heap import Heap, heap_file
 from shoal.comm.mesh import Mesh, PeerLost
 from shoal.comm.status import Phase, Reporter, StatusBoard
+from shoal.elastic.faults import Fault, Rehearsal
 
-ROWS = 1000  # of the status board; seats take turns on them
+ROWS = 900  # of the status board; seats take turns on them, and faults have the last ones
 _LENGTH = struct.Struct("<I")
 _FILES_AT_ONCE = 200  # the kernel passes at most 253 in one message
 _LOOKS = (Phase.loading, Phase.forward, Phase.evaluating)  # where a step can be dropped without a trace
@@ -31,11 +32,15 @@ class SeatReporter(Reporter):
     """Says where the worker is; and drops a step whose epoch is over as soon as the worker says something."""
 
     member = False
+    rank = -1  # in the epoch
+    rehearsal: Rehearsal | None = None
 
     def __call__(self, phase: Phase, *, step: int | None = None, shard: int = -1, peer: int = -1) -> None:
         if self.member and phase in _LOOKS and self.board is not None and self.board.broken:
             raise PeerLost("the agent says that a worker has gone")
         super().__call__(phase, step=step, shard=shard, peer=peer)
+        if self.rehearsal is not None and self.member:
+            self.rehearsal.at(self.rank, self.position.step, phase)
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,20 @@ class Seat:
     """What a worker of an elastic run holds instead of a group: it is given a place in one epoch after the other."""
 
     def __init__(
-        self, number: int, orders: socket.socket, arena: list[int], board: StatusBoard, say: Callable[[str, Any], None]
+        self,
+        number: int,
+        orders: socket.socket,
+        arena: list[int],
+        board: StatusBoard,
+        say: Callable[[str, Any], None],
+        faults: Sequence[Fault] = (),
     ) -> None:
         self.number = number
         self.say = say
         self._orders = orders
         self.report = SeatReporter(number % ROWS, os.getpid(), board)
+        if faults:
+            self.report.rehearsal = Rehearsal(faults, board)
         self._arenas = Arenas(0, arena)
         for file in arena:
             os.close(file)
@@ -138,7 +151,7 @@ class Seat:
         mesh = Mesh(rank, row, self.report)
         self._group = HostGroup(rank, world, mesh, Heap(self._heap), arenas, self.report, self._emit)
         self._epoch = order["epoch"]
-        self.report.member = True
+        self.report.member, self.report.rank = True, rank
         return Place(
             order["epoch"],
             tuple(order["steps"]),

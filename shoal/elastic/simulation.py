@@ -79,7 +79,7 @@ class Outcome:
 class Simulation:
     """One run under one schedule of faults. ``run`` raises Wrong when an invariant does not hold."""
 
-    def __init__(self, seed: int, *, workers: int = 4, shards: int = 8, steps: int = 30) -> None:
+    def __init__(self, seed: int, *, workers: int = 4, shards: int = 8, steps: int = 40) -> None:
         self.seed, self.shards, self.steps = seed, shards, steps
         self.random = random.Random(seed)
         self.now = 0.0
@@ -119,7 +119,7 @@ class Simulation:
 
     def _plan_faults(self) -> None:
         """Kills, stops, thaws, resizes and drains, singly and in bursts, at any time of the run."""
-        at = 0.0
+        at = self.random.uniform(0.0, 2.0)
         kinds = (
             self._kill_one,
             self._kill_one,
@@ -129,8 +129,8 @@ class Simulation:
             self._drain,
             self._kill_all,
         )
-        for _ in range(self.random.randrange(12)):
-            at += self.random.choice((self.random.uniform(0, 0.02), self.random.uniform(0, 0.8)))
+        for _ in range(self.random.randrange(2, 16)):
+            at += self.random.choice((self.random.uniform(0, 0.02), self.random.uniform(0, 0.4)))
             self._at(at, self.random.choice(kinds))
 
     def _someone(self) -> SimWorker | None:

@@ -1,0 +1,123 @@
+"""The decider under a thousand drawn schedules of faults; and mistakes that the simulation must find."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from shoal.elastic import membership as m
+from shoal.elastic import simulation
+from shoal.elastic.simulation import Simulation, Wrong
+
+SCHEDULES = 400
+
+
+def first_wrong(make: Callable[[int], Simulation], seeds: range = range(SCHEDULES)) -> str:
+    for seed in seeds:
+        try:
+            make(seed).run()
+        except Wrong as wrong:
+            return str(wrong)
+    return ""
+
+
+def test_no_drawn_schedule_breaks_an_invariant_and_a_thousand_take_less_than_a_minute():
+    begun = time.process_time()
+    ended, lost, epochs = Counter[str](), 0, 0
+    for seed in range(SCHEDULES):
+        outcome = Simulation(seed).run()
+        ended[outcome.ended] += 1
+        lost, epochs = lost + outcome.lost, epochs + outcome.epochs
+    took = time.process_time() - begun
+    assert ended == {"finished": SCHEDULES}, "faults are few enough that every run gets through"
+    assert lost > SCHEDULES, "the schedules are rough"
+    assert epochs > 2 * SCHEDULES
+    assert SCHEDULES / took * 60 > 1000
+
+
+def test_a_schedule_is_its_seed_alone():
+    assert Simulation(7).run() == Simulation(7).run()
+    assert Simulation(7).run() != Simulation(8).run()
+
+
+def with_mistake(kind: type[m.Membership]) -> Callable[[int], Simulation]:
+    def make(seed: int) -> Simulation:
+        made = Simulation(seed)
+        made.membership = kind(made.membership.wanted, made.membership.least, made.membership.most)
+        return made
+
+    return make
+
+
+class DoesNotWait(m.Membership):
+    """Forms the next epoch while a member is still in the last one: two epochs at once."""
+
+    def _decide(self, now, out):
+        if self._broken:
+            self._form([s for s in self.seats.values() if s.at is not m.At.gone], now, out)
+        super()._decide(now, out)
+
+
+class TakesTheOldest(m.Membership):
+    """Lets who holds the newest step take the older one from the others."""
+
+    def on(self, event, now):
+        if isinstance(event, m.Left) and event.step > 0 and event.seat % 2:
+            event = m.Left(event.seat, event.step - 1, event.due)
+        return super().on(event, now)
+
+
+class ForgetsTheDead(m.Membership):
+    """Does not tell the survivors of a loss that the epoch is over, nor makes new workers."""
+
+    def _lost(self, seat, why, now, out):
+        del self.seats[seat.number]
+
+    def _fill(self, out):
+        if len(self.seats) < 2:
+            super()._fill(out)
+
+
+class DoesNotFence(m.Membership):
+    """Goes on without a suspect that has not been killed: thawed, it would commit."""
+
+    def on(self, event, now):
+        return [do for do in super().on(event, now) if not (isinstance(do, m.Kill) and self.epoch)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (DoesNotWait, "begins while seats"),
+        (TakesTheOldest, "hold a newer one"),
+        (ForgetsTheDead, "nothing happens any more"),
+        (DoesNotFence, "begins while seats"),
+    ],
+)
+def test_a_mistake_in_the_decider_is_found(kind, said):
+    assert said in first_wrong(with_mistake(kind))
+
+
+def test_a_worker_that_applies_a_step_twice_is_found(monkeypatch):
+    commit = Simulation._commit
+
+    def twice(self, worker):
+        if worker.state and self.random.random() < 0.01:
+            worker.state.append(worker.state[-1])
+        commit(self, worker)
+
+    monkeypatch.setattr(simulation.Simulation, "_commit", twice)
+    assert first_wrong(Simulation)
+
+
+def test_a_rank_0_that_does_not_look_what_has_been_told_is_found(monkeypatch):
+    join = Simulation._join
+
+    def tells_again(self, worker, form, rank):
+        join(self, worker, form, rank)
+        if rank == 0 and worker.alive and worker.step > 0:
+            self.log.append((worker.step, form.epoch))
+
+    monkeypatch.setattr(simulation.Simulation, "_join", tells_again)
+    assert "the log has steps" in first_wrong(Simulation)
