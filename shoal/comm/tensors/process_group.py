@@ -1,20 +1,29 @@
 """The carrier of workers that others started: torch.distributed, by what all of its backends can do."""
 
-import hashlib
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shoal.comm.distributed import DistributedGroup
-from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, add_up, bytes_of, compare, compare_message, told
+from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, add_up, bytes_of, compare, compare_message, digest, told
 from shoal.comm.torch_all_gather import all_gather
 
 SMALL = 64 << 10  # bytes that everybody gets from everybody, where one operation is quicker than two
 PENDING, FEW = 64 << 20, 16  # bytes of older sends, and sends, that may be under way
+HEADED = 256 << 10  # bytes that go along with the words, when they are foreseen: they are lost where that was wrong
+REMEMBERED = 4096  # operations of which the next one is
 _HEAD = 18  # numbers before a message: type, dims, sizes
+_WORDS = 16  # bytes before those of a collective: its digest and number. A multiple of every element's size
+
+
+class _Traded(NamedTuple):
+    said: int  # digest
+    to_each: tuple[int, ...]  # bytes
+    from_each: tuple[int, ...]
 
 
 class ProcessGroup:
@@ -31,24 +40,50 @@ class ProcessGroup:
         self.rank, self.world = group.rank, group.world
         self.stood: Stood = []
         self._operation = 0
+        self._last = 0  # what was done last, and what came next when it was done before: the same on all ranks
+        self._foretold: dict[int, _Traded] = {}
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()  # under way, with what they read
 
-    def _agree(self, signature: str, device: torch.device) -> None:
-        """Raises OutOfStep, on all ranks, unless all say the same."""
-        self._operation += 1
-        digest = hashlib.blake2b(f"{self._operation} {signature}".encode(), digest_size=8).digest()
-        mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
-        all_of_them = mine.new_empty(self.world)
-        all_gather(all_of_them, mine, group=self._pg)
-        if len(set(all_of_them.tolist())) > 1:
-            said = [row.decode() for row in self._group.gather(signature.encode())]
-            compare(said, self._group.names, self._operation)
+    def _trade(
+        self, signature: str, flat: Tensor, to_each: Sequence[int] = (), from_each: Sequence[int] = (), most: int = 0
+    ) -> list[Tensor]:
+        """All-to-all of bytes, once all say the same: ``flat`` is cut into ``to_each``. What comes from each.
+        ``most`` is what the rank with most has to send or receive: all must foresee the same.
 
-    def _swap(self, flat: Tensor, to_each: list[int], from_each: list[int]) -> list[Tensor]:
-        """All-to-all of bytes: ``flat`` is cut into ``to_each``. What comes from each."""
+        Words and bytes go in one operation where it came after the same one before, which all remember alike: it has
+        the room that was needed then, whatever each asks for now. Else the bytes go in another one.
+        Raises OutOfStep, on all ranks, unless all say the same, which determines the bytes from each rank to each."""
+        self._operation += 1
+        to_each, from_each = to_each or [0] * self.world, from_each or [0] * self.world
+        said = digest(signature)
+        foretold = self._foretold.get(self._last, _Traded(0, (0,) * self.world, (0,) * self.world))
+        foreseen = foretold.said == said
+        head = torch.tensor([said - (1 << 63), self._operation], device=flat.device).view(torch.uint8)
+        rooms = torch.split(flat, list(to_each)) if foreseen else [flat.new_zeros(room) for room in foretold.to_each]
+        arrived = self._swap(
+            torch.cat([piece for room in rooms for piece in (head, room)]),
+            [_WORDS + room for room in foretold.to_each],
+            [_WORDS + room for room in foretold.from_each],
+        )
+        if not bool((torch.stack([row[:_WORDS] for row in arrived]) == head).all()):
+            compare(
+                [row.decode() for row in self._group.gather(signature.encode())], self._group.names, self._operation
+            )
+        if not foreseen:
+            if len(self._foretold) >= REMEMBERED:
+                self._foretold.clear()
+            self._foretold.pop(self._last, None)
+            if most <= HEADED:
+                self._foretold[self._last] = _Traded(said, tuple(to_each), tuple(from_each))
+        self._last = said
+        if foreseen:
+            return [row[_WORDS:] for row in arrived]
+        return self._swap(flat, to_each, from_each) if most else [flat] * self.world
+
+    def _swap(self, flat: Tensor, to_each: Sequence[int], from_each: Sequence[int]) -> list[Tensor]:
         arrived = flat.new_empty(sum(from_each))
-        dist.all_to_all_single(arrived, flat, from_each, to_each, group=self._pg)
-        return list(torch.split(arrived, from_each))
+        dist.all_to_all_single(arrived, flat, list(from_each), list(to_each), group=self._pg)
+        return list(torch.split(arrived, list(from_each)))
 
     def _gathered(self, source: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Everybody's bytes, ``sizes[r]`` of rank r: the shorter ones are padded."""
@@ -61,55 +96,68 @@ class ProcessGroup:
 
     def all_reduce(self, source: Tensor, out: Tensor, signature: str) -> None:
         with self._group.explained("an all-reduce"):
-            self._agree(signature, source.device)
-            if not source.nbytes:
-                return
+            flat = bytes_of(source)
             if source.nbytes <= SMALL:
-                rows = self._gathered(bytes_of(source), [source.nbytes] * self.world)
+                each = [source.nbytes] * self.world
+                rows = self._trade(signature, flat.repeat(self.world), each, each, sum(each))
                 add_up([row.view(out.dtype) for row in rows], out.view(-1))
                 return
-            each = -(-source.numel() // self.world)
-            counts = [max(0, min(each, source.numel() - rank * each)) for rank in range(self.world)]
+            share = -(-source.numel() // self.world)
+            counts = [max(0, min(share, source.numel() - rank * share)) for rank in range(self.world)]
             sizes = [count * source.itemsize for count in counts]
             mine = out.new_empty(counts[self.rank])
-            self._reduce_scatter(bytes_of(source), sizes, mine)
+            self._reduce_scatter(flat, sizes, mine, signature)
             rows = self._gathered(bytes_of(mine), sizes)
             torch.cat(rows, out=bytes_of(out))
 
-    def _reduce_scatter(self, flat: Tensor, sizes: list[int], out: Tensor) -> None:
-        parts = self._swap(flat, sizes, [out.nbytes] * self.world)
+    def _reduce_scatter(self, flat: Tensor, sizes: list[int], out: Tensor, signature: str) -> None:
+        parts = self._trade(signature, flat, sizes, [out.nbytes] * self.world, max(sizes) * self.world)
         add_up([part.view(out.dtype) for part in parts], out.view(-1))
 
     def all_gather(self, source: Tensor, outs: Sequence[Tensor], signature: str) -> None:
         with self._group.explained("an all-gather"):
-            self._agree(signature, source.device)
-            if any(out.nbytes for out in outs):
-                for out, row in zip(outs, self._gathered(bytes_of(source), [o.nbytes for o in outs]), strict=True):
-                    bytes_of(out).copy_(row)
+            flat, sizes = bytes_of(source), [out.nbytes for out in outs]
+            if max(sizes) <= SMALL:
+                each = [source.nbytes] * self.world
+                rows = self._trade(signature, flat.repeat(self.world), each, sizes, max(sizes) * self.world)
+            else:
+                self._trade(signature, flat[:0])
+                rows = self._gathered(flat, sizes)
+            for out, row in zip(outs, rows, strict=True):
+                bytes_of(out).copy_(row)
 
     def reduce_scatter(self, sources: Sequence[Tensor], out: Tensor, signature: str) -> None:
         with self._group.explained("a reduce-scatter"):
-            self._agree(signature, out.device)
             flat = torch.cat([bytes_of(source) for source in sources])
-            self._reduce_scatter(flat, [source.nbytes for source in sources], out)
+            self._reduce_scatter(flat, [source.nbytes for source in sources], out, signature)
 
     def all_to_all(self, sources: Sequence[Tensor], outs: Sequence[Tensor], counts: Counts, signature: str) -> None:
         with self._group.explained("an all-to-all"):
-            self._agree(signature, outs[0].device)
             flat = torch.cat([bytes_of(source) for source in sources])
-            arrived = self._swap(flat, [s.nbytes for s in sources], [out.nbytes for out in outs])
+            to_each, from_each = ([tensor.nbytes for tensor in tensors] for tensors in (sources, outs))
+            most = max(map(sum, [*counts, *zip(*counts, strict=True)])) * outs[0].itemsize
+            arrived = self._trade(f"{signature} {counts}", flat, to_each, from_each, most)
             for out, row in zip(outs, arrived, strict=True):
                 bytes_of(out).copy_(row)
 
     def broadcast(self, data: Tensor, root: int, signature: str) -> None:
         with self._group.explained("a broadcast"):
-            self._agree(signature, data.device)
-            if data.nbytes:
-                dist.broadcast(bytes_of(data), group=self._pg, group_src=root)
+            flat = bytes_of(data)
+            if data.nbytes > SMALL:
+                self._trade(signature, flat[:0])
+                dist.broadcast(flat, group=self._pg, group_src=root)
+                return
+            sends = self.rank == root
+            to_each = [data.nbytes * sends] * self.world
+            from_each = [data.nbytes * (rank == root) for rank in range(self.world)]
+            copies = flat.repeat(self.world) if sends else flat[:0]
+            rows = self._trade(signature, copies, to_each, from_each, data.nbytes * self.world)
+            if not sends:
+                flat.copy_(rows[root])
 
     def barrier(self) -> None:
         with self._group.explained("a barrier"):
-            self._agree("barrier", torch.device("cpu"))
+            self._trade("barrier", torch.empty(0, dtype=torch.uint8))
 
     def send(self, data: Tensor, to: int) -> None:
         """Does not wait for the receiver, who may be sending too, until much is under way: gloo does not tell of what
