@@ -18,7 +18,21 @@ from shoal.cli.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from shoal.cli.parser import OneLineParser
 from shoal.errors import ShoalError, UserError, unknown_name
 
-VERBS = ("train", "eval", "serve", "plan", "report", "prove", "inspect", "export", "resize", "drain", "bench", "doctor")
+VERBS = (
+    "train",
+    "eval",
+    "serve",
+    "plan",
+    "report",
+    "prove",
+    "inspect",
+    "export",
+    "resize",
+    "drain",
+    "chaos",
+    "bench",
+    "doctor",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -69,6 +69,7 @@ class ElasticCrew:
         self.untold: list[dict[str, Any]] = []  # events from before the run directory was known
         self.noticed: set[int] = set()  # faults of a rehearsal
         self.wish = 0  # the number of the last wish that was heard
+        self.begun = 0  # the step that was under way when the last epoch broke
         self.step = 0  # the last that was told as committed
         self.awake_s = self.looked_s = time.monotonic()  # since when this process has been looking without a gap
 
@@ -286,6 +287,7 @@ class ElasticCrew:
                 "host": self.host,
                 "processes": who,
                 **self._noticed(tell),
+                **({"redone": max(0, self.begun - self.membership.step + 1)} if tell.event == "recovered" else {}),
                 **dict(tell.more),
             }
         )
@@ -329,6 +331,8 @@ class ElasticCrew:
                 case m.Release(seat):
                     self._order(seat, {"kind": "release"}, [])
                 case m.Break():
+                    members = [seat % ROWS for seat in self.membership.members]
+                    self.begun = max((self.board.read(row).step for row in members), default=0)
                     self.board.call_broken(True)
                 case m.Ask():
                     self.board.ask_change(True)
