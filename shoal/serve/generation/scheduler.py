@@ -17,6 +17,8 @@ from shoal.serve.generation.blocks import BlockPool, block_key
 from shoal.serve.generation.pace import Pace
 from shoal.serve.generation.step import BLOCK
 
+PROMPTS_AT_ONCE = 16  # streams whose prompts come forward side by side
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -40,7 +42,8 @@ class Stream:
     tokens: list[int]
     salt: bytes
     blocks: list[int] = field(default_factory=list)  # where its tokens lie, BLOCK to a block
-    keys: list[bytes] = field(default_factory=list)  # of its full blocks
+    keys: list[bytes] = field(default_factory=list)  # names of its tokens' full blocks, as far as they were needed
+    published: int = 0  # full blocks that others can find
     computed: int = 0  # tokens whose keys and values are in the cache
     reused: int = 0  # of them, when it was last admitted, found there
     draft: list[int] = field(default_factory=list)  # guesses of what comes after its tokens
@@ -124,7 +127,7 @@ class Scheduler:
             return stream, None
         for block in parent.blocks[:full]:
             self.pool.hold(block)
-        stream.blocks, stream.keys = parent.blocks[:full], list(parent.keys[:full])
+        stream.blocks, stream.keys, stream.published = parent.blocks[:full], parent.keys[:full], full
         copy = None
         if rest:
             stream.blocks.append(self.pool.take())
@@ -158,27 +161,28 @@ class Scheduler:
         forward in order, as many rows as `Pace` allows. No slices: nothing to do until something is submitted."""
         expired = self._expire(now)
         slices = self._decodes()
-        allowed = self.pace.prompt_rows(len(slices))
-        for stream in self.running:
-            if len(stream.tokens) - stream.computed > 1:
-                allowed -= _prompt(stream, slices, allowed)
-        while self.waiting and allowed > 0:
-            admitted = self._admit(slices)
+        prompts = [stream for stream in self.running if len(stream.tokens) - stream.computed > 1]
+        idle = not slices and not prompts
+        while self.waiting and len(prompts) < PROMPTS_AT_ONCE:
+            admitted = self._admit(slices, forced=idle and not prompts)
             if admitted is None:
                 break
-            allowed -= _prompt(admitted, slices, allowed)
+            prompts.append(admitted)
+        prompts = sorted(stream for stream in prompts if stream.running)
+        if prompts:
+            slices += self._share_out(prompts, self.pace.prompt_rows(len(slices)))
         return Plan(slices, expired)
 
     def done(self, plan: Plan) -> None:
         """The step was carried out."""
-        for stream, start, count, _ in plan.slices:
-            stream.computed = min(start + count, len(stream.tokens))
+        for stream, start, rows, _ in plan.slices:
+            stream.computed = min(start + rows, len(stream.tokens))
             full = stream.computed // BLOCK
-            while len(stream.keys) < full:
-                at = len(stream.keys)
-                before = stream.keys[-1] if stream.keys else stream.salt
-                stream.keys.append(block_key(before, stream.tokens[at * BLOCK : (at + 1) * BLOCK]))
-                self.pool.publish(stream.blocks[at], stream.keys[at])
+            if stream.published < full:
+                self._name_blocks(stream, full)
+                for at in range(stream.published, full):
+                    self.pool.publish(stream.blocks[at], stream.keys[at])
+                stream.published = full
 
     def _expire(self, now: float) -> list[int]:
         expired = []
@@ -223,12 +227,51 @@ class Scheduler:
             stream.blocks.append(self.pool.take())
         return True
 
-    def _admit(self, slices: list[Slice]) -> Stream | None:
+    def _share_out(self, prompts: Sequence[Stream], allowed: int) -> list[Slice]:
+        """Rows for prompts: half for the first in the order, so that each gets its turn, and the others' by length, so
+        that short ones do not wait for a long one's end. What nobody else takes is the first's too.
+
+        Who would compute the same block as somebody before it waits for it instead, and finds it in the next step."""
+        first = prompts[0]
+        coming: set[bytes] = set()
+        taken: dict[Stream, int] = {}
+        room = allowed if len(prompts) == 1 else -(-allowed // 2)
+        for stream in [first, *sorted(prompts[1:], key=lambda each: len(each.tokens) - each.computed)]:
+            self._catch_up(stream)
+            ahead = stream.computed // BLOCK
+            if ahead < len(stream.keys) and stream.keys[ahead] in coming:
+                continue
+            rows = min(len(stream.tokens) - stream.computed, room)
+            room = allowed - rows if stream is first else room - rows
+            if rows:
+                taken[stream] = rows
+                coming.update(stream.keys[ahead : (stream.computed + rows) // BLOCK])
+        taken[first] += min(len(first.tokens) - first.computed - taken[first], room)
+        return [
+            Slice(stream, stream.computed, rows, int(stream.computed + rows == len(stream.tokens)))
+            for stream, rows in taken.items()
+        ]
+
+    def _catch_up(self, stream: Stream) -> None:
+        """Take over blocks that others have computed since it was admitted, in the place of its own empty ones."""
+        while stream.computed % BLOCK == 0 and stream.computed + BLOCK < len(stream.tokens):
+            at = stream.computed // BLOCK
+            block = self.pool.find(stream.keys[at])
+            if block is None:
+                return
+            self.pool.release(stream.blocks[at])
+            self.pool.hold(block)
+            stream.blocks[at] = block
+            stream.computed += BLOCK
+            stream.reused += BLOCK
+            stream.published = at + 1
+
+    def _admit(self, slices: list[Slice], forced: bool) -> Stream | None:
         """The first of those that wait, with blocks for all its tokens; None when it must wait on.
 
         Those of lower priority make room for it, and lose their part in this step. Room is left for those that run to
-        grow, unless there is nothing to do in this step: then whoever is behind makes room."""
-        stream, forced = self.waiting[0], not slices
+        grow, unless there is nothing else to do (``forced``): then whoever is behind makes room."""
+        stream = self.waiting[0]
         self._reuse(stream)
         need = -(-len(stream.tokens) // BLOCK) - len(stream.blocks)
         while True:
@@ -249,17 +292,21 @@ class Scheduler:
 
     def _reuse(self, stream: Stream) -> None:
         """Hold what is known of its tokens; not all of them: the last one's logits are needed."""
-        before = stream.salt
-        for at in range((len(stream.tokens) - 1) // BLOCK):
-            key = block_key(before, stream.tokens[at * BLOCK : (at + 1) * BLOCK])
+        self._name_blocks(stream, (len(stream.tokens) - 1) // BLOCK)
+        for key in stream.keys[: (len(stream.tokens) - 1) // BLOCK]:
             block = self.pool.find(key)
             if block is None:
                 break
             self.pool.hold(block)
             stream.blocks.append(block)
-            stream.keys.append(key)
-            before = key
+        stream.published = len(stream.blocks)
         stream.computed = stream.reused = len(stream.blocks) * BLOCK
+
+    def _name_blocks(self, stream: Stream, count: int) -> None:
+        while len(stream.keys) < count:
+            at = len(stream.keys)
+            before = stream.keys[-1] if stream.keys else stream.salt
+            stream.keys.append(block_key(before, stream.tokens[at * BLOCK : (at + 1) * BLOCK]))
 
     def _put_off(self, stream: Stream) -> None:
         self.preempted += 1
@@ -271,12 +318,4 @@ class Scheduler:
     def _release(self, stream: Stream) -> None:
         for block in reversed(stream.blocks):  # so that of a kept prefix the end is given up first
             self.pool.release(block)
-        stream.blocks, stream.keys, stream.computed, stream.running = [], [], 0, False
-
-
-def _prompt(stream: Stream, slices: list[Slice], allowed: int) -> int:
-    left = len(stream.tokens) - stream.computed
-    count = min(left, allowed)
-    if count > 0:
-        slices.append(Slice(stream, stream.computed, count, int(count == left)))
-    return max(count, 0)
+        stream.blocks, stream.published, stream.computed, stream.running = [], 0, 0, False

@@ -43,6 +43,11 @@ class Told:
             p for m in self.of(id) if isinstance(m, Item) for p in msgspec.msgpack.decode(m.payload, type=list[Piece])
         ]
 
+    def told(self, id, choice):
+        """Token, score and reason, as they came."""
+        pieces = [piece for piece in self.pieces(id) if piece.choice == choice]
+        return [(piece.tokens, piece.scores, piece.reason) for piece in pieces]
+
     def tokens(self, id, choice=0):
         return [token for piece in self.pieces(id) if piece.choice == choice for token in piece.tokens]
 
@@ -104,7 +109,10 @@ def test_a_request_goes_on_after_the_items_that_were_told_before_a_death():
         rest = Told()
         rest.ask(1, ask, attempt=1, reached=tuple(items[:reached]))
         rest.work()
-        assert [m.payload for m in rest.of(1) if isinstance(m, Item)] == items[reached:]
+        before = Told()
+        before.messages = [Item(1, item) for item in items[:reached]]
+        for choice in range(2):  # the choices need not keep step
+            assert before.told(1, choice) + rest.told(1, choice) == whole.told(1, choice)
         assert isinstance(rest.of(1)[-1], Result)
 
 

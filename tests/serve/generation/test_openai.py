@@ -248,8 +248,10 @@ def test_half_a_request_and_a_broken_connection_disturb_nobody(client, server):
     def leave() -> None:
         with socket.create_connection((host, int(port))) as wire:
             body = json.dumps({"prompt": "hello", "max_tokens": 300, "stream": True}).encode()
-            wire.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            wire.recv(10)
+            wire.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+            assert b" 200 " in wire.recv(100)
         left.wait(30)
 
     threads = [threading.Thread(target=leave) for _ in range(8)]

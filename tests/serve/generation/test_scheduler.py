@@ -147,6 +147,32 @@ def test_two_that_run_together_share_the_blocks_of_their_beginning():
     simulation.run()
 
 
+def test_of_two_equal_prompts_that_come_together_one_waits_for_the_others_blocks():
+    simulation = Simulation(32)
+    for number in range(2):
+        simulation.submit(number, [5] * 33, 1)
+    simulation.run()
+    assert simulation.rows == [33, 1]
+
+
+def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one_which_goes_on_too():
+    pace = Pace(of_step=16.0, of_decode=2.0, stretch=1.5)
+    simulation = Simulation(200, Limits(running=16), pace)
+    for number in range(4):
+        simulation.submit(number, [number], 90)
+    simulation.step()
+    long = simulation.submit(4, [7] * 500, 1)
+    simulation.step()
+    for number in range(5, 8):
+        simulation.submit(number, [number] * 10, 1)
+    simulation.step()
+    begun = long.computed
+    for _ in range(6):
+        simulation.step()
+    assert {(number, 0) for number in range(5, 8)} <= set(simulation.ended)
+    assert long.computed - begun >= 6 * pace.prompt_rows(4) // 2
+
+
 def test_a_fork_shares_full_blocks_and_copies_the_rest_of_the_last():
     simulation = Simulation(32)
     parent = simulation.submit(0, [5] * 20, 20)
