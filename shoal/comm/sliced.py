@@ -4,6 +4,7 @@ ZeRO-2 (Rajbhandari et al., 2020). No worker holds the whole result; what comes 
 are used again; and a bucket of the own partial sums is given back as soon as it has been sent.
 """
 
+import json
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -17,7 +18,7 @@ from shoal.comm.exchange import Terms, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat
 from shoal.comm.layout import BLOCK
 from shoal.comm.pages import Pages, resident_bytes
-from shoal.comm.slices import Piece, Sharing, owned_ranges
+from shoal.comm.slices import Piece, Sharing, owned_ranges, pieces_of
 from shoal.comm.torch_all_gather import all_gather
 
 ROOMS = 4  # buckets that may be coming in at once
@@ -140,6 +141,12 @@ class SlicedExchange(DistributedExchange):
         index = bisect(self._starts, piece.place) - 1
         start = self._places[index] + piece.place - self._starts[index]
         return self._own[start : start + piece.length]
+
+    def not_finite(self) -> set[int]:
+        """The slots whose mean is not finite, on whichever worker. Called by all, after finish."""
+        pieces = pieces_of(self.layout, self.sharing.slices(self._group.rank))
+        mine = sorted({piece.slot for piece in pieces if not bool(self.piece(piece).isfinite().all())})
+        return {slot for row in self._group.gather(json.dumps(mine).encode()) for slot in json.loads(row)}
 
     def held_bytes(self) -> dict[str, int]:
         """After finish: the own slices of the result; what partial sums still hold, and what has come in."""

@@ -324,13 +324,31 @@ class Gradients:
         used = self.exchange.all_facts[:, _FIRED : _FIRED + len(self.parameters)].any(dim=0).tolist()
         return [index for index, reached in enumerate(used) if not reached]
 
+    def sums_bytes(self, passes: tuple[int, ...]) -> int:
+        """What sums of gradients take in a step: an extra one has its place beside a gradient that is adopted, too."""
+        program = self._placement.accumulation(passes)
+        sums = program.partials + 2 * (program.buffers - program.partials)
+        return self.layout.elements * self.dtype.itemsize * sums
+
     @property
     def buffers(self) -> list[torch.Tensor]:
         """The module's buffers, as real numbers, in the order of the flat layout."""
         return self._state
 
+    def let_go(self, slots: Sequence[int]) -> None:
+        """Nobody will read these slots of this worker's partial sums any more in this step: ZeRO-2 frees them."""
+        for slot in slots:
+            if slot < len(self._at):
+                self._at[slot] = []
+
     def first_not_finite(self) -> str:
         """The first parameter, in the model's order, whose gradient is not finite; "" for none."""
+        if self.exchange.sliced_result:
+            from shoal.comm.sliced import SlicedExchange
+
+            assert isinstance(self.exchange, SlicedExchange)
+            found = self.exchange.not_finite()
+            return self.names[max(found)] if found else ""
         for name, parameter in zip(self.names[::-1], self.parameters[::-1], strict=True):
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
                 return name

@@ -144,7 +144,7 @@ class Sharded(Everywhere):
 
     def fetch(self) -> None:
         """Called by all workers: on rank 0 the user's optimiser then holds all states, until the next update."""
-        self.arrive()
+        self.weights.settle()
         held = [dict(self._inner.state.get(part, {})) if self._inner else {} for part in self.parts]
         whole = self.states.gather(self.pieces, self.parts, held)
         if self._inner is not None:
@@ -207,6 +207,7 @@ def sharded(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) 
         frozen = [p for p in held.module.parameters() if not p.requires_grad] if plan.states == "zero3" else []
         shared = SharedWeights(among, layout, parameters, frozen)
         assert isinstance(exchange, SlicedHeapExchange)
+        exchange.on_release = gradients.let_go
         return Sharded(gradients, optimizer, shared, HostStates(among, layout, parameters), pieces, exchange)
     from shoal.comm.gathered_weights import GatheredWeights
     from shoal.comm.sliced import SlicedExchange
