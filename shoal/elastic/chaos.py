@@ -68,9 +68,10 @@ def rehearse(
 ) -> dict[str, Any]:
     """Train the recipe twice; what each fault did, and whether the bits are equal.
 
-    Trains as many steps as the faults need, or ``steps`` when those are more. Returns faults (of `Survived`), bits_equal, weights_sha256 of both, steps,
-    told_once (every step is in the log once), goodput (seconds of the undisturbed run over those of the other), ok.
-    Both runs are kept in ``folder`` if there is one. Raises UserError for bad input."""
+    Trains as many steps as the faults need, or ``steps`` when those are more. Returns faults (of `Survived`),
+    bits_equal, weights_sha256 of both, steps, told_once (every step is in the log once), goodput (seconds of the
+    undisturbed run over those of the other), ok. Both runs are kept in ``folder`` if there is one.
+    Raises UserError for bad input."""
     faults = list(faults) or usual_faults(plan.workers)
     check_elastic(plan, recipe.shards, least)
     for fault in faults:

@@ -1,0 +1,287 @@
+"""What faults cost: from SIGKILL to the next committed step, goodput under kills, and what elasticity costs when
+nothing fails; torchrun's restart of the same job beside it.
+
+    python bench/elastic.py [--faults 30] [--goodput-s 120] [--rounds 6] [--restarts 3] [--only crash,calm,...]
+
+`crash`: 4 workers, one after the other is killed by SIGKILL at a moment of the clock, every third time rank 0; from the
+signal to the event `recovered`, which the agent writes when it hears that a survivor has committed a step. `goodput`:
+a kill every 15 s; committed steps a second over those of the same run without kills, just before, not adjusted for the
+capacity that is missing. `calm`: seconds of a step with and without --elastic, in turns, the median over the rounds of
+one round's ratio. `resize`: seconds between two steps when workers are added and taken away. `torchrun`: the same model
+under DDP over gloo with a checkpoint after each step, four processes, one of them killed; to the next step.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from turns import turns
+
+from shoal.comm.launch import Agent
+from shoal.comm.measuring.sweep import machine
+from shoal.elastic import roster
+from shoal.elastic.api import PRELOAD, train_elastic
+from shoal.elastic.commands import resize
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import DataSpec, ModelSpec, OptimizerSpec, Recipe, Reporting, ScheduleSpec
+from shoal.run.tail import told_lately
+from shoal.train.api import train
+
+RESULTS = Path(__file__).parent / "results" / "elastic.json"
+WORKERS, EVERY_S, PATIENCE_S = 4, 15.0, 120.0
+GOALS = {"crash p50": 1.5, "crash p99": 4.0, "calm": 1.03, "goodput": 0.9}
+
+
+def recipe(folder: Path, steps: int) -> Recipe:
+    """A CNN of 0.42M parameters, 256 images a step: 50 ms and more on one core."""
+    data = folder / "images.npz"
+    if not data.exists():
+        draw = np.random.default_rng(0)
+        images = draw.normal(size=(2048, 1, 28, 28)).astype(np.float32)
+        np.savez(data, input=images, target=draw.integers(0, 10, size=2048))
+    return Recipe(
+        model=ModelSpec(kind="cnn"),
+        data=DataSpec(source="arrays", path=str(data)),
+        optimizer=OptimizerSpec(name="adamw", lr=1e-4),
+        schedule=ScheduleSpec(kind="constant"),
+        report=Reporting(evaluate_every=10**9, checkpoint_every=10**9, sample=False),
+        batch=256,
+        shards=8,
+        precision="float32",
+        steps=steps,
+    )
+
+
+class Running:
+    """An elastic run in a process of its own, seen through its folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.run = folder / name
+        (folder / f"{name}.toml").write_text(recipe(folder, 10**6).to_toml())
+        self.log = self.run / "events.jsonl"
+        command = [sys.executable, "-m", "shoal", "train", str(folder / f"{name}.toml"), "--workers", str(WORKERS)]
+        self.process = subprocess.Popen(
+            [*command, "--elastic", "--run-dir", str(self.run), "--json"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.until(lambda: self.step >= 20, "first steps")
+
+    def until(self, true: Callable[[], object], what: str) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not true():
+            if time.monotonic() > end or self.process.poll() is not None:
+                raise RuntimeError(f"no {what} of {self.run}")
+            time.sleep(0.005)
+
+    @property
+    def step(self) -> int:
+        return max((step for event, step in told_lately(self.log) if event == "committed"), default=0)
+
+    def recovered(self) -> list[dict[str, Any]]:
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if '"event": "recovered"' in line]
+
+    def whole(self) -> bool:
+        return len(roster.read(self.run)) == WORKERS
+
+    def kill(self, rank: int) -> float:
+        """Seconds to the next committed step."""
+        before = len(self.recovered())
+        pid = roster.read(self.run)[rank].pid
+        at = time.time()
+        os.kill(pid, signal.SIGKILL)
+        self.until(lambda: len(self.recovered()) > before, "recovery")
+        return float(self.recovered()[before]["time"]) - at
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+
+def crash(folder: Path, faults: int) -> dict[str, Any]:
+    running, draw, took = Running(folder, "crash"), random.Random(0), []
+    for number in range(faults):
+        running.until(running.whole, "new worker")
+        time.sleep(draw.uniform(0.3, 0.6))  # the moment of a fault is nobody's choice
+        took.append(running.kill(0 if number % 3 == 0 else draw.randrange(1, WORKERS)))
+        print(f"  kill {number + 1}: {took[-1]:.3f} s", flush=True)
+    redone = [event["redone"] for event in running.recovered()]
+    running.end()
+    ordered = sorted(took)
+    p99 = ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
+    leader = statistics.median(took[::3])
+    return {"seconds": took, "p50": statistics.median(took), "p99": p99, "rank 0 p50": leader, "redone": max(redone)}
+
+
+def goodput(folder: Path, seconds: float) -> dict[str, Any]:
+    running = Running(folder, "goodput")
+
+    def rate(kills: bool) -> float:
+        begun, first, killed = time.monotonic(), running.step, 0
+        while (passed := time.monotonic() - begun) < seconds:
+            if kills and passed > killed * EVERY_S:
+                killed += 1
+                running.kill(killed % len(roster.read(running.run)))
+            time.sleep(0.05)
+        return (running.step - first) / (time.monotonic() - begun)
+
+    calm, rough, again = rate(False), rate(True), rate(False)
+    running.end()
+    return {"calm steps/s": [calm, again], "steps/s": rough, "goodput": rough / ((calm + again) / 2)}
+
+
+def calm(folder: Path, rounds: int) -> dict[str, Any]:
+    arms: dict[str, list[float]] = {"plain": [], "elastic": []}
+    wanted = recipe(folder, 60)
+    with Agent(PRELOAD) as agent:
+        for number, arm in enumerate(turns(tuple(arms), rounds)):
+            seconds: list[float] = []
+
+            def listen(event: Any, seconds: list[float] = seconds) -> None:
+                if event["event"] == "committed" and event["step"] > 10:
+                    seconds.append(event["seconds"])
+
+            run = train if arm == "plain" else train_elastic
+            run(
+                wanted,
+                Plan(mesh={"data": WORKERS}),
+                run_dir=folder / f"calm{number}",
+                progress=listen,
+                agent=agent,
+            )
+            arms[arm].append(statistics.median(seconds))
+            print(f"  {arm}: {arms[arm][-1] * 1e3:.1f} ms", flush=True)
+    ratios = [e / p for e, p in zip(arms["elastic"], arms["plain"], strict=True)]
+    return {**arms, "ratio": statistics.median(ratios)}
+
+
+def resizes(folder: Path) -> dict[str, Any]:
+    running, pauses = Running(folder, "resize"), {}
+    for workers in (2, 4, 1, 4, 3, 4):
+        before = len(roster.read(running.run))
+        done = resize(running.run, workers)
+        pauses[f"{before} -> {workers}"] = done["pause_s"]
+        time.sleep(0.5)
+    lost = len(running.recovered())
+    running.end()
+    return {"pause_s": pauses, "steps lost": lost}
+
+
+DDP = """
+import os, sys, time, torch, torch.distributed as dist
+from pathlib import Path
+from shoal.models.registry import build, task_for
+from shoal.recipe.recipe import ModelSpec
+folder = Path(sys.argv[1])
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+spec, facts = ModelSpec(kind="cnn"), {"shape": (1, 28, 28), "classes": 10}
+torch.manual_seed(0)
+model = torch.nn.parallel.DistributedDataParallel(build(spec, facts))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+step, saved = 0, folder / "saved.pt"
+if saved.exists():
+    state = torch.load(saved)
+    step = state["step"]
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+task = task_for(spec, facts)
+batch = {"input": torch.randn(64, 1, 28, 28), "target": torch.randint(10, (64,))}
+while True:
+    total, count = task.loss(model, batch)
+    (total / count).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    step += 1
+    if rank == 0:
+        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{saved}.new")
+        os.replace(f"{saved}.new", saved)
+        with open(folder / "steps", "a") as log:
+            log.write(f"{time.time()}\\n")
+"""
+
+
+def torchrun(folder: Path, restarts: int) -> dict[str, Any]:
+    place = folder / "ddp"
+    place.mkdir()
+    (place / "job.py").write_text(DDP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORKERS), "--max-restarts", "99"]
+    process = subprocess.Popen(
+        [*command, "--master-port", "29511", str(place / "job.py"), str(place)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def steps() -> list[float]:
+        return [float(line) for line in (place / "steps").read_text().split()] if (place / "steps").exists() else []
+
+    def until(true: Callable[[], object]) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not true():
+            if time.monotonic() > end or process.poll() is not None:
+                raise RuntimeError("torchrun does not come back")
+            time.sleep(0.02)
+
+    took = []
+    try:
+        for number in range(restarts):
+            enough = len(steps()) + 20
+            until(lambda enough=enough: len(steps()) > enough)
+            pids = {rank: int((place / f"pid{rank}").read_text()) for rank in range(WORKERS)}
+            at = time.time()
+            os.kill(pids[1 + number % 3], signal.SIGKILL)
+            # a step that was under way may still be written; new processes say who they are
+            until(lambda pids=pids: int((place / "pid0").read_text() or 0) != pids[0])
+            came = time.time()
+            until(lambda came=came: steps()[-1] > came)
+            took.append(next(s for s in steps() if s > came) - at)
+            print(f"  torchrun: {took[-1]:.1f} s", flush=True)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    return {"seconds": took, "p50": statistics.median(took)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=30)
+    parser.add_argument("--goodput-s", type=float, default=120.0)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--restarts", type=int, default=3)
+    parser.add_argument("--only", default="crash,torchrun,calm,resize,goodput")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as made:
+        folder = Path(made)
+        recipe(folder, 1)
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "crash": lambda: crash(folder, args.faults),
+            "torchrun": lambda: torchrun(folder, args.restarts),
+            "calm": lambda: calm(folder, args.rounds),
+            "resize": lambda: resizes(folder),
+            "goodput": lambda: goodput(folder, args.goodput_s),
+        }
+        for name in args.only.split(","):
+            print(name, flush=True)
+            found[name] = {**parts[name](), "load": os.getloadavg(), "machine": machine()}
+            print(f"  { ({k: v for k, v in found[name].items() if k not in ('seconds', 'machine')}) }", flush=True)
+            args.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
