@@ -26,12 +26,14 @@ class Need:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
+    checkpoint: int = 0  # a copy that is written behind the training
+    data: int = 0  # batches that are ready
     update: int = 0  # what the update takes while it runs: activations are gone by then
     activations: int = 0
 
     @property
     def held(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.checkpoint + self.data
 
     @property
     def peak(self) -> int:
@@ -44,6 +46,8 @@ class Need:
             "gradients": self.gradients,
             "optimiser states": self.optimizer,
             "activations": self.activations,
+            "a checkpoint's copy": self.checkpoint,
+            "batches": self.data,
             "the update itself": self.update if self.update > self.activations else 0,
         }
         order = sorted(parts.items(), key=lambda part: -part[1])
@@ -55,7 +59,10 @@ class Need:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
-            "activations": max(self.activations, self.update),
+            "checkpoint": self.checkpoint,
+            "data": self.data,
+            "activations": self.activations,
+            "update": self.update,
             "peak": self.peak,
         }
 
@@ -64,6 +71,7 @@ class Need:
 class Chosen:
     need: Need
     ways: dict[str, int]  # way -> blocks
+    smaller: tuple[Candidate, ...] = ()  # what might still be tried
 
 
 class Ways:
@@ -132,7 +140,7 @@ def keep_budget(
         most = tried(module, loss, gauge, one_pass)
         if fits(None if most is None else with_activations(most)):
             assert most is not None
-            return Chosen(with_activations(most), candidate.told())
+            return Chosen(with_activations(most), candidate.told(), tuple(found[found.index(candidate) + 1 :]))
         now = with_activations(candidate.least if most is None else most)
         least = now if least is need or now.peak < least.peak else least
     raise _too_small(budget, least, where, micro_batches)

@@ -85,6 +85,12 @@ class Streamed(torch.optim.Optimizer):
             total += sum(int(each * p.numel()) for p in group["params"] if p.numel() >= SMALLEST)
         return total
 
+    def resident_bytes(self) -> int:
+        """What states take of the computation's memory, and the pieces in hand while they are updated."""
+        kept: int = sum(t.nbytes for state in self.state.values() for key, t in state.items() if key == REST)
+        moved = not isinstance(self._keeping.shelf, Here)
+        return kept + (0 if moved else self.expected_bytes()) + 8 * 4 * PIECE
+
     def prefetch(self) -> None:
         """The states that the next update begins with will be needed soon."""
         for parameter in [p for group in self.param_groups for p in group["params"]][:4]:

@@ -26,8 +26,16 @@ def check_trainable(plan: Plan) -> None:
     if memory.changes_updates and (plan.sync == "local" or plan.states != "replicated"):
         other = f"states = {plan.states!r}" if plan.states != "replicated" else "sync = 'local'"
         raise UserError(f"plan: {memory.changes_updates} does not go with {other} so far: leave one of them out.")
-    asked = ["peak_bytes"] if memory.budget_bytes else []
-    asked += [key for key in _NOT_YET if getattr(memory, key) != getattr(usual, key)]
+    if memory.budget_bytes:
+        other = (
+            f"states = {plan.states!r}" if plan.states != "replicated"
+            else f"sync = {plan.sync!r}" if plan.sync not in ("exact", "fast")
+            else f"compression = {plan.compression!r}" if plan.compression != "none"
+            else ""
+        )  # fmt: skip
+        if other:
+            raise UserError(f"plan: memory.peak_bytes does not go with {other} so far: leave one of them out.")
+    asked = [key for key in _NOT_YET if getattr(memory, key) != getattr(usual, key)]
     if asked:
         raise UserError(
             f"plan: memory.{asked[0]} is not carried out yet: memory.recompute is what saves memory so far."

@@ -17,7 +17,7 @@ from shoal.comm.status import Phase
 from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
 from shoal.data.registry import open_data
-from shoal.data.source import Splits
+from shoal.data.source import Batch, Splits
 from shoal.errors import UserError
 from shoal.models.registry import build, task_for
 from shoal.models.task import Task
@@ -32,6 +32,7 @@ from shoal.train.precision import autocast, measure_precision
 from shoal.train.sampling import sample_text
 from shoal.train.schedules import learning_rate
 from shoal.train.step import Step
+from shoal.train.streams import enter_stream
 from shoal.train.worker import Worker
 
 
@@ -72,8 +73,10 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
     origins = {**order.origins, "precision": why} if why else dict(order.origins)
     order = replace(order, recipe=recipe, origins=origins)
-    run = _agree_on_run(group, order)
-    return Loop(worker, order, run, splits, task, model).train()
+    with worker.memory.explaining():
+        _prepare_memory(worker, recipe, splits, task, model)
+        run = _agree_on_run(group, order)
+        return Loop(worker, order, run, splits, task, model).train()
 
 
 def _made(order: Order, splits: Splits) -> nn.Module:
@@ -87,6 +90,16 @@ def _subject(recipe: Recipe, splits: Splits, task: Task, device: torch.device) -
     ledger = Ledger(len(splits.train), recipe.batch, recipe.shards, recipe.micro_batches, recipe.seed)
     fetched = splits.train.fetch(ledger.shard(0, 0)[0], 0)
     return Subject(task, {name: tensor.to(device) for name, tensor in fetched.items()})
+
+
+def _prepare_memory(worker: Worker, recipe: Recipe, splits: Splits, task: Task, model: nn.Module) -> None:
+    def loss(batch: Batch) -> torch.Tensor:
+        enter_stream(recipe.seed, 0, worker.shards[0], 0)
+        with autocast(recipe.precision, worker.device):
+            return task.loss(model, batch)[0]
+
+    if not worker.plan.splits_model:
+        worker.prepare_memory(splits.train, recipe.batch, loss, saves=True)
 
 
 def settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
@@ -230,6 +243,7 @@ class Loop:
             torch=torch.__version__,
             steps=self.steps,
             transport=worker.transport,
+            **({"memory": worker.memory.started} if worker.memory.started else {}),
             **({"split": worker.held.split()} if worker.plan.splits_model else {}),
             **({"lossy": worker.plan.lossy} if worker.plan.lossy else {}),
         )
@@ -272,6 +286,7 @@ class Loop:
                 "seconds": seconds,
                 "parts": step.parts,
                 **({"comm": found} if found else {}),
+                **({"memory": took} if (took := self.worker.memory.take_told()) else {}),
             }
             self._tell_committed()
 

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,6 @@ from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher
 from shoal.data.source import Batch, Source
 from shoal.errors import RunFailed, UserError
-from shoal.memory.apply import set_up
 from shoal.memory.keeping import KeptParameters, keep_parameters, keep_states
 from shoal.parallel.held import Held
 from shoal.parallel.place import Subject, place
@@ -33,6 +32,7 @@ from shoal.train.checksum import compare, parameter_checksum
 from shoal.train.contents import Contents
 from shoal.train.device import device_for
 from shoal.train.gradients import StepFigures
+from shoal.train.memory import Memory, Work
 from shoal.train.reduction import Reduction
 from shoal.train.sharded_states import check as check_sharded
 from shoal.train.snapshot import BackgroundWriter, Written
@@ -70,6 +70,7 @@ class Worker:
         self._made_contents: Contents | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._parameters = KeptParameters()
+        self.memory = Memory(plan.memory, group, self.device)
         self._kept: dict[str, Any] = {}
         self._reduction: Reduction | None = None
         self._update: Update | None = None
@@ -103,7 +104,7 @@ class Worker:
             raise UserError("plan: a model that is split over workers is not compiled: leave model.compile out.")
         self._held = place(module, self.plan, self.group, self.device, subject)
         self._made_contents = None
-        set_up(module, self.plan.memory, self._say)
+        self.memory.set_up(module, self._say_once)
         self._reduction = self._hooked()
         called: Any = torch.compile(module) if compile else module
         return cast(nn.Module, called)
@@ -130,6 +131,7 @@ class Worker:
         self._held = place(self.held.module, plan, group, self.device, None)
         self._made_contents = None
         self._reduction = self._hooked()
+        self.memory.join(group, self._reduction.first)
 
     def _say_once(self, line: str) -> None:
         """What is true of all workers."""
@@ -182,6 +184,32 @@ class Worker:
             )
         return optimizer
 
+    def prepare_memory(self, data: Any, batch: int, loss: Callable[[Batch], Tensor], *, saves: bool = False) -> None:
+        """Choose how activations are kept, so that steps stay below the plan's memory.peak_bytes, before the first one.
+
+        Called by every worker, after `model` and `optimizer`, and needed under a budget only; otherwise what an error
+        for memory that ran out will say is better for it. ``data`` and ``batch`` are those of `steps`; ``loss`` gives
+        the sum of a micro-batch's losses, as in a step. ``saves``: rank 0 will write checkpoints. Weights, buffers and
+        random streams are left as they are. Raises UserError when the budget cannot be kept."""
+        source: Source = data if hasattr(data, "fetch") else DatasetSource(data)
+        assert self._reduction is not None
+        assert self._optimizer is not None
+        ledger = Ledger(len(source), batch, self._shard_count, self.micro_batches, self.seed)
+        self.memory.prepare(
+            Work(
+                module=self.held.module,
+                gradients=self._reduction.first,
+                optimizer=self._optimizer,
+                fetch=lambda: source.fetch(ledger.shard(0, 0)[0], 0),
+                loss=loss,
+                shards=self._shard_count,
+                own_shards=len(self.shards),
+                micro_batches=self.micro_batches,
+                steps_ahead=self.plan.prefetch,
+                saves=saves and self.rank == 0,
+            )
+        )
+
     def keep(self, **objects: Any) -> None:
         """Objects with state_dict and load_state_dict (a scheduler, say) that checkpoints hold too: plain values."""
         self._kept.update(objects)
@@ -220,6 +248,7 @@ class Worker:
         ahead, threads = self.plan.prefetch * len(self.shards) * self.micro_batches, self.plan.loaders
         with Prefetcher(source, self._work(ledger, self.step, last), ahead, threads) as batches:
             while self.step < last and not self.stopping:
+                self.memory.begins()
                 step = Step(self, reduction, update, ledger, self.step, batches, self._committed)
                 yield step
                 if not step.committed:
@@ -232,6 +261,7 @@ class Worker:
         self.step += 1
         assert self._update is not None
         self.stopping |= self._update.stops(self.step, figures)
+        self.memory.ended(self.step)
 
     def settle(self) -> None:
         """Make weights and buffers equal on all workers, in schemes where they may differ between steps.
