@@ -25,6 +25,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--name", help="the model's name, for clients")
     parser.add_argument("--dtype", help="float32 or bfloat16")
     parser.add_argument("--replicas", type=int, help="model processes, which share one copy of the weights")
+    parser.add_argument(
+        "--min-replicas", type=int, help="when nothing is asked; 0: none, and the first request wakes one"
+    )
+    parser.add_argument("--max-replicas", type=int, help="when much is asked")
+    parser.add_argument("--calm-s", type=float, help="fewer are kept once fewer would have done for so long")
     parser.add_argument("--threads", type=int, help="of each model process")
     parser.add_argument("--batch", type=int, help="samples of a batch, at most")
     parser.add_argument("--latency-ms", type=float, help="a batch may wait for company as long as this target allows")

@@ -27,6 +27,9 @@ class ServeOptions:
     port: int = 8000  # 0: any free one
     dtype: Literal["float32", "bfloat16"] = "float32"
     replicas: int = 1  # model processes; they share one copy of the weights
+    min_replicas: int = -1  # when nothing is asked: 0: none, the first request wakes one; -1: replicas
+    max_replicas: int = 0  # when much is asked; 0: replicas
+    calm_s: float = 60.0  # fewer model processes are kept once fewer would have done for so long
     threads: int = 1  # of each model process
     batch: int = 32  # samples, at most
     latency_ms: float = 0.0  # target from arrival to answer: a batch may wait for company so long; 0: it never waits
@@ -58,7 +61,11 @@ class ServeOptions:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"serve: {name} must be greater than 0, got {getattr(self, name)}.")
-        for name in ("latency_ms", "queue", "drain_s", "idle_timeout_s"):
+        if not -1 <= self.min_replicas <= self.least <= self.replicas <= self.most:
+            raise UserError(
+                f"serve: {self.least} to {self.most} model processes, {self.replicas} at the start: put them in order."
+            )
+        for name in ("latency_ms", "queue", "drain_s", "idle_timeout_s", "calm_s"):
             if getattr(self, name) < 0:
                 raise UserError(f"serve: {name} must not be negative, got {getattr(self, name)}.")
         if self.task and self.task not in TASKS:
@@ -75,6 +82,14 @@ class ServeOptions:
             raise UserError(
                 f"serve: {self.host!r} can be reached from other machines: name a file with API keys (--api-keys FILE)."
             )
+
+    @property
+    def least(self) -> int:
+        return self.replicas if self.min_replicas < 0 else self.min_replicas
+
+    @property
+    def most(self) -> int:
+        return self.max_replicas or self.replicas
 
     def engine_options(self) -> dict[str, Any]:
         """What the model processes are told."""

@@ -81,8 +81,10 @@ class Replicas:
         options: ServeOptions,
         hear: Callable[[int, list[FromEngine]], None],
         lost: Callable[[int], None],
+        leaving: Callable[[], set[int]] = set,
     ) -> None:
         self.options = options
+        self.leaving = leaving
         self.wanted = options.replicas
         self.links: dict[int, Link] = {}
         self.pids: dict[int, int] = {}
@@ -92,6 +94,8 @@ class Replicas:
         self._next = 0
         self._early_deaths = 0
         self._lived: set[int] = set()  # those that have said something
+        self._retiring: set[int] = set()
+        self._forking = 0
         self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -142,8 +146,7 @@ class Replicas:
             case Ready():
                 if not self.ready.done():
                     self.ready.set_result(message)
-                for _ in range(self.wanted - len(self.links)):
-                    self._fork()
+                self.scale(self.wanted)
             case Broken():
                 self._break(UserError(message.why) if message.user_error else ShoalError(message.why))
             case Forked():
@@ -160,11 +163,13 @@ class Replicas:
             self.broken.set_result(error)
 
     def _fork(self) -> None:
+        self._forking += 1
         task = self._loop.create_task(self._fork_one())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _fork_one(self) -> None:
+        self._forking -= 1
         if self._control is None or self._closing:
             return
         ours, theirs = socket.socketpair()
@@ -188,9 +193,13 @@ class Replicas:
         del self.links[number]
         if self._closing:
             return
+        if number in self._retiring:
+            self._retiring.discard(number)
+            self._lived.add(number)  # it has not died early
+            return
         self._lost_model(number)
-        if len(self.links) < self.wanted and not self.broken.done():
-            self._fork()
+        if self._control is not None and not self.broken.done():
+            self.scale(self.wanted)
 
     def _lost_parent(self) -> None:
         """Its children die with it. A new one is started, unless it could not even load the model."""
@@ -203,6 +212,18 @@ class Replicas:
             self._break(RunFailed(f"the parent of the model processes ended with {code} while it loaded the model."))
             return
         self.start()
+
+    def scale(self, wanted: int) -> None:
+        """Keep so many from now on, beside those that ``leaving`` names: missing ones are forked at once."""
+        self.wanted = wanted
+        going = self._retiring | self.leaving()
+        for _ in range(wanted - len(self.links.keys() - going) - self._forking):
+            self._fork()
+
+    def retire(self, number: int) -> None:
+        """It has nothing left to do: it ends when its link closes."""
+        self._retiring.add(number)
+        self.links[number].close()
 
     def send(self, number: int, message: ToEngine) -> None:
         link = self.links.get(number)

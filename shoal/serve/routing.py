@@ -201,6 +201,17 @@ class Router:
         """It is to get no more requests: it is gone once the open ones are answered."""
         self.replicas[replica].leaving = True
 
+    def load(self, replica: int) -> int:
+        """The work that it has at hand."""
+        return self.replicas[replica].work
+
+    def leaving(self) -> set[int]:
+        return {number for number, replica in self.replicas.items() if replica.leaving}
+
+    def left(self) -> list[int]:
+        """Those that were to leave, and have nothing more to do."""
+        return [number for number, replica in self.replicas.items() if replica.leaving and not replica.open]
+
     def lost(self, replica: int, now: float) -> list[Instruction]:
         """It has died. Its requests run again elsewhere."""
         gone = self.replicas.pop(replica, None)

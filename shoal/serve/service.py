@@ -14,6 +14,7 @@ from shoal.serve.metrics import Metrics
 from shoal.serve.options import ServeOptions
 from shoal.serve.replicas import Replicas
 from shoal.serve.routing import Instruction, Limits, Refuse, Router, Send, Withdraw
+from shoal.serve.scaling import Bounds, Scaler
 
 _encode = msgspec.msgpack.Encoder().encode
 STREAMS = 64  # generations that one model process may have, at least
@@ -57,7 +58,13 @@ class Service:
         self._tick: asyncio.TimerHandle | None = None
         self._first_up: asyncio.Future[None] = self._loop.create_future()
         self._model: Model | None = None
-        self.replicas = Replicas(options, self._hear, self._lost)
+        self.replicas = Replicas(options, self._hear, self._lost, self._router.leaving)
+        self._scaler: Scaler | None = None
+        self._asleep_since_asked = 0.0  # when the first request came to a server without model processes
+        self._scale_timer: asyncio.TimerHandle | None = None
+        if options.least < options.most:
+            bounds = Bounds(least=options.least, most=options.most, each=options.batch, calm_s=options.calm_s)
+            self._scaler = Scaler(bounds, options.replicas, time.monotonic())
 
     @property
     def model(self) -> Model:
@@ -73,8 +80,9 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request would be worked on now: a model process is there and none of all is stuck."""
-        return bool(self._router.replicas) and not self.draining and not self.broken.done()
+        """Whether a request would be worked on: a model process is there, or all sleep until one is asked for."""
+        awake = bool(self._router.replicas) or self.replicas.wanted == 0
+        return awake and self._model is not None and not self.draining and not self.broken.done()
 
     async def start(self) -> None:
         """Until the first model process can work. Raises the ShoalError that says why none can."""
@@ -93,6 +101,7 @@ class Service:
                 self.seconds = dict(ready.seconds)
                 self.weights_bytes = ready.weights_bytes
         self.seconds["all"] = time.monotonic() - self._begun
+        self._scale()
 
     async def ask(
         self, kind: Kind, payload: msgspec.Struct, *, cost: int = 1, client: str = "", priority: int = 0
@@ -128,6 +137,7 @@ class Service:
             id, kind, msgspec.Raw(_encode(payload)), cost, now, now + self.options.timeout_s, priority, client
         )
         asker = self._askers[id] = _Asker(self._loop, streams)
+        self._scale(coming=1)
         self._carry_out(self._router.arrive(request, now))
         if self._tick is None:
             self._tick = self._loop.call_later(TICK_S, self._look)
@@ -163,6 +173,7 @@ class Service:
     def _hear(self, number: int, messages: list[FromEngine]) -> None:
         now = time.monotonic()
         if number not in self._router.replicas:  # its first words
+            self._woken(now)
             self._carry_out(self._router.up(number, now))
             if not self._first_up.done():
                 self._first_up.set_result(None)
@@ -191,6 +202,37 @@ class Service:
 
     def _answered(self, number: int, id: int, now: float) -> None:
         self._carry_out(self._router.answered(number, id, now))
+        self._scale()
+
+    def _woken(self, now: float) -> None:
+        if self._asleep_since_asked:
+            self.seconds["wake"] = now - self._asleep_since_asked
+            self._asleep_since_asked = 0.0
+
+    def _scale(self, coming: int = 0) -> None:
+        """``coming``: requests that are not in line yet, and may find no room there."""
+        if self._scaler is None or self._model is None:
+            return
+        now = time.monotonic()
+        wanted = self._scaler.look(len(self._router) + coming, now)
+        if wanted and not self.replicas.wanted:
+            self._asleep_since_asked = now
+        staying = [n for n, replica in self._router.replicas.items() if not replica.leaving]
+        if wanted != self.replicas.wanted:
+            for number in sorted(staying, key=self._router.load)[: max(0, len(staying) - wanted)]:
+                self._router.leave(number)
+            self.replicas.scale(wanted)
+        for number in self._router.left():
+            self._router.lost(number, now)
+            self.metrics.engines.pop(number, None)
+            self.replicas.retire(number)
+        at = self._scaler.next_at()
+        if at is not None and self._scale_timer is None:
+            self._scale_timer = self._loop.call_later(max(0.0, at - now), self._rescale)
+
+    def _rescale(self) -> None:
+        self._scale_timer = None
+        self._scale()
 
     def _lost(self, number: int) -> None:
         self.metrics.replicas_lost += 1
@@ -228,9 +270,10 @@ class Service:
 
     def close(self) -> None:
         """Ends the model processes; whoever still waits gets 503."""
-        if self._tick is not None:
-            self._tick.cancel()
-            self._tick = None
+        for timer in (self._tick, self._scale_timer):
+            if timer is not None:
+                timer.cancel()
+        self._tick = self._scale_timer = None
         for id in list(self._askers):
             self._fail(id, HttpError(503, "the server is shutting down", retry_after_s=1))
         self.replicas.close()
