@@ -81,13 +81,6 @@ class BlockPool:
             self._keys[block] = key
             self._blocks[key] = block
 
-    def forget(self) -> None:
-        """Gives up all kept blocks, and lets nobody find the held ones: the weights have changed."""
-        self._free += self._kept
-        self._kept.clear()
-        self._keys.clear()
-        self._blocks.clear()
-
     def check(self, tables: Sequence[Sequence[int]]) -> None:
         """Raises AssertionError unless the bookkeeping agrees with what all sequences hold. For tests."""
         holders = [0] * self.count

@@ -26,6 +26,7 @@ class GenerationEngine:
         self._generator = generator
         self._tell = tell
         self._working: frozenset[int] = frozenset()  # as told
+        self._in_step: frozenset[int] | None = None  # whose rows this step computes; None: it has not begun
         self._told_at = 0.0
         self._step_s = self._busy_s = 0.0
         self._failed = 0
@@ -57,26 +58,29 @@ class GenerationEngine:
 
     def work(self, now: float) -> None:
         begun = time.monotonic()
+        self._in_step = None
         try:
             told = self._generator.work(now, self._begin)
         except Exception as error:  # the model's own code, or ours: those in the step are lost, the others go on
-            self._lose(f"{type(error).__name__}: {error}")
+            lost = self._generator.requests() if self._in_step is None else self._in_step
+            self._lose(lost, f"{type(error).__name__}: {error}")
             return
         self._tell([*(message for each in told for message in _messages(each)), *self._figures(begun)])
 
     def _begin(self, requests: frozenset[int]) -> None:
         """Told when others are worked on than before, ahead of the work."""
+        self._in_step = requests
         if requests != self._working:
             self._working = requests
             self._tell([Begun(tuple(sorted(requests)))])
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, requests: frozenset[int], why: str) -> None:
         text = " ".join(why.split())[:200]
-        for id in self._working:
+        for id in requests:
             self._generator.cancel(id)
-        self._failed += len(self._working)
+        self._failed += len(requests)
         self._tell(
-            [Failed(id, 500, f"the model failed on this input or one beside it: {text}") for id in self._working]
+            [Failed(id, 500, f"the model failed on this input or one beside it: {text}") for id in sorted(requests)]
         )
 
     def _figures(self, begun: float) -> list[FromEngine]:

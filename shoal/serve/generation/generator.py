@@ -75,6 +75,10 @@ class Generator:
     def busy(self) -> bool:
         return bool(self._open)
 
+    def requests(self) -> frozenset[int]:
+        """Those that are open."""
+        return frozenset(self._open)
+
     def add(
         self,
         request: int,

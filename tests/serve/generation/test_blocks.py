@@ -64,16 +64,3 @@ def test_a_key_says_all_tokens_before_it_and_whose_they_are():
     assert block_key(block_key(b"", [1, 2]), [3]) == block_key(block_key(b"", [1, 2]), [3])
     assert block_key(block_key(b"", [1, 2]), [3]) != block_key(block_key(b"", [2, 1]), [3])
     assert block_key(b"one client", [1]) != block_key(b"another", [1])
-
-
-def test_after_new_weights_nothing_old_is_found():
-    pool = BlockPool(2)
-    block = pool.take()
-    pool.publish(block, b"held")
-    kept = pool.take()
-    pool.publish(kept, b"kept")
-    pool.release(kept)
-    pool.forget()
-    assert pool.find(b"held") is None
-    assert pool.find(b"kept") is None
-    pool.check([[block]])

@@ -186,6 +186,16 @@ def test_a_fault_in_a_step_fails_those_in_it_and_no_other():
     assert told.engine._generator.scheduler.pool.held == 0
 
 
+def test_a_fault_before_the_step_fails_all_rather_than_coming_again_for_ever(monkeypatch):
+    told = Told()
+    told.ask(1, Ask(prompts(5)[0], 5))
+    told.ask(2, Ask(prompts(6)[0], 5))
+    monkeypatch.setattr(told.engine._generator.scheduler, "plan", lambda now: 1 / 0)
+    told.work(3)
+    assert [message.status for message in told.messages] == [500, 500]
+    assert told.engine.next_at(told.now) is None
+
+
 def test_the_figures_say_how_full_the_cache_is_and_how_much_of_the_time_was_the_models():
     told = Told()
     told.ask(1, Ask(prompts(20)[0], 6))
