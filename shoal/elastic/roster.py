@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,12 @@ def wish(run: Path, **what: Any) -> Wanted:
 
 def wanted_of(run: Path) -> Wanted:
     found = _json(run / WANTED)
-    try:
-        return Wanted(**found) if isinstance(found, dict) else Wanted(0)
-    except TypeError:
+    kinds = {field.name: type(field.default) if field.name != "number" else int for field in fields(Wanted)}
+    if not isinstance(found, dict) or "number" not in found:
         return Wanted(0)
+    if any(type(value) is not kinds.get(key) for key, value in found.items()):
+        return Wanted(0)
+    return Wanted(**found)
 
 
 def _json(file: Path) -> Any:

@@ -1,0 +1,73 @@
+"""The verbs of elastic runs: what they call, what they print, what they refuse."""
+
+import json
+
+import pytest
+
+from shoal.elastic.chaos import Survived
+from shoal.elastic.faults import Fault
+
+
+def test_train_elastic_calls_the_elastic_library_with_the_minimum(shoal, library):
+    calls = []
+
+    def train_elastic(recipe, plan, **options):
+        calls.append((plan.workers, options["least"]))
+        return {"interrupted": False}
+
+    library("shoal.elastic.api", train_elastic=train_elastic)
+    assert shoal("train", "--workers", "4", "--elastic", "--min-workers", "2", "--json")[0] == 0
+    assert shoal("train", "--workers", "4", "--elastic", "--json")[0] == 0
+    assert calls == [(4, 2), (4, 1)]
+
+
+def test_a_minimum_without_elastic_is_refused(shoal):
+    code, _, err = shoal("train", "--min-workers", "2")
+    assert code == 2
+    assert "add --elastic" in err
+
+
+def test_resize_says_what_it_took(shoal, library):
+    done = {"before": 4, "workers": 2, "step": 12, "pause_s": 0.21, "why": "asked"}
+    library("shoal.elastic.commands", resize=lambda run, workers, wait_s: {**done, "run": run, "asked": workers})
+    assert shoal("resize", "runs/a", "--workers", "2")[1] == (
+        "4 -> 2 workers from step 12 on, 0.21 s between two steps\n"
+    )
+    found = json.loads(shoal("resize", "runs/a", "--workers", "2", "--json")[1])
+    assert (found["run"], found["asked"], found["step"]) == ("runs/a", 2, 12)
+
+
+@pytest.mark.parametrize(("will", "said"), [(True, "will do"), (False, "is short: a kill would cost the step")])
+def test_drain_says_whether_the_grace_will_do(shoal, library, will, said):
+    done = {"step": 12, "seconds": 0.5, "needed_s": 2.0, "grace_s": 30.0, "grace_will_do": will}
+    library("shoal.elastic.commands", drain=lambda run, rank, grace_s, wait_s: done)
+    out = shoal("drain", "runs/a", "--grace", "30")[1]
+    assert "the run has ended, saved, after step 12" in out
+    assert f"a grace of 30 s {said}" in out
+    assert "rank 1 has left, after step 12" in shoal("drain", "runs/a", "--rank", "1")[1]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_chaos_fails_when_a_bit_differs_and_shows_each_fault(shoal, library, equal):
+    asked = []
+
+    def rehearse(recipe, plan, faults, **options):
+        asked.extend(faults)
+        return {
+            "ok": equal,
+            "bits_equal": equal,
+            "told_once": True,
+            "steps": 12,
+            "workers": plan.workers,
+            "goodput": 0.9,
+            "faults": [Survived(str(fault), True, 0.02, 0.3, 1, "killed") for fault in faults],
+        }
+
+    library("shoal.elastic.chaos", rehearse=rehearse, usual_faults=lambda *_: [])
+    code, out, _ = shoal("chaos", "--workers", "2", "--fault", "kill:rank=1,step=5,phase=backward")
+    assert asked == [Fault("kill", 1, 5, "backward")]
+    assert code == (0 if equal else 1)
+    assert "kill rank 1 at step 5, backward  0.02 s         0.30 s           1" in out
+    assert ("weights NOT those" in out) == (not equal)
+    code, out, _ = shoal("chaos", "--workers", "2", "--fault", "kill:step=5", "--json")
+    assert json.loads(out.splitlines()[-1])["faults"][0]["noticed_s"] == 0.02
