@@ -9,13 +9,12 @@ import numpy as np
 
 from shoal.serve.generation.beams import BeamSearch
 from shoal.serve.generation.checks import problem
+from shoal.serve.generation.drafts import Drafts, Wish
 from shoal.serve.generation.messages import Ask, Outcome, Piece, Scored
 from shoal.serve.generation.pace import Pace
 from shoal.serve.generation.sampling import Chooser
 from shoal.serve.generation.scheduler import Limits, Plan, Scheduler, Slice, Stream
 from shoal.serve.generation.step import Floats, Rows, Step
-
-Draft = Callable[[Sequence[int], int], list[int]]  # (tokens so far, how many at most) -> guesses of what comes next
 
 
 class Refused(Exception):
@@ -62,13 +61,13 @@ class Generator:
     """One model and all that is generated with it at the moment. Belongs to one thread."""
 
     def __init__(
-        self, step: Step, pace: Pace, limits: Limits | None = None, draft: Draft | None = None, drafted: int = 4
+        self, step: Step, pace: Pace, limits: Limits | None = None, drafts: Drafts | None = None, drafted: int = 4
     ) -> None:
         self.step = step
         self.scheduler = Scheduler(step.blocks, limits or Limits(), pace)
         self.counts = Counts()
         self.step_s = 0.0  # in the model's step, since somebody set it to 0
-        self._draft, self._drafted = draft, drafted
+        self._drafts, self._drafted = drafts, drafted
         self._open: dict[int, _Open] = {}
 
     @property
@@ -127,8 +126,8 @@ class Generator:
 
     def work(self, now: float = 0.0, begin: Callable[[frozenset[int]], None] | None = None) -> list[Told]:
         """One step, and what it brought. ``begin`` is told, ahead of it, whose requests it is for."""
-        if self._draft:
-            self._guess()
+        if self._drafts:
+            self._guess(self._drafts)
         plan = self.scheduler.plan(now)
         told = [Told(request, [], expired=True) for request in plan.expired if self._open.pop(request, None)]
         if not plan.slices:
@@ -144,14 +143,21 @@ class Generator:
         self.scheduler.done(plan)
         return told + self._chosen(plan.slices, logits)
 
-    def _guess(self) -> None:
+    def _guess(self, drafts: Drafts) -> None:
+        wishes = []
+        streams = []
         for stream in self.scheduler.running:
             opened = self._open[stream.order.request]
             if len(stream.tokens) - stream.computed != 1 or opened.beams:
                 continue
             room = opened.ask.most - opened.choosers[stream.order.choice].index - 1
-            stream.draft = self._draft(stream.tokens, min(self._drafted, room)) if self._draft and room > 0 else []
-            self.counts.drafted += len(stream.draft)
+            if room > 0:
+                wishes.append(Wish(stream.name, stream.tokens, min(self._drafted, room)))
+                streams.append(stream)
+        if wishes:
+            for stream, guesses in zip(streams, drafts.guess(wishes, self.scheduler.streams), strict=True):
+                stream.draft = guesses
+                self.counts.drafted += len(guesses)
 
     def _chosen(self, slices: Sequence[Slice], logits: Floats) -> list[Told]:
         pieces: dict[int, list[Piece]] = {}

@@ -1,10 +1,13 @@
 """From a model to a generator: which kernels, how large the cache, how prompts are cut."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from shoal.errors import UserError
-from shoal.serve.generation.generator import Draft, Generator
+from shoal.serve.generation.drafts import Drafts, Repetition, SmallModel
+from shoal.serve.generation.generator import Generator
 from shoal.serve.generation.options import Options
 from shoal.serve.generation.pace import pace_of
 from shoal.serve.generation.scheduler import Limits
@@ -52,11 +55,27 @@ def open_step(model: nn.Module, options: Options) -> Step:
     return TorchStep(model, blocks, half=half)  # type: ignore[arg-type]
 
 
-def open_generator(model: nn.Module, options: Options | None = None, draft: Draft | None = None) -> Generator:
-    """A generator over the model's weights as they are now. Raises UserError as `open_step`."""
+def open_generator(model: nn.Module, options: Options | None = None, draft: nn.Module | None = None) -> Generator:
+    """A generator over the model's weights as they are now; ``draft`` is a small model that guesses ahead.
+
+    Raises UserError as `open_step`, and for a draft of another vocabulary."""
     options = options or Options()
+    if draft is None and options.draft:
+        draft = _loaded(options.draft)
     step = open_step(model, options)
-    if draft is None and options.speculate:
-        from shoal.serve.generation.drafts import repetition as draft
+    drafts: Drafts | None = Repetition() if options.speculate else None
+    if draft is not None:
+        small = open_step(draft, replace(options, cache_bytes=options.cache_bytes // 4))
+        if small.vocab != step.vocab:
+            raise UserError(
+                f"the draft's vocabulary has {small.vocab} tokens and the model's {step.vocab}: they must be the same."
+            )
+        drafts = SmallModel(small)
     pace = pace_of(shape_of(model), _half(model, options), options.stretch, options.prompt_rows)
-    return Generator(step, pace, Limits(running=options.running), draft, options.speculate or 4)
+    return Generator(step, pace, Limits(running=options.running), drafts, options.speculate or 4)
+
+
+def _loaded(target: str) -> nn.Module:
+    from shoal.serve.target import load
+
+    return load(target).model

@@ -18,7 +18,8 @@ class Options:
     precision: Literal["float32", "bfloat16"] = "float32"  # of the weights; sums are float32
     kernels: Literal["auto", "native", "torch"] = "auto"  # auto: native where the C++ parts are there and on a CPU
     threads: int = 1
-    speculate: int = 0  # guess so many tokens from repetitions in the text, and check them in one step; 0: do not
+    speculate: int = 0  # guess so many tokens, and check them in one step; 0: do not, or 4 with a draft
+    draft: str = ""  # a small model that guesses (a run or a folder); "": what repeats in the text is guessed
 
     def __post_init__(self) -> None:
         for name in ("running", "prompt_rows", "threads"):

@@ -5,8 +5,10 @@ import pytest
 import torch
 from serve.generation.tiny_gpt import VOCAB, prompts, save_gpt, tiny_gpt
 
+from shoal.errors import UserError
 from shoal.models.generation import generate as one_by_one
 from shoal.serve.generation.api import generate, run_all
+from shoal.serve.generation.drafts import SmallModel
 from shoal.serve.generation.messages import Ask
 from shoal.serve.generation.native_step import NativeStep, available
 from shoal.serve.generation.opening import open_generator, open_step
@@ -161,6 +163,35 @@ def test_all_that_is_told_is_the_same_to_the_bit_alone_or_together_however_it_is
         assert generator.counts.drafted > 0
     assert [each.answers for each in run_all(generator, MIXED)] == alone, "a second time, with a warm cache"
     assert generator.counts.reused_tokens > 0 or "cache_bytes" in options
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_model_that_guesses_changes_no_bit_and_a_good_one_saves_steps(kind):
+    model = tiny_gpt()
+    alone = [generate(model, [ask], Options(kernels=kind))[0].answers for ask in MIXED]
+    steps = {}
+    for name, draft in {"itself": model, "another": tiny_gpt(layers=1, heads=1, width=8, context=64)}.items():
+        generator = open_generator(model, Options(kernels=kind, speculate=3), draft)
+        assert [each.answers for each in run_all(generator, MIXED)] == alone
+        counts = generator.counts
+        assert 0 < counts.accepted <= counts.drafted or name == "another"
+        assert generator._drafts._pool.check(list(generator._drafts._blocks.values())) is None
+        steps[name] = counts.steps
+    greedy = [Ask(ask.tokens, 24, temperature=0) for ask in MIXED]
+    plain, guessed = open_generator(model, Options(kernels=kind)), open_generator(model, Options(kernels=kind), model)
+    assert run_all(plain, greedy) == run_all(guessed, greedy)
+    assert guessed.counts.steps < plain.counts.steps / 2, "its own guesses are all right"
+
+
+def test_a_draft_that_has_too_little_memory_or_another_vocabulary():
+    model = tiny_gpt()
+    expected = [each.answers for each in generate(model, MIXED)]
+    generator = open_generator(model, Options(), model)
+    small = open_step(model, Options(cache_bytes=5 * 8192))
+    generator._drafts = SmallModel(small)
+    assert [each.answers for each in run_all(generator, MIXED)] == expected
+    with pytest.raises(UserError, match="vocabulary"):
+        open_generator(model, Options(), tiny_gpt(vocab=64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
