@@ -19,7 +19,7 @@ class SharedWeights:
     An update goes between two barriers, that of the exchange (nobody reads the old weights any more) and `arrive`
     (everybody has written the new ones)."""
 
-    whole = True
+    shared = readable = True
 
     def __init__(
         self, group: HostGroup, layout: Layout, parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter] = ()
