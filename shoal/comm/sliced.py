@@ -130,7 +130,8 @@ class SlicedExchange(DistributedExchange):
     def finish(self) -> Tensor:
         self.before_finish()
         self._complete()
-        return self._all_squares.view(-1)
+        columns = [bucket.slice // BLOCK for bucket in self.layout.buckets]
+        return torch.cat([part.reshape(-1) for part in torch.split(self._all_squares, columns, 1)])
 
     def result_of(self, slot: int) -> Tensor:
         place = self.layout.slots[slot]

@@ -26,7 +26,7 @@ class BlockWeights:
     ``releases``: parameters of a block are on a worker only while it needs them. Else all are there, a little later
     than the step begins."""
 
-    whole = False
+    shared = False
 
     def __init__(
         self,
@@ -62,10 +62,13 @@ class BlockWeights:
         if releases:
             for slot, parameter in enumerate(weights.parameters):
                 users = [index for index, members in enumerate(own) if slot in members]
-                if users:
-                    parameter.register_post_accumulate_grad_hook(partial(self._arrived, users))  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, users))  # type: ignore[no-untyped-call]
 
     # --- between steps ----------------------------------------------------------------------------------------
+
+    @property
+    def readable(self) -> bool:
+        return self._settled
 
     def piece(self, piece: Piece) -> Tensor:
         return self.weights.piece(piece)
@@ -151,8 +154,9 @@ class BlockWeights:
         return tensor
 
     def _arrived(self, blocks: Sequence[int], parameter: Tensor) -> None:
-        if self._settled or not self._back:
+        if self._settled or not self._open:
             return
+        self._turn()  # also where no block has a part in the backward pass
         for block in blocks:
             self._left[block] -= 1
             if not self._left[block]:

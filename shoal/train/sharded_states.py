@@ -22,6 +22,7 @@ from shoal.data.ledger import Ledger
 from shoal.errors import UserError
 from shoal.memory.blocks import find_blocks
 from shoal.parallel.held import Held
+from shoal.parallel.pipeline.engine import Pipeline
 from shoal.recipe.plan import Plan
 from shoal.train.gradients import Gradients, StepFigures
 from shoal.train.state_gathering import HostStates, State, cut
@@ -32,7 +33,10 @@ class Weights(Protocol):
     """Where parameters lie, and how the slices that one worker has updated come to the others."""
 
     parameters: Sequence[nn.Parameter]
-    whole: bool  # between two steps, every worker can read all parameters
+    shared: bool  # they lie in memory that all workers read
+
+    @property
+    def readable(self) -> bool: ...
 
     def piece(self, piece: Piece) -> Tensor: ...
     def updated(self) -> None: ...
@@ -79,6 +83,15 @@ def check(states: str, optimizer: torch.optim.Optimizer, module: nn.Module) -> N
             )
 
 
+def check_compiled(plan: Plan, group: Group) -> None:
+    """Raises UserError when a compiled model could not be trained with these states."""
+    if plan.states != "replicated" and not isinstance(group, HostGroup):
+        raise UserError(
+            f"plan: states = {plan.states!r} between hosts brings parameters in by hooks on blocks, which a compiled "
+            f"model does not keep: leave model.compile out."
+        )
+
+
 def settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a group of an optimiser's parameters is updated with."""
     return {key: value for key, value in group.items() if key != "params"}
@@ -89,6 +102,7 @@ class Sharded(Everywhere):
 
     def __init__(
         self,
+        pipeline: Pipeline | None,
         gradients: Gradients,
         optimizer: torch.optim.Optimizer,
         weights: Weights,
@@ -96,10 +110,10 @@ class Sharded(Everywhere):
         pieces: Sequence[Piece],
         slices: Slices,
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(optimizer, pipeline)
         self._slices = slices
         self.gradients, self.weights, self.states, self.pieces = gradients, weights, states, pieces
-        self.equal = weights.whole
+        self.equal = weights.shared
         self.parts = [weights.piece(piece) for piece in pieces]
         slot_of = {id(parameter): slot for slot, parameter in enumerate(gradients.parameters)}
         groups = [[slot_of[id(p)] for p in g["params"] if id(p) in slot_of] for g in optimizer.param_groups]
@@ -129,7 +143,7 @@ class Sharded(Everywhere):
     def begin(self, ledger: Ledger) -> None:
         super().begin(ledger)
         self._take_over()
-        self._written = [parameter._version for parameter in self.gradients.parameters]
+        self._note_versions()
 
     @torch.no_grad()
     def _take_over(self) -> None:
@@ -162,6 +176,13 @@ class Sharded(Everywhere):
     def settle(self, number: int) -> None:
         self.weights.settle()
 
+    def check_readable(self) -> None:
+        if not self.weights.readable:
+            raise UserError(
+                "with states = 'zero1', 'zero2' or 'zero3' between hosts, no worker has all weights between two steps: "
+                "call worker.settle() on every worker before they are read."
+            )
+
     @torch.no_grad()
     def step(self, number: int, figures: StepFigures) -> None:
         self._check_written()
@@ -177,7 +198,14 @@ class Sharded(Everywhere):
             holder.grad = None  # the exchange writes the next one over it
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for before they step
         self.weights.updated()
+        if self._pipeline is not None:
+            self.arrive()
+            self._pipeline.share_tied()
+            self._note_versions()
         self._told.append((number, figures, {}))
+
+    def _note_versions(self) -> None:
+        self._written = [parameter._version for parameter in self.gradients.parameters]
 
     def _check_written(self) -> None:
         for name, parameter, before in zip(self.gradients.names, self.gradients.parameters, self._written, strict=True):
@@ -198,7 +226,12 @@ class Sharded(Everywhere):
 
 def sharded(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Sharded:
     """The update for ``plan.states``. Called by all workers, once the weights are those that training starts from."""
-    plan, group = held.plan, held.group
+    if len(held.shares) > 1:
+        raise UserError(
+            f"plan: states = {held.plan.states!r} is for one chunk a stage so far: use a schedule with one, such as "
+            f"'1f1b' or 'zb-h1', or states = 'replicated'."
+        )
+    plan, group = held.plan, held.shares[0].group
     layout, parameters, exchange = gradients.layout, gradients.parameters, gradients.exchange
     sharing = sharing_of(plan, group)
     pieces = pieces_of(layout, sharing.slices(group.rank))
@@ -208,13 +241,18 @@ def sharded(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) 
         shared = SharedWeights(among, layout, parameters, frozen)
         assert isinstance(exchange, SlicedHeapExchange)
         exchange.on_release = gradients.let_go
-        return Sharded(gradients, optimizer, shared, HostStates(among, layout, parameters), pieces, exchange)
+        states = HostStates(among, layout, parameters)
+        return Sharded(held.pipeline, gradients, optimizer, shared, states, pieces, exchange)
     from shoal.comm.gathered_weights import GatheredWeights
     from shoal.comm.sliced import SlicedExchange
     from shoal.train.gathering import BlockWeights
     from shoal.train.sent_states import SentStates
 
     assert isinstance(exchange, SlicedExchange)
+    if plan.states == "zero3" and held.pipeline is not None:
+        raise UserError(
+            "plan: states = 'zero3' between hosts needs whole blocks, and a pipeline cuts them: use states = 'zero2'."
+        )
     ranks = sharing.groups()[group.rank // sharing.members]
     gathered = GatheredWeights(among, group.rank, sharing, layout, parameters, exchange.count_gather)  # type: ignore[arg-type]
     weights = BlockWeights(
@@ -226,7 +264,7 @@ def sharded(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) 
     )
     exchange.before_finish = weights.complete
     sent = SentStates(among, layout, parameters, sharing)  # type: ignore[arg-type]
-    return Sharded(gradients, optimizer, weights, sent, pieces, exchange)
+    return Sharded(held.pipeline, gradients, optimizer, weights, sent, pieces, exchange)
 
 
 def sharing_of(plan: Plan, group: Group) -> Sharing:

@@ -35,6 +35,9 @@ class Update(Protocol):
     optimizer: torch.optim.Optimizer
     equal: bool  # all workers have the same weights before every step
 
+    def check_readable(self) -> None:
+        """Raises UserError when not all weights are on this worker right now: `settle` brings them."""
+
     def begin(self, ledger: Ledger) -> None:
         """Before the first step, when weights and optimiser are those that training goes on with."""
 
@@ -128,6 +131,7 @@ class Everywhere:
         assert self._ledger is not None
         return self._ledger.passes(number - 1)
 
+    def check_readable(self) -> None: ...
     def arrive(self) -> None: ...
 
     def step(self, number: int, figures: StepFigures) -> None:

@@ -27,14 +27,13 @@ from shoal.memory.keeping import KeptParameters, keep_parameters, keep_states
 from shoal.parallel.held import Held
 from shoal.parallel.place import Subject, place
 from shoal.recipe.plan import Plan
-from shoal.train import checkpoint
+from shoal.train import checkpoint, sharded_states
 from shoal.train.checksum import compare, parameter_checksum
 from shoal.train.contents import Contents
 from shoal.train.device import device_for
 from shoal.train.gradients import StepFigures
 from shoal.train.memory import Memory, Work
 from shoal.train.reduction import Reduction
-from shoal.train.sharded_states import check as check_sharded
 from shoal.train.snapshot import BackgroundWriter, Written
 from shoal.train.state import model_tensors
 from shoal.train.step import Place, Step
@@ -102,6 +101,8 @@ class Worker:
             raise UserError("plan: memory is saved in models that are not compiled: leave model.compile out.")
         if compile and self.plan.splits_model:
             raise UserError("plan: a model that is split over workers is not compiled: leave model.compile out.")
+        if compile:
+            sharded_states.check_compiled(self.plan, self.group)
         self._held = place(module, self.plan, self.group, self.device, subject)
         self._made_contents = None
         self.memory.set_up(module, self._say_once)
@@ -166,8 +167,7 @@ class Worker:
         if self.plan.sync == "parameter-server":
             check_optimizer(optimizer)
         if self.plan.states != "replicated":
-            check_sharded(self.plan.states, optimizer, self.held.module)
-        self._optimizer = optimizer
+            sharded_states.check(self.plan.states, optimizer, self.held.module)
         if self.plan.memory.changes_updates:
             hosts = self.group.gather(self.group.host.encode())
             optimizer = keep_states(
@@ -182,6 +182,7 @@ class Worker:
                 say=self._say_once,
                 tell=self._say,
             )
+        self._optimizer = optimizer
         return optimizer
 
     def prepare_memory(self, data: Any, batch: int, loss: Callable[[Batch], Tensor], *, saves: bool = False) -> None:
@@ -357,6 +358,8 @@ class Worker:
 
     @property
     def _contents(self) -> Contents:
+        if self._update is not None:
+            self._update.check_readable()
         if self._made_contents is None:
             self._made_contents = Contents(self.held, self.device)
         return self._made_contents
