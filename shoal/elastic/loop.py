@@ -1,5 +1,6 @@
 """The training loop of a worker that may lose the others at any moment, and go on with whoever is left."""
 
+import gc
 import json
 import time
 from collections import deque
@@ -93,6 +94,7 @@ class _Life:
             self.seat.hang_up()
             held = self.loop
             self.seat.left(self.worker.step if held else FRESH, bool(held and held.due))
+            gc.collect()  # what the epoch's memory hangs on goes round in circles: it would stay for a while
 
     def _begun(self, place: Place) -> "ElasticLoop":
         """Nobody holds a state: from the newest checkpoint of the run, or from the start."""
