@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import UserError
+from shoal.memory.blocks import find_blocks
+from shoal.memory.blockwise import Blockwise, movable
 from shoal.memory.narrow import Rounding, narrow
-from shoal.memory.shelves import Here, OnDisk, OnHost, Shelf
+from shoal.memory.shelves import Here, OnDisk, OnHost
 from shoal.memory.streamed import Keeping, Streamed, check_streamable
 from shoal.recipe.memory_plan import MemoryPlan
 
@@ -21,16 +23,41 @@ class KeptParameters:
     """Which of a model's parameters are not simply float32 in memory."""
 
     rests: dict[nn.Parameter, Tensor | None] = field(default_factory=dict)
-    shelf: Shelf | None = None
+    shelf: OnDisk | None = None
 
 
-def keep_parameters(module: nn.Module, plan: MemoryPlan) -> KeptParameters:
-    """Have the module's parameters kept as ``plan.parameters`` says, in place. Before anything that wraps blocks.
+def keep_parameters(
+    module: nn.Module, plan: MemoryPlan, *, device: torch.device, sharing: int, say: Tell, tell: Tell
+) -> KeptParameters:
+    """Have the module's parameters kept as the plan says, in place. Before anything that wraps blocks.
 
-    Raises UserError for a pattern of blocks that fits none."""
+    ``sharing``: workers that use the same disk. ``say`` is for what is true of all workers, ``tell`` for what happens
+    to this one. Raises UserError for a pattern of blocks that fits none, and for what this device cannot do."""
     kept = KeptParameters()
     if plan.parameters in _ROUNDING:
         kept.rests = narrow(module, _ROUNDING[plan.parameters], plan.blocks)
+    if plan.offload_parameters == "none":
+        return kept
+    if device.type != "cpu":
+        raise UserError(
+            f"plan: memory.offload_parameters = {plan.offload_parameters!r} is for workers that compute on the "
+            f"processor so far, and this one is on {device}: leave it out, or use memory.parameters in bfloat16."
+        )
+    if plan.offload_parameters == "host":
+        say("memory.offload_parameters = 'host' moves nothing: the worker's device is the host's own processor.")
+        return kept
+    blocks = find_blocks(module, plan.blocks)
+    if not blocks:
+        raise UserError(
+            "plan: memory.offload_parameters needs a model with a list of layers, and this one has none: "
+            "name modules in memory.blocks."
+        )
+    parameters = movable(blocks, module)
+    needed = sum(p.nbytes for held in parameters.values() for p in held)
+    shelf = _disk(plan, device, "parameters", needed, sharing, say)
+    if shelf is not None:
+        Blockwise(blocks, parameters, shelf).move(tell)
+        kept.shelf = shelf
     return kept
 
 
@@ -49,9 +76,8 @@ def keep_states(
 ) -> torch.optim.Optimizer:
     """The optimiser, its states kept as the plan says; itself where that changes nothing.
 
-    ``step``: how many updates have been made. ``sharing``: workers that put their states on the same disk. ``say`` is
-    for what is true of all workers, ``tell`` for what happens to this one.
-    Raises UserError for an optimiser whose states cannot be kept so."""
+    ``step``: how many updates have been made. ``sharing``, ``say``, ``tell``: as above. Raises UserError for an
+    optimiser whose states cannot be kept so."""
     key = plan.changes_updates
     if not key:
         return optimizer
@@ -77,23 +103,26 @@ def keep_states(
     if plan.offload_optimizer == "host" and not moves_nothing:
         keeping.shelf = OnHost(device)
     elif plan.offload_optimizer == "disk":
-        keeping.shelf = _disk(plan, device, streamed, sharing, say)
-        _read_ahead(module, streamed)
+        shelf = _disk(plan, device, "optimiser states", streamed.expected_bytes(), sharing, say)
+        if shelf is not None:
+            keeping.shelf = shelf
+            _read_ahead(module, streamed)
     return streamed
 
 
-def _disk(plan: MemoryPlan, device: torch.device, streamed: Streamed, sharing: int, say: Tell) -> Shelf:
+def _disk(plan: MemoryPlan, device: torch.device, what: str, each: int, sharing: int, say: Tell) -> OnDisk | None:
+    """A file for so many bytes of each worker, or None when there is no room for all."""
     shelf = OnDisk(device, plan.offload_dir)
-    needed, free = sharing * streamed.expected_bytes(), shelf.file.free_bytes
+    needed, free = sharing * each, shelf.file.free_bytes
     if needed <= free:
         return shelf
     shelf.close()
     say(
-        f"the optimiser states of {sharing} worker{'s' if sharing > 1 else ''} take {needed / 1e6:.1f} MB and "
+        f"the {what} of {sharing} worker{'s' if sharing > 1 else ''} take {needed / 1e6:.1f} MB and "
         f"{str(shelf.file.folder)!r} has {free / 1e6:.1f} MB to spare: they stay in memory. "
         f"memory.offload_dir names another folder."
     )
-    return Here(device)
+    return None
 
 
 def _read_ahead(module: nn.Module, streamed: Streamed) -> None:

@@ -4,19 +4,21 @@ from shoal.errors import UserError
 from shoal.parallel.held import check_axes
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Recipe
 
-_NOT_YET = ("offload_parameters",)
+_QUANTISABLE = ("adam", "adamw", "sgd")
 
 
-def check_trainable(plan: Plan) -> None:
-    """Raises UserError for what a plan can say, `shoal plan` explains, and the training loop does not carry out."""
+def check_trainable(plan: Plan, recipe: Recipe | None = None) -> None:
+    """Raises UserError for what a plan can say, `shoal plan` explains, and the training loop does not carry out: at
+    all, or of this recipe."""
     check_axes(plan)
     if plan.splits_model and plan.states != "replicated":
         raise UserError(
             f"plan: states = {plan.states!r} is for whole models so far, and the mesh splits this one: use "
             f"states = 'replicated', or mesh axis 'data' alone."
         )
-    memory, usual = plan.memory, MemoryPlan()
+    memory = plan.memory
     saves = memory.changes_updates or ("saving activations" if memory.works_on_blocks else "")
     if plan.splits_model and saves:
         raise UserError(
@@ -35,8 +37,15 @@ def check_trainable(plan: Plan) -> None:
         )  # fmt: skip
         if other:
             raise UserError(f"plan: memory.peak_bytes does not go with {other} so far: leave one of them out.")
-    asked = [key for key in _NOT_YET if getattr(memory, key) != getattr(usual, key)]
-    if asked:
+    if recipe is not None:
+        _check_recipe(memory, recipe)
+
+
+def _check_recipe(memory: MemoryPlan, recipe: Recipe) -> None:
+    if memory.optimizer_bits == 8 and recipe.optimizer.name.lower() not in _QUANTISABLE:
         raise UserError(
-            f"plan: memory.{asked[0]} is not carried out yet: memory.recompute is what saves memory so far."
+            f"plan: memory.optimizer_bits = 8 is for adam, adamw and sgd, and the recipe's optimizer is "
+            f"{recipe.optimizer.name!r}: use one of them, or leave it out."
         )
+    if recipe.model.compile and memory.changes_weights:
+        raise UserError(f"plan: {memory.changes_weights} is for models that are not compiled: leave model.compile out.")

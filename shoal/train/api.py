@@ -53,7 +53,7 @@ def train(
     joins = launched_workers()
     plan = plan or Plan(mesh={"data": joins or 1})
     plan.owned(recipe.shards)  # refused before anything is spent
-    check_trainable(plan)
+    check_trainable(plan, recipe)
     folder = Run.find(resume).path if resume is not None else run_dir
     order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
     if plan.splits_model:

@@ -17,9 +17,11 @@ from shoal.data.registry import open_data
 from shoal.data.source import Source, Splits
 from shoal.data.squad import SquadSource
 from shoal.errors import UserError
+from shoal.memory.conversion import converted
 from shoal.models.huggingface import save_folder
 from shoal.models.registry import build, task_for
 from shoal.models.squad import Window, decode_answers, squad_scores
+from shoal.recipe.memory_plan import MemoryPlan
 from shoal.run.run import Run
 from shoal.train import checkpoint
 from shoal.train.evaluation import LARGEST_BATCH, evaluate
@@ -60,7 +62,8 @@ def rebuild(target: Target, state: checkpoint.Checkpoint, splits: Splits) -> nn.
     torch.manual_seed(recipe.seed)
     model = build(recipe.model, splits.train.facts)
     prefix = "model/"
-    load_model(model, {n.removeprefix(prefix): t for n, t in state.tensors.items() if n.startswith(prefix)})
+    weights = {n.removeprefix(prefix): t for n, t in state.tensors.items() if n.startswith(prefix)}
+    load_model(model, converted(weights, {}, model, MemoryPlan())[0])
     return model.eval()
 
 

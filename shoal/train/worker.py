@@ -96,7 +96,11 @@ class Worker:
             raise UserError("worker.model was called twice: wrap several modules in one nn.ModuleDict.")
         module.to(self.device)
         self._share_weights(module)
-        self._parameters = keep_parameters(module, self.plan.memory)
+        if compile and self.plan.memory.changes_weights:
+            key = self.plan.memory.changes_weights
+            raise UserError(f"plan: {key} is for models that are not compiled: leave compile out.")
+        if self.plan.memory.changes_updates:
+            self._parameters = keep_parameters(module, self.plan.memory, **self._keeping())
         if compile and self.plan.memory.works_on_blocks:
             raise UserError("plan: memory is saved in models that are not compiled: leave model.compile out.")
         if compile and self.plan.splits_model:
@@ -134,6 +138,12 @@ class Worker:
         self._reduction = self._hooked()
         self.memory.join(group, self._reduction.first)
 
+    def _keeping(self) -> dict[str, Any]:
+        """What shoal.memory.keeping asks of a worker. Called by all."""
+        host = self.group.host.encode()
+        sharing = self.group.gather(host).count(host)
+        return {"device": self.device, "sharing": sharing, "say": self._say_once, "tell": self._say}
+
     def _say_once(self, line: str) -> None:
         """What is true of all workers."""
         if self.rank == 0:
@@ -169,18 +179,14 @@ class Worker:
         if self.plan.states != "replicated":
             sharded_states.check(self.plan.states, optimizer, self.held.module)
         if self.plan.memory.changes_updates:
-            hosts = self.group.gather(self.group.host.encode())
             optimizer = keep_states(
                 optimizer,
                 self.held.module,
                 self.plan.memory,
                 self._parameters,
-                device=self.device,
                 seed=self.seed,
                 step=lambda: self.step,
-                sharing=hosts.count(self.group.host.encode()),
-                say=self._say_once,
-                tell=self._say,
+                **self._keeping(),
             )
         self._optimizer = optimizer
         return optimizer

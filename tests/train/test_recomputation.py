@@ -79,7 +79,6 @@ class Fickle(torch.nn.Module):
         (Plan(mesh={"tensor": 2}, memory=MemoryPlan(recompute="full")), "saving activations is for whole models"),
         (Plan(mesh={"data": 2, "pipe": 2}, states="zero1"), "'zero1' is for whole models"),
         (Plan(memory=MemoryPlan(peak_bytes="1GiB")), "memory.peak_bytes is not carried out yet"),
-        (Plan(memory=MemoryPlan(offload_parameters="disk")), "memory.offload_parameters is not carried out yet"),
         (Plan(states="zero1", memory=MemoryPlan(optimizer_bits=8)), "8 does not go with states = 'zero1'"),
     ],
 )
