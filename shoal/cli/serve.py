@@ -41,6 +41,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--drain-s", type=float, help="after SIGTERM, open requests may take so long to end")
     parser.add_argument("--hang-s", type=float, help="a model process that is silent for longer at work is replaced")
     parser.add_argument("--api-keys", metavar="FILE", help="one key a line; or the variable SHOAL_API_KEYS, by commas")
+    parser.add_argument("--admin-keys", metavar="FILE", help="who may POST /v1/reload; one key a line")
+    parser.add_argument("--follow", action="store_true", help="serve each newer checkpoint of the run as it comes")
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, for HTTPS")
     parser.add_argument("--tls-key", metavar="FILE")
     parser.add_argument("--allow-origin", metavar="ORIGIN", help="whose pages may ask from a browser: none but our own")
@@ -62,7 +64,9 @@ def run(args: Namespace) -> int:
         for field in fields(ServeOptions)
         if getattr(args, field.name, None) is not None
     }
-    given["api_keys"] = _keys(args.api_keys)
+    from_environment = os.environ.get("SHOAL_API_KEYS", "").split(",")
+    given["api_keys"] = _keys("--api-keys", args.api_keys) or tuple(filter(None, map(str.strip, from_environment)))
+    given["admin_keys"] = _keys("--admin-keys", args.admin_keys)
     if args.generation:
         from shoal.serve.generation.options import options_from_pairs
 
@@ -75,16 +79,16 @@ def run(args: Namespace) -> int:
     return api.run(options, ready)
 
 
-def _keys(path: str | None) -> tuple[str, ...]:
+def _keys(option: str, path: str | None) -> tuple[str, ...]:
     if path is None:
-        return tuple(key.strip() for key in os.environ.get("SHOAL_API_KEYS", "").split(",") if key.strip())
+        return ()
     try:
         with open(path, encoding="utf-8") as file:
             keys = tuple(line.strip() for line in file if line.strip() and line[0] != "#")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api-keys: cannot read {path!r}: {getattr(error, 'strerror', error)}.") from None
+        raise UserError(f"{option}: cannot read {path!r}: {getattr(error, 'strerror', error)}.") from None
     if not keys:
-        raise UserError(f"--api-keys: {path!r} holds no key: one a line.")
+        raise UserError(f"{option}: {path!r} holds no key: one a line.")
     return keys
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -44,6 +45,7 @@ class _Serving:
 
     async def run(self, ready: Callable[[dict[str, Any]], None], http: bool = True) -> None:
         """Until ``leave`` is set. Raises the ShoalError that keeps it from serving."""
+        from shoal.serve.following import follow, newest_name
         from shoal.serve.http.predict import Predict
         from shoal.serve.http.routes import OPEN_PATHS, open_routes
         from shoal.serve.http.server import HttpServer
@@ -52,6 +54,7 @@ class _Serving:
 
         service = self.service = Service(self.options)
         server: HttpServer | None = None
+        following: asyncio.Future[None] | None = None
         try:
             await service.start()
             intake = open_intake(service.model.facts, self.options.batch)
@@ -59,6 +62,10 @@ class _Serving:
             if http:
                 server = HttpServer(service, self.options, open_routes(service, intake), OPEN_PATHS)
                 await server.listen()
+            if self.options.follow:
+                run_path = Path("runs/latest" if self.options.target == "latest" else self.options.target).resolve()
+                newest_name(run_path)
+                following = asyncio.ensure_future(follow(service, run_path))
             ready(self._told(service, server))
             waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self.leave.wait()), service.broken]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -70,6 +77,8 @@ class _Serving:
             await asyncio.wait([closing, hurry], return_when=asyncio.FIRST_COMPLETED)
             hurry.cancel()
         finally:
+            if following is not None:
+                following.cancel()
             service.close()
 
     def _told(self, service: Any, server: Any) -> dict[str, Any]:

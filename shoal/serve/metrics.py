@@ -35,6 +35,7 @@ class Metrics:
         self.refused = 0
         self.cancelled = 0
         self.replicas_lost = 0
+        self.reloads = 0
         self.engines: dict[int, Mapping[str, float]] = {}
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -74,6 +75,7 @@ class Metrics:
         for name, count, meaning in (
             ("shoal_refused_total", self.refused, "requests answered with 429"),
             ("shoal_cancelled_total", self.cancelled, "requests whose client left before the answer"),
+            ("shoal_reloads_total", self.reloads, "changes to other weights"),
             ("shoal_replicas_lost_total", self.replicas_lost, "model processes that died"),
         ):
             family(name, "counter", meaning, [f"{name} {count}"])

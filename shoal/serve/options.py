@@ -43,6 +43,8 @@ class ServeOptions:
     drain_s: float = 30.0  # on SIGTERM: how long open requests may take to end
     hang_s: float = 60.0  # a model process that works on one batch for longer is killed, and its requests run again
     api_keys: tuple[str, ...] = ()  # (): none is asked for, which is allowed on loopback only
+    admin_keys: tuple[str, ...] = ()  # for /v1/reload; (): there is no such address
+    follow: bool = False  # serve each newer checkpoint of the run as soon as it is there
     tls_cert: str = ""
     tls_key: str = ""
     allow_origin: str = ""  # an origin whose pages may ask ("*": all); "": none but our own
@@ -76,7 +78,7 @@ class ServeOptions:
             raise UserError(f"serve: dtype must be float32 or bfloat16, got {self.dtype!r}.")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise UserError("serve: give both --tls-cert and --tls-key, or neither.")
-        if any(len(key) < 8 for key in self.api_keys):
+        if any(len(key) < 8 for key in (*self.api_keys, *self.admin_keys)):
             raise UserError("serve: an API key has fewer than 8 characters: use a longer one.")
         if not self.api_keys and not is_loopback(self.host):
             raise UserError(

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import cast
 
@@ -73,17 +73,21 @@ class Link(asyncio.Protocol):
 
 
 class Replicas:
-    """Starts the parent and ``wanted`` model processes, and keeps their number. ``hear`` gets what they say, ``lost``
-    the number of one whose link has closed; a new one has another number."""
+    """Starts the parent and ``wanted`` model processes of one version of the weights, and keeps their number.
+
+    ``hear`` gets what they say, ``lost`` the number of one whose link has closed. ``leaving`` names those that get no
+    more requests, and ``numbers`` gives each process a number of its own."""
 
     def __init__(
         self,
         options: ServeOptions,
         hear: Callable[[int, list[FromEngine]], None],
         lost: Callable[[int], None],
-        leaving: Callable[[], set[int]] = set,
+        leaving: Callable[[], set[int]],
+        numbers: Iterator[int],
     ) -> None:
         self.options = options
+        self._numbers = numbers
         self.leaving = leaving
         self.wanted = options.replicas
         self.links: dict[int, Link] = {}
@@ -91,7 +95,6 @@ class Replicas:
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.broken: asyncio.Future[ShoalError] = asyncio.get_running_loop().create_future()
         self._hear_model, self._lost_model = hear, lost
-        self._next = 0
         self._early_deaths = 0
         self._lived: set[int] = set()  # those that have said something
         self._retiring: set[int] = set()
@@ -176,7 +179,7 @@ class Replicas:
         with theirs:
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-            number, self._next = self._next, self._next + 1
+            number = next(self._numbers)
             with suppress(BrokenPipeError, ConnectionResetError):  # the parent has died: its loss is heard anyway
                 socket.send_fds(self._control, [frame(Fork(number))], [theirs.fileno()])
         ours.setblocking(False)
@@ -236,12 +239,15 @@ class Replicas:
             with suppress(BrokenPipeError, ConnectionResetError):
                 self._control.sendall(frame(Kill(number)))
 
-    def close(self) -> None:
-        """Ends all of them, at once, and waits until they are gone."""
+    def end(self) -> None:
+        """Ends all of them, at once."""
         self._closing = True
         for link in list(self.links.values()):
             link.close()
         self._close_control()
+
+    def wait(self) -> None:
+        """Until they are gone, after ``end``. May be called from another thread."""
         if self._process is not None:
             try:
                 self._process.wait(2.0)

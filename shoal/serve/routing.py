@@ -123,6 +123,7 @@ class Replica:
     work: int = 0  # cost of the open ones
     alone: bool = False  # has a request that must run with no other
     leaving: bool = False  # gets no more requests
+    version: int = 0  # of the weights
 
 
 class Router:
@@ -132,6 +133,7 @@ class Router:
         self.line = Line()
         self._requests: dict[int, Request] = {}
         self._where: dict[int, int] = {}
+        self._versions: dict[int, int] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._rate = 0.0  # answers a second while there was work
         self._rate_at = 0.0
@@ -145,7 +147,8 @@ class Router:
     def sent(self) -> int:
         return len(self._where)
 
-    def arrive(self, request: Request, now: float) -> list[Instruction]:
+    def arrive(self, request: Request, now: float, version: int = 0) -> list[Instruction]:
+        """A request for this version of the weights: no other answers it while any process of this one is there."""
         room = any(self._has_room(replica) for replica in self.replicas.values())
         if not room and len(self.line) >= self.limits.waiting:
             wait = self.wait_s()
@@ -157,6 +160,7 @@ class Router:
         if not self._requests:
             self._answered, self._rate_at = 0, now  # the time without work says nothing about the rate
         self._requests[request.id] = request
+        self._versions[request.id] = version
         heapq.heappush(self._deadlines, (request.deadline, request.id))
         self.line.push(request)
         return self._send(now)
@@ -193,8 +197,8 @@ class Router:
         self._close(id)
         return [*([Withdraw(replica, id)] if replica is not None else []), *self._send(now)]
 
-    def up(self, replica: int, now: float) -> list[Instruction]:
-        self.replicas[replica] = Replica(heard=now)
+    def up(self, replica: int, now: float, version: int = 0) -> list[Instruction]:
+        self.replicas[replica] = Replica(heard=now, version=version)
         return self._send(now)
 
     def leave(self, replica: int) -> None:
@@ -225,7 +229,7 @@ class Router:
                 request = msgspec.structs.replace(request, attempt=request.attempt + 1)
                 self._requests[id] = request
             if id in gone.working and gone.alone:
-                del self._requests[id]
+                del self._requests[id], self._versions[id]
                 why = f"a model process died each of the {request.attempt} times that it worked on this request"
                 told.append(Refuse(id, 500, why))
             else:
@@ -260,10 +264,13 @@ class Router:
         sends: list[Instruction] = []
         while (request := self.line.peek()) is not None:
             must_be_alone = request.attempt >= ATTEMPTS_TOGETHER
+            version = self._versions[request.id]
+            elsewhere = all(replica.version != version for replica in self.replicas.values())
             candidates = [
                 (replica.work, len(replica.open), number)
                 for number, replica in self.replicas.items()
                 if self._has_room(replica) and not (must_be_alone and replica.open)
+                if elsewhere or replica.version == version
             ]
             if not candidates:
                 break
@@ -281,6 +288,7 @@ class Router:
 
     def _close(self, id: int) -> None:
         request = self._requests.pop(id)
+        del self._versions[id]
         self.line.drop(id)
         number = self._where.pop(id, None)
         if number is not None:

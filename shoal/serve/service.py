@@ -2,7 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -18,6 +23,7 @@ from shoal.serve.scaling import Bounds, Scaler
 
 _encode = msgspec.msgpack.Encoder().encode
 STREAMS = 64  # generations that one model process may have, at least
+_MAY_DIFFER = {"name", "source"}  # facts that a newer model may have otherwise
 TICK_S = 0.5  # how often deadlines and stuck processes are looked at while requests are open
 
 
@@ -31,6 +37,15 @@ class Model:
         self.created = int(time.time())
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    version: int  # of the weights
+    late: bool  # it came when the server was about to leave
+
+
+_held: ContextVar[_Held | None] = ContextVar("held", default=None)
+
+
 class _Asker:
     """Where the answers to one request go."""
 
@@ -39,6 +54,10 @@ class _Asker:
     def __init__(self, loop: asyncio.AbstractEventLoop, streams: bool) -> None:
         self.answer: asyncio.Future[msgspec.Raw] = loop.create_future()
         self.items: asyncio.Queue[msgspec.Raw | None] | None = asyncio.Queue() if streams else None
+
+
+async def _first(*futures: "asyncio.Future[Any]") -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 class Service:
@@ -58,7 +77,16 @@ class Service:
         self._tick: asyncio.TimerHandle | None = None
         self._first_up: asyncio.Future[None] = self._loop.create_future()
         self._model: Model | None = None
-        self.replicas = Replicas(options, self._hear, self._lost, self._router.leaving)
+        self.broken: asyncio.Future[ShoalError] = self._loop.create_future()  # why no model process can be kept alive
+        self._numbers = count()
+        self._version = 0  # of the weights, for requests that come now
+        self._fleets: dict[int, Replicas] = {}  # by version: that one, a newer one that is not ready, old ones at work
+        self._holds: dict[int, int] = {}  # requests of clients that began with a version and have not ended
+        self._none_held = asyncio.Event()
+        self._none_held.set()
+        self._came_up = asyncio.Event()
+        self._reloading = False
+        self._open_fleet(0, options)
         self._scaler: Scaler | None = None
         self._asleep_since_asked = 0.0  # when the first request came to a server without model processes
         self._scale_timer: asyncio.TimerHandle | None = None
@@ -74,9 +102,21 @@ class Service:
         return self._model
 
     @property
-    def broken(self) -> "asyncio.Future[ShoalError]":
-        """Done, with the reason, when no model process can be kept alive."""
-        return self.replicas.broken
+    def replicas(self) -> Replicas:
+        """The model processes that answer requests that come now."""
+        return self._fleets[self._version]
+
+    def _open_fleet(self, version: int, options: ServeOptions) -> Replicas:
+        fleet = self._fleets[version] = Replicas(
+            options, partial(self._hear, version), self._lost, self._router.leaving, self._numbers
+        )
+
+        def told(broken: "asyncio.Future[ShoalError]") -> None:
+            if not broken.cancelled() and version == self._version and not self.broken.done():
+                self.broken.set_result(broken.result())
+
+        fleet.broken.add_done_callback(told)
+        return fleet
 
     @property
     def is_ready(self) -> bool:
@@ -88,11 +128,10 @@ class Service:
         """Until the first model process can work. Raises the ShoalError that says why none can."""
         self.replicas.start()
         for waited in (self.replicas.ready, self._first_up):
-            await asyncio.wait([waited, self.broken], return_when=asyncio.FIRST_COMPLETED)
+            await _first(waited, self.broken)
             if self.broken.done():
-                self.replicas.close()
                 raise self.broken.result()
-            if waited is self.replicas.ready:
+            if waited is not self._first_up:
                 ready = self.replicas.ready.result()
                 self._model = Model(ready.facts)
                 if self._model.task == "text-generation":  # a step takes all that run, not one batch
@@ -102,6 +141,87 @@ class Service:
                 self.weights_bytes = ready.weights_bytes
         self.seconds["all"] = time.monotonic() - self._begun
         self._scale()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Around all that is done for one request of a client: every part of it is answered by one version of the
+        weights, and it is answered though the server begins to drain meanwhile."""
+        held = _Held(self._version, self.draining)
+        self._holds[held.version] = self._holds.get(held.version, 0) + 1
+        self._none_held.clear()
+        token = _held.set(held)
+        try:
+            yield
+        finally:
+            _held.reset(token)
+            self._holds[held.version] -= 1
+            if not self._holds[held.version]:
+                del self._holds[held.version]
+                self._retire_old()
+            if not self._holds:
+                self._none_held.set()
+
+    async def reload(self, target: str = "") -> dict[str, Any]:
+        """Serve another target, or what the same one has become, from the next request on.
+
+        The new model is loaded beside the old one, which answers until it is there; those who began with the old one
+        end with it. Raises HttpError: 409 while another reload is going on, or when the new model takes or gives
+        something else; 422 when it cannot be loaded. The old one goes on then."""
+        if self._reloading:
+            raise HttpError(409, "another reload is going on")
+        self._reloading = True
+        version = max(self._fleets) + 1
+        old = self.model
+        options = replace(self.options, target=target or self.options.target)
+        fleet = self._open_fleet(version, options)
+        fleet.wanted = max(1, self.replicas.wanted)
+        fleet.start()
+        try:
+            await _first(fleet.ready, fleet.broken)
+            if fleet.broken.done():
+                raise HttpError(422, str(fleet.broken.result()))
+            model = Model(fleet.ready.result().facts)
+            differs = [k for k in {*model.facts, *old.facts} - _MAY_DIFFER if model.facts.get(k) != old.facts.get(k)]
+            if differs:
+                raise HttpError(409, f"the new model has another {sorted(differs)[0]}: it needs a server of its own")
+            up = asyncio.ensure_future(self._up(fleet, fleet.wanted))
+            await _first(up, fleet.broken)
+            up.cancel()
+            if fleet.broken.done():
+                raise HttpError(422, str(fleet.broken.result()))
+        except BaseException:
+            self._end_fleet(version)
+            raise
+        finally:
+            self._reloading = False
+        self.options = options
+        self._model = Model({**model.facts, "name": old.name})
+        self._version = version
+        self.metrics.reloads += 1
+        self._retire_old()
+        self._scale()
+        return {"model": old.name, "source": model.facts["source"], "version": version}
+
+    async def _up(self, fleet: Replicas, wanted: int) -> None:
+        while sum(number in self._router.replicas for number in fleet.links) < wanted:
+            self._came_up.clear()
+            await self._came_up.wait()
+
+    def _retire_old(self) -> None:
+        """Ends the fleets of old versions that nobody holds any more."""
+        for version in [v for v in self._fleets if v < self._version and v not in self._holds]:
+            self._end_fleet(version)
+
+    def _end_fleet(self, version: int) -> None:
+        numbers = [n for n, replica in self._router.replicas.items() if replica.version == version]
+        for number in numbers:
+            self._router.leave(number)
+        for number in numbers:
+            self.metrics.engines.pop(number, None)
+            self._carry_out(self._router.lost(number, time.monotonic()))
+        fleet = self._fleets.pop(version)
+        fleet.end()
+        self._loop.run_in_executor(None, fleet.wait)
 
     async def ask(
         self, kind: Kind, payload: msgspec.Struct, *, cost: int = 1, client: str = "", priority: int = 0
@@ -129,7 +249,8 @@ class Service:
     def _submit(
         self, kind: Kind, payload: msgspec.Struct, cost: int, client: str, priority: int, streams: bool
     ) -> tuple[int, _Asker]:
-        if self.draining:
+        held = _held.get() or _Held(self._version, self.draining)
+        if held.late:
             raise HttpError(503, "the server is shutting down", retry_after_s=1)
         now = time.monotonic()
         id, self._next = self._next, self._next + 1
@@ -138,7 +259,7 @@ class Service:
         )
         asker = self._askers[id] = _Asker(self._loop, streams)
         self._scale(coming=1)
-        self._carry_out(self._router.arrive(request, now))
+        self._carry_out(self._router.arrive(request, now, held.version))
         if self._tick is None:
             self._tick = self._loop.call_later(TICK_S, self._look)
         return id, asker
@@ -154,14 +275,17 @@ class Service:
         for instruction in instructions:
             match instruction:
                 case Send():
-                    self.replicas.send(instruction.replica, instruction.request)
+                    self._fleet_of(instruction.replica).send(instruction.replica, instruction.request)
                 case Withdraw():
-                    self.replicas.send(instruction.replica, Cancel(instruction.id))
+                    self._fleet_of(instruction.replica).send(instruction.replica, Cancel(instruction.id))
                 case Refuse():
                     self._fail(
                         instruction.id,
                         HttpError(instruction.status, instruction.why, retry_after_s=instruction.retry_after_s),
                     )
+
+    def _fleet_of(self, number: int) -> Replicas:
+        return self._fleets[self._router.replicas[number].version]
 
     def _fail(self, id: int, error: HttpError) -> None:
         asker = self._askers.get(id)
@@ -170,11 +294,14 @@ class Service:
             if asker.items is not None:
                 asker.items.put_nowait(None)
 
-    def _hear(self, number: int, messages: list[FromEngine]) -> None:
+    def _hear(self, version: int, number: int, messages: list[FromEngine]) -> None:
+        if version not in self._fleets:
+            return  # it has been ended
         now = time.monotonic()
         if number not in self._router.replicas:  # its first words
             self._woken(now)
-            self._carry_out(self._router.up(number, now))
+            self._carry_out(self._router.up(number, now, version))
+            self._came_up.set()
             if not self._first_up.done():
                 self._first_up.set_result(None)
         self._router.heard(number, now)
@@ -217,15 +344,17 @@ class Service:
         wanted = self._scaler.look(len(self._router) + coming, now)
         if wanted and not self.replicas.wanted:
             self._asleep_since_asked = now
-        staying = [n for n, replica in self._router.replicas.items() if not replica.leaving]
+        known = self._router.replicas.items()
+        staying = [n for n, replica in known if not replica.leaving and replica.version == self._version]
         if wanted != self.replicas.wanted:
             for number in sorted(staying, key=self._router.load)[: max(0, len(staying) - wanted)]:
                 self._router.leave(number)
             self.replicas.scale(wanted)
         for number in self._router.left():
+            fleet = self._fleet_of(number)
             self._router.lost(number, now)
             self.metrics.engines.pop(number, None)
-            self.replicas.retire(number)
+            fleet.retire(number)
         at = self._scaler.next_at()
         if at is not None and self._scale_timer is None:
             self._scale_timer = self._loop.call_later(max(0.0, at - now), self._rescale)
@@ -243,7 +372,7 @@ class Service:
         now = time.monotonic()
         self._carry_out(self._router.expire(now))
         for number in list(self._router.stuck(now, self.options.hang_s)):
-            self.replicas.kill(number)
+            self._fleet_of(number).kill(number)
         self._tick = self._loop.call_later(TICK_S, self._look) if len(self._router) else None
 
     def gauges(self) -> dict[str, float]:
@@ -259,14 +388,11 @@ class Service:
         }
 
     async def drain(self, within_s: float) -> bool:
-        """Takes no more requests, and waits for the open ones; False when some were left after so long."""
+        """Takes no more requests, and waits for those that have begun; False when some were left after so long."""
         self.draining = True
-        end = time.monotonic() + within_s
-        while self._askers and time.monotonic() < end:
-            waited = [asker.answer for asker in self._askers.values()]
-            await asyncio.wait(waited, timeout=end - time.monotonic(), return_when=asyncio.ALL_COMPLETED)
-            await asyncio.sleep(0)
-        return not self._askers
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._none_held.wait(), within_s)
+        return not self._holds
 
     def close(self) -> None:
         """Ends the model processes; whoever still waits gets 503."""
@@ -276,4 +402,7 @@ class Service:
         self._tick = self._scale_timer = None
         for id in list(self._askers):
             self._fail(id, HttpError(503, "the server is shutting down", retry_after_s=1))
-        self.replicas.close()
+        for fleet in self._fleets.values():
+            fleet.end()
+        for fleet in self._fleets.values():
+            fleet.wait()

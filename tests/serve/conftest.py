@@ -152,6 +152,13 @@ class Served(Asking):
         """The model processes: the children of the parent."""
         return self.pids()[1:]
 
+    def processes_become(self, count: int, within_s: float = 20.0) -> bool:
+        """The parents and the model processes."""
+        end = time.monotonic() + within_s
+        while len(self.pids()) != count and time.monotonic() < end:
+            time.sleep(0.02)
+        return len(self.pids()) == count
+
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """(exit code, stderr)"""
         self.process.send_signal(number)

@@ -1,7 +1,6 @@
 """Model processes come with the load and go without it, down to none; no request fails of it."""
 
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,17 +15,10 @@ from shoal.errors import UserError
 Start = Callable[..., Served]
 
 
-def reaches(server: Served, count: int, within_s: float = 20.0) -> bool:
-    end = time.monotonic() + within_s
-    while len(server.replicas()) != count and time.monotonic() < end:
-        time.sleep(0.02)
-    return len(server.replicas()) == count
-
-
 def test_a_server_that_nobody_asks_sleeps_and_the_first_request_wakes_it(served: Start) -> None:
     server = served("serve.served_models:scripted", "--min-replicas", "0", "--calm-s", "0.3")
     for i in range(3):
-        assert reaches(server, 0), "it sleeps"
+        assert server.processes_become(1), "it sleeps"
         assert server.get("/health/ready")[0] == 200, "asleep is not broken"
         status, answer = server.post("/predict", {"input": [[float(i), 1.0]]})
         assert (status, answer["predictions"]) == (200, [{"output": [[3.0 * i, 3.0]]}])
@@ -38,10 +30,10 @@ def test_processes_follow_the_load_up_and_down_and_no_request_fails(served: Star
     slow = json.dumps({"input": [[SLOW, 0.0]]}).encode()
     with Load(server, clients=2) as load, ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(server.raw, "POST", "/predict", slow) for _ in range(24)]
-        assert reaches(server, 3)
+        assert server.processes_become(4)
         assert {future.result()[0].status for future in asked} == {200}
         before = server.replicas()
-        assert reaches(server, 1)
+        assert server.processes_become(2)
         load.more(20)
     assert len(gone_of(before)) == 2
     assert set(load.answers) == {(200, True)}

@@ -150,20 +150,8 @@ class Connection(asyncio.Protocol):
 
     async def _answer(self, request: HttpRequest, keep: bool) -> None:
         while not self._gone():
-            begun = time.monotonic()
-            try:
-                answer: HttpResponse | HttpStream = await self._server.respond(request)
-            except HttpError as error:
-                answer = error.response()
-            headers = self._server.extra_headers(request)
-            keep = keep and not self._server.closing
-            if isinstance(answer, HttpStream):
-                keep = await self._stream(answer, keep, headers)
-            else:
-                self._write(answer, keep, headers, head_only=request.method == "HEAD")
-                if not self._writable.is_set():
-                    await self._writable.wait()
-            self._server.counted(request, answer.status, time.monotonic() - begun)
+            with self._server.service.hold():
+                keep = await self._answer_one(request, keep)
             if not keep or self._gone():
                 break
             self._since = time.monotonic()
@@ -180,6 +168,24 @@ class Connection(asyncio.Protocol):
             if self._broken is not None and keep:
                 self._write(self._broken.response(), keep=False)
             self._transport.close()
+
+    async def _answer_one(self, request: HttpRequest, keep: bool) -> bool:
+        """Whether the connection is kept."""
+        begun = time.monotonic()
+        try:
+            answer: HttpResponse | HttpStream = await self._server.respond(request)
+        except HttpError as error:
+            answer = error.response()
+        headers = self._server.extra_headers(request)
+        keep = keep and not self._server.closing
+        if isinstance(answer, HttpStream):
+            keep = await self._stream(answer, keep, headers)
+        else:
+            self._write(answer, keep, headers, head_only=request.method == "HEAD")
+            if not self._writable.is_set():
+                await self._writable.wait()
+        self._server.counted(request, answer.status, time.monotonic() - begun)
+        return keep
 
     def _gone(self) -> bool:
         """Whether the client has left; it may leave at every ``await``."""

@@ -41,7 +41,9 @@ _ERRORS = {
     "403": "another origin or host name",
     "404": "no such address or model",
     "408": "the request did not come to its end in time",
+    "409": "another reload is going on, or the new model is of another kind",
     "413": "too large",
+    "422": "the new model cannot be loaded",
     "429": "too many requests wait: come back after Retry-After seconds",
     "500": "the model failed on this input",
     "503": "not ready, or about to leave",
@@ -77,6 +79,9 @@ def describe(model: Model, intake: Intake | None, paths: set[str]) -> dict[str, 
         described["/v1/embeddings"] = _post("Embeddings, as OpenAI's", _EMBEDDINGS, {"type": "object"})
     if intake is None:
         described |= import_module("shoal.serve.generation.routes").PATHS
+    if "/v1/reload" in paths:
+        content = {"application/json": {"schema": {"type": "object", "properties": {"target": {"type": "string"}}}}}
+        described["/v1/reload"] = _post("Serve newer weights, or other ones (admin key)", content, {"type": "object"})
     return {
         "openapi": "3.1.0",
         "info": {"title": f"Shoal: {model.name}", "version": __version__, "description": f"Task: {model.task}."},

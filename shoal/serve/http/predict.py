@@ -90,7 +90,8 @@ class Predict:
     async def answer(self, body: Mapping[str, Any], client: str = "") -> list[Any]:
         """What ``predict`` answers to a JSON body, for those who ask without HTTP."""
         request = HttpRequest("POST", "/predict", {}, b"", client)
-        return await self._answers(self._intake.read(body), request, "predict")
+        with self._service.hold():
+            return await self._answers(self._intake.read(body), request, "predict")
 
     async def _answers(self, samples: Sequence[Any], request: HttpRequest, kind: Any) -> list[Any]:
         made = [self._intake.inputs(sample) for sample in samples]

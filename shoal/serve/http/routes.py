@@ -1,6 +1,6 @@
 """Every address that the server answers, and what stands behind it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from shoal.serve.http.description import describe
+from shoal.serve.http.keys import digests, matching
 from shoal.serve.http.messages import HTML, TEXT, HttpError, HttpRequest, HttpResponse, Route, json_response
-from shoal.serve.http.predict import Predict
+from shoal.serve.http.predict import Predict, read_json
 from shoal.serve.intake.task import Intake
 
 if TYPE_CHECKING:
     from shoal.serve.service import Service
 
-OPEN_PATHS = {"/", "/docs", "/health/live", "/health/ready"}  # without a key: they tell nothing of the model
+RELOAD = "/v1/reload"  # has keys of its own
+OPEN_PATHS = {
+    "/",
+    "/docs",
+    "/health/live",
+    "/health/ready",
+    RELOAD,
+}  # without an API key: they tell nothing of the model
 
 
 async def live(service: "Service", request: HttpRequest) -> HttpResponse:
@@ -41,6 +49,19 @@ async def models(service: "Service", request: HttpRequest) -> HttpResponse:
     known = ("task", "kind", "parameters", "dtype", "labels", "shape", "columns", "context", "vocab")
     facts = {name: model.facts[name] for name in known if name in model.facts}
     return json_response({"object": "list", "data": [{**entry, **facts}]})
+
+
+def _reload(keys: Sequence[bytes]) -> Route:
+    async def reload(service: "Service", request: HttpRequest) -> HttpResponse:
+        """{} for what the target has become, {"target": path} for another one: an earlier checkpoint, for example."""
+        if not matching(request, keys):
+            raise HttpError(401, "no valid admin key: send it as 'Authorization: Bearer KEY'")
+        target = read_json(request.body or b"{}").get("target", "")
+        if not isinstance(target, str):
+            raise HttpError(400, "'target' must be a text", param="target")
+        return json_response(await service.reload(target))
+
+    return reload
 
 
 def _page(name: str) -> Route:
@@ -71,6 +92,8 @@ def open_routes(service: "Service", intake: Intake | None) -> Mapping[tuple[str,
             routes["POST", "/v1/embeddings"] = predict.embeddings
     else:
         routes |= import_module("shoal.serve.generation.routes").ROUTES
+    if service.options.admin_keys:
+        routes["POST", RELOAD] = _reload(digests(service.options.admin_keys))
     description = msgspec.json.encode(describe(service.model, intake, {path for _, path in routes}))
 
     async def openapi(service: "Service", request: HttpRequest) -> HttpResponse:

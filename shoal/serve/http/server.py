@@ -1,17 +1,16 @@
 """The HTTP server: who may connect, who may ask, which route answers, what is counted."""
 
 import asyncio
-import hmac
 import socket
 import ssl
 import sys
 import time
 import traceback
 from collections.abc import Mapping
-from hashlib import sha256
 
 from shoal.errors import UserError
 from shoal.serve.http.connection import Connection
+from shoal.serve.http.keys import digests, matching
 from shoal.serve.http.messages import HttpError, HttpRequest, HttpResponse, HttpStream, Route
 from shoal.serve.options import ServeOptions, is_loopback
 from shoal.serve.service import Service
@@ -34,7 +33,7 @@ class HttpServer:
         self._routes = routes
         self._paths = {path for _, path in routes}
         self._open_paths = open_paths
-        self._keys = [sha256(key.encode()).digest() for key in options.api_keys]
+        self._keys = digests(options.api_keys)
         self._connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -110,16 +109,12 @@ class HttpServer:
             raise HttpError(500, "the server failed on this request") from None
 
     def _check_key(self, request: HttpRequest) -> None:
-        """Every key is compared, in a time that does not depend on how much of it is right."""
         if not self._keys:
             return
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-        digest = sha256(given.encode("utf-8", "replace")).digest()
-        known = [hmac.compare_digest(digest, key) for key in self._keys]
-        if not any(known):
+        name = matching(request, self._keys)
+        if not name:
             raise HttpError(401, "no valid API key: send it as 'Authorization: Bearer KEY'")
-        request.client = f"key {digest.hex()[:16]}"
+        request.client = name
 
     def _check_origin(self, request: HttpRequest) -> None:
         """Pages of other origins that run in a browser on this machine must not reach a server that asks for no key."""

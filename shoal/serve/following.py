@@ -1,0 +1,40 @@
+"""Following a run: its newest checkpoint is served as soon as it is whole."""
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+
+from shoal.errors import UserError
+from shoal.serve.http.messages import HttpError
+from shoal.serve.service import Service
+
+LOOK_S = 1.0  # how often the folder is looked at
+_CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")  # as shoal.train.checkpoint names them, once they are whole
+
+
+def newest_name(run: Path) -> str:
+    """The name of the run's newest checkpoint, "" when there is none. Raises UserError when it is no run."""
+    if not (run / "recipe.toml").exists():
+        raise UserError(f"--follow needs a run: {str(run)!r} holds no recipe.toml.")
+    try:
+        names = [entry.name for entry in (run / "checkpoints").iterdir()]
+    except OSError:
+        return ""
+    found = [(int(m[1]), int(m[2] or 0), m[0]) for m in map(_CHECKPOINT.fullmatch, names) if m]
+    return max(found)[2] if found else ""
+
+
+async def follow(service: Service, run: Path) -> None:
+    """Never returns. A checkpoint that cannot be served is told once on stderr; the old one goes on."""
+    seen = newest_name(run)
+    while True:
+        await asyncio.sleep(LOOK_S)
+        name = newest_name(run)
+        if name in ("", seen):
+            continue
+        seen = name
+        try:
+            await service.reload()
+        except HttpError as error:
+            print(f"shoal: {name} is not served: {error.why}", file=sys.stderr)

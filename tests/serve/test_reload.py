@@ -1,0 +1,119 @@
+"""Other weights come in under load: no request fails, and none is answered by two versions."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from serve.conftest import Served, gone, save_bert
+from serve.saved_runs import text_run
+
+from shoal.run.run import Run
+from shoal.train import checkpoint
+
+Start = Callable[..., Served]
+ADMIN = "the-admins-own-key"
+TEXTS = ["a b c", "d e f g", "h", "red ?"] * 10  # a request in many parts, for many batches
+
+
+class Clients:
+    """Ask for the same texts again and again; all answers by their content, and errors."""
+
+    def __init__(self, server: Served, body: dict[str, Any], count: int = 3) -> None:
+        self.server, self.body = server, json.dumps(body)
+        self.seen: dict[str, int] = {}
+        self.failed: list[Any] = []
+        self.stop = threading.Event()
+        self.threads = [threading.Thread(target=self.ask) for _ in range(count)]
+
+    def ask(self) -> None:
+        connection = self.server.connection()
+        while not self.stop.is_set():
+            connection.request("POST", "/predict", self.body)
+            answer = connection.getresponse()
+            told = answer.read()
+            if answer.status != 200:
+                self.failed.append(told)
+                break
+            scores = [tuple(round(v, 3) for v in p["scores"].values()) for p in json.loads(told)["predictions"]]
+            self.seen[str(scores)] = self.seen.get(str(scores), 0) + 1
+        connection.close()
+
+    def __enter__(self) -> "Clients":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def changed(folder: Path, path: Path) -> Path:
+    """The same model with other weights."""
+    shutil.copytree(folder, path)
+    made = save_bert(path.with_name(path.name + "-other"), "classification", classes=3, layers=2)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(made / "model.safetensors")
+    save_file({n: t * (-1 if n == "classifier.weight" else 1) for n, t in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+def test_weights_are_changed_and_changed_back_under_load_and_no_request_fails_or_is_mixed(
+    served: Start, tmp_path: Path
+) -> None:
+    first = save_bert(tmp_path / "first", "classification", classes=3)
+    second = changed(first, tmp_path / "second")
+    (tmp_path / "keys").write_text(ADMIN)
+    server = served(first, "--replicas", "2", "--batch", "4", "--admin-keys", tmp_path / "keys")
+    before = server.pids()
+    admin = {"authorization": f"Bearer {ADMIN}"}
+    with Clients(server, {"text": TEXTS}) as clients:
+        for target in (second, first, second):
+            status, told = server.post("/v1/reload", {"target": str(target)}, **admin)
+            assert status == 200, told
+            assert told["source"] == str(target)
+        asked = server.post("/predict", {"text": TEXTS})[1]
+    assert clients.failed == []
+    assert len(clients.seen) == 2, "each answer is wholly of the one or of the other version"
+    last = str([tuple(round(v, 3) for v in p["scores"].values()) for p in asked["predictions"]])
+    assert last in clients.seen
+    assert gone(before), "the processes of the first version have ended"
+    assert server.processes_become(3)
+    assert server.metric("shoal_reloads_total") == 3
+
+
+def test_what_cannot_be_served_instead_is_refused_and_the_old_model_goes_on(served: Start, tmp_path: Path) -> None:
+    first = save_bert(tmp_path / "first", "classification", classes=3)
+    wider = save_bert(tmp_path / "wider", "classification", classes=4)
+    (tmp_path / "keys").write_text(ADMIN)
+    server = served(first, "--admin-keys", tmp_path / "keys")
+    admin = {"authorization": f"Bearer {ADMIN}"}
+    answers = [
+        server.post("/v1/reload", {"target": str(target)}, **headers)
+        for target, headers in ((wider, admin), (tmp_path / "none", admin), (wider, {}))
+    ]
+    assert [status for status, _ in answers] == [409, 422, 401]
+    assert "another labels" in answers[0][1]["error"]["message"]
+    assert server.post("/predict", {"text": "a"})[0] == 200
+    assert server.processes_become(2), "nothing of what was tried is left"
+
+
+def test_each_newer_checkpoint_of_a_run_that_is_followed_is_served(served: Start, tmp_path: Path) -> None:
+    run = Run.find(text_run(tmp_path))
+    server = served(run.path, "--follow")
+    ask = {"text": "line 1"}
+    before = server.post("/predict", ask)[1]["predictions"][0]["scores"]
+    held = checkpoint.newest(run.checkpoints)[0]
+    assert held is not None
+    changed = {n: -t if n == "model/classifier.weight" else torch.as_tensor(t) for n, t in held.tensors.items()}
+    checkpoint.save(checkpoint.Checkpoint(changed, {"step": 2}), run.checkpoints)
+    assert server.metric_reaches("shoal_reloads_total", 1, within_s=60)
+    after = server.post("/predict", ask)[1]["predictions"][0]["scores"]
+    assert abs(after["a"] - before["a"]) > 1e-3
+    assert json.loads(server.get("/v1/models")[1])["data"][0]["id"] == run.path.name
