@@ -194,9 +194,6 @@ class MoE(GPT):
 
     config: MoEConfig
     block = Block
-    sequences: tuple[
-        str, ...
-    ] = ()  # a mixture weighs whole sequences: those that share one by attention tell it of their parts
 
     @torch.no_grad()
     def initialise(self) -> None:

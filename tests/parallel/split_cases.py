@@ -68,6 +68,8 @@ CASES: dict[str, Case] = {
     "lstm": Case("lstm", {"width": 8, "hidden": 10}, TEXT, WINDOWS),
     "elmo": Case("elmo", {"width": 8}, TEXT, WINDOWS),
     "moe": Case("moe", {**MIXED, "experts": 3}, TEXT, WINDOWS),
+    "moe-sliced": Case("moe", {**MIXED, "experts": 3, "dropout": 0.1}, TEXT, WINDOWS, SLICED),
+    "moe-sliced-whole-experts": Case("moe", {**MIXED, "experts": 3}, TEXT, WINDOWS, {**SLICED, "ffn": ""}),
     "moe-top-1": Case("moe", {**MIXED, "experts": 2, "top_k": 1, "bias": False}, TEXT, WINDOWS),
 }
 IN_TWO = list(CASES)

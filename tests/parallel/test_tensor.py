@@ -18,7 +18,7 @@ from shoal.errors import RunFailed, UserError
 from shoal.models.registry import build
 from shoal.parallel.layout.decide import layout_of
 from shoal.parallel.layout.split import even_split
-from shoal.parallel.tensor import apply, banded, crossing, halo
+from shoal.parallel.tensor import apply, banded, crossing, halo, mixture
 from shoal.parallel.tensor.apply import split_model
 from shoal.parallel.tensor.whole import join_tensors, own_parts
 from shoal.recipe.recipe import ModelSpec
@@ -118,8 +118,17 @@ def _with_a_mask_of_its_own(group: Any, case: Any) -> Outcome:
     return run_case(group, case)
 
 
-@pytest.mark.parametrize(("name", "plant"), [("cnn-rows", _without_halo), ("mlp", _with_a_mask_of_its_own)])
-def test_a_lost_halo_row_and_a_wrong_mask_are_seen(on_workers, name, plant):
+def _adding_what_is_whole(group: Any, case: Any) -> Outcome:
+    """The gradient that leaves a mixture is whole on every worker, and is added up all the same."""
+    mixture.JOIN = replace(mixture.JOIN, backward="reduce-scatter")
+    return run_case(group, case)
+
+
+@pytest.mark.parametrize(
+    ("name", "plant"),
+    [("cnn-rows", _without_halo), ("mlp", _with_a_mask_of_its_own), ("moe-sliced", _adding_what_is_whole)],
+)
+def test_a_lost_halo_row_a_wrong_mask_and_a_double_count_are_seen(on_workers, name, plant):
     found = on_workers(2, plant, CASES[name])[0]
     assert worst(found.gradients, _whole(name).gradients)[0] > 1e-3
 

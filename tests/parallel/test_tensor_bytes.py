@@ -80,7 +80,7 @@ def _inputs(case: Any) -> list[torch.Tensor]:
 
 COUNTED = ["gpt", "gpt-sliced", "gpt-row-first", "gpt-column-only", "gpt-sliced-whole-vocabulary", "mlp", "cnn",
            "cnn-joined", "cnn-rows", "resnet-rows", "resnet-by-width", "resnet-padded", "bert-answers-sliced",
-           "bert-classes-row-first", "lstm", "moe"]  # fmt: skip
+           "bert-classes-row-first", "lstm", "moe", "moe-sliced"]  # fmt: skip
 
 
 def _count_all(group: Any, cases: list[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from shoal.parallel.layout.bands import band_treatments
 from shoal.parallel.layout.passage import Cut, Flow, Lie
 from shoal.parallel.layout.rules import TENSOR, Rules, fits
 from shoal.parallel.layout.split import Split, even_split
-from shoal.parallel.layout.treatment import Drawn, Joined, Layout, Mixed, Normed, Placed, Treatment, Weighted
+from shoal.parallel.layout.treatment import Drawn, Enclosed, Joined, Layout, Mixed, Normed, Placed, Treatment, Weighted
 from shoal.recipe.plan import Plan
 
 FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, Conv2d.forward, nn.Embedding.forward)  # what a part can do
@@ -96,6 +96,8 @@ class _Deciding:
         elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) and type(module).forward in FORWARDS:
             self._weigh(name, module, sliced)
         elif isinstance(module, Mixture):
+            if sliced:
+                self.modules[name] = Enclosed()
             self._mix(f"{name}.experts", module)
         elif isinstance(module, ExpertLinear):
             pass  # with the mixture that it belongs to

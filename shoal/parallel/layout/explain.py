@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shoal.models.ends import GlobalAverage, Joint, Logits, Positions, Segments
 from shoal.parallel.layout.passage import Operation
 from shoal.parallel.layout.shapes import Shapes, module_shapes
-from shoal.parallel.layout.treatment import Banded, Joined, Layout, Mixed, Normed, Placed, Treatment, Weighted
+from shoal.parallel.layout.treatment import Banded, Enclosed, Joined, Layout, Mixed, Normed, Placed, Treatment, Weighted
 
 LOSS = "loss"  # the layer that the cross-entropy counts as
 _NUMBERS = 3  # that a cross-entropy in parts gathers for each target
@@ -70,6 +70,9 @@ class _Teller:
             yield self._send(name, "backward", "all-reduce", list(module.weight.shape))
         elif isinstance(treatment, Joined):
             yield self._send(name, "forward", "all-gather", list(made))
+        elif isinstance(treatment, Enclosed):
+            yield self._send(name, "forward", "all-gather", given)
+            yield self._send(name, "backward", "all-gather", made)
         elif isinstance(treatment, Banded):
             yield from self._banded(name, module, treatment, given, made)
 

@@ -69,7 +69,12 @@ class Mixed:
     top_k: int
 
 
-Treatment = Weighted | Normed | Placed | Drawn | Joined | Banded | Mixed
+@dataclass(frozen=True)
+class Enclosed:
+    """A module that needs whole sequences among others that see slices: joined before it, cut again behind it."""
+
+
+Treatment = Weighted | Normed | Placed | Drawn | Joined | Banded | Mixed | Enclosed
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from shoal.models.ends import Joint, Logits, Positions, Segments
 from shoal.models.moe import Experts
 from shoal.models.resnet import PaddedShortcut
 from shoal.parallel.layout.split import Split
-from shoal.parallel.layout.treatment import Banded, Drawn, Layout, Mixed, Treatment, Weighted
+from shoal.parallel.layout.treatment import Banded, Drawn, Enclosed, Layout, Mixed, Treatment, Weighted
 from shoal.parallel.tensor.banded import banded
 from shoal.parallel.tensor.crossing import Slices
-from shoal.parallel.tensor.mixture import split_mixture
+from shoal.parallel.tensor.mixture import enclose, split_mixture
 from shoal.parallel.tensor.pointwise import (
     SlicedJoint,
     SlicedNorm,
@@ -49,6 +49,9 @@ def split_model(model: nn.Module, layout: Layout, collectives: Collectives) -> N
         if isinstance(treatment, Mixed):
             assert isinstance(module, Experts)
             split_mixture(module, collectives)
+            continue
+        if isinstance(treatment, Enclosed):
+            enclose(module, collectives, slices)
             continue
         made = _replacement(module, treatment, collectives, slices)
         for place in places[module]:
