@@ -67,6 +67,12 @@ def test_the_page_about_pipelines_shows_what_its_program_prints(tmp_path: Path) 
     assert run(program) == blocks("docs/pipeline.md", "text")[0]
 
 
+def test_the_page_about_sharded_states_shows_what_its_program_prints(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(blocks("docs/sharded_states.md", "python")))
+    assert run(program) == blocks("docs/sharded_states.md", "text")[0]
+
+
 def test_the_page_about_serving_runs_as_printed(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("\n".join(blocks("docs/serving.md", "python")))
