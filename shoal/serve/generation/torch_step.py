@@ -28,7 +28,7 @@ class TorchStep:
         self.name = "torch" + ("-bfloat16" if half else "")
         self._shape = shape
         self._rounding = torch.bfloat16 if half else torch.float32
-        self._model = model
+        self._norm, self._positions = _Norm(model.norm), model.positions.weight.detach().float()
         self._device = next(model.parameters()).device
         head = model.tokens.weight if model.head is None else model.head.weight
         self._head = self._rounded(head)
@@ -50,7 +50,7 @@ class TorchStep:
         sequences = torch.from_numpy(rows.sequences).to(device)
         where = tables[sequences, places // BLOCK], places % BLOCK
         tiles = _tiles(rows)
-        x = self._tokens[tokens] + self._model.positions.weight[places].float()
+        x = self._tokens[tokens] + self._positions[places]
         for number, layer in enumerate(self._layers):
             qkv = _linear(layer.norm1(x), *layer.qkv)
             q, k, v = qkv.view(len(x), 3, shape.heads, shape.head_size).unbind(1)
@@ -62,7 +62,7 @@ class TorchStep:
                 mixed[first:last] = _attention(q[first:last], place % TILE, keys[blocks], values[blocks])
             x = x + _linear(mixed.flatten(1), *layer.out)
             x = x + _linear(_linear(layer.norm2(x), *layer.up, self._activate), *layer.down)
-        normed = self._model.norm(x[torch.from_numpy(rows.wants).to(device)].to(self._model.norm.weight.dtype)).float()
+        normed = self._norm(x[torch.from_numpy(rows.wants).to(device)])
         return _linear(normed, self._head, None).cpu().numpy()
 
     def copy(self, source: int, target: int) -> None:
@@ -73,6 +73,19 @@ class TorchStep:
         pass
 
 
+class _Norm:
+    """A layer norm in float32, whatever its weights are kept in."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        assert isinstance(norm, nn.LayerNorm)
+        self._shape, self._eps = norm.normalized_shape, norm.eps
+        self._weight = norm.weight.detach().float()
+        self._bias = None if norm.bias is None else norm.bias.detach().float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+
+
 class _Layer:
     def __init__(self, block: nn.Module, rounded: Rounded) -> None:
         def pair(name: str) -> tuple[Tensor, Tensor | None]:
@@ -80,7 +93,7 @@ class _Layer:
             assert isinstance(linear, nn.Linear)
             return rounded(linear.weight), None if linear.bias is None else linear.bias.detach().float()
 
-        self.norm1, self.norm2 = block.get_submodule("norm1"), block.get_submodule("norm2")
+        self.norm1, self.norm2 = _Norm(block.get_submodule("norm1")), _Norm(block.get_submodule("norm2"))
         self.qkv, self.out = pair("attention.qkv"), pair("attention.out")
         self.up, self.down = pair("up"), pair("down")
 

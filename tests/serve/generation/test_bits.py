@@ -205,6 +205,8 @@ def test_bfloat16_weights_are_rounded_and_everything_else_is_float32(kind):
     (tokens,) = prompts(30)
     halves = whole(open_step(model, Options(kernels=kind, precision="bfloat16")), tokens)
     np.testing.assert_array_equal(halves, whole(open_step(rounded, Options(kernels=kind)), tokens))
+    everything = whole(open_step(tiny_gpt().bfloat16(), Options(kernels=kind)), tokens)
+    np.testing.assert_allclose(everything, halves, atol=0.5, rtol=0.1)
 
 
 def test_old_infinities_in_the_cache_do_not_reach_a_new_sequence():
