@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -163,39 +164,45 @@ def test_compressed_pushes_are_half_as_large_and_close_to_exact_ones():
     assert sent["bf16"] < 0.75 * sent["none"]  # heads and words are the rest
 
 
-def test_a_fast_worker_waits_at_the_bound_and_goes_on_when_the_slow_one_moves():
-    """The slow worker stands still until the fast one has been seen at the bound: nothing is timed."""
-    bound, steps = 2, 8
+HELD = 90  # kind of the message from one worker to the other
+
+
+def apart(group, served, mode, bound, steps, held_at):
+    """Rank 0 is fast. Rank 1 stands still until that one says, before a pull, that it has pushed step ``held_at``.
+
+    How far each has seen itself ahead; when rank 1 began its first push, and rank 0's pull of ``held_at`` returned."""
+    net, seen, when = model(), [], 0.0
+    options = {"worker": group.rank, "mode": mode, "staleness": bound, "expected": 2}
+    with ParameterServer(net.parameters(), torch.optim.SGD(net.parameters(), lr=0.1), served, **options) as me:
+        if group.rank == 1:
+            group.mesh.receive(0, HELD, 0)
+            when = time.monotonic()
+        for number in range(steps):
+            me.push(gradients(net, group.rank, number))
+            if group.rank == 0 and number == held_at:
+                group.mesh.send(1, HELD, 0)
+            me.pull()
+            seen.append(me.ahead)
+            if group.rank == 0 and number == held_at:
+                when = time.monotonic()
+        group.gather(b"")
+    return seen, when
+
+
+def test_a_fast_worker_waits_at_the_bound_and_goes_on_when_the_slow_one_moves(on_workers):
+    """Two processes and one clock; the slow one stands still until the fast one has come to the bound."""
     with serve(2) as served:
-        slow_may_go, fast_is_held = threading.Event(), threading.Event()
-        seen: list[int] = []
-        nets = [model(), model()]
+        (fast, passed), (_, moved) = on_workers(2, apart, served, "ssp", 2, 8, 2)
+    assert max(fast) == 2
+    assert len(fast) == 8
+    assert moved < passed
 
-        def fast():
-            net = nets[0]
-            options = {"worker": 0, "mode": "ssp", "staleness": bound, "expected": 2}
-            with ParameterServer(net.parameters(), torch.optim.SGD(net.parameters(), lr=0.1), served, **options) as me:
-                for number in range(steps):
-                    me.push(gradients(net, 0, number))
-                    if number == bound:
-                        fast_is_held.set()  # its next pull must wait for the slow one's first push
-                    me.pull()
-                    seen.append(me.ahead)
-                    assert number < bound or slow_may_go.is_set()
 
-        def slow():
-            net = nets[1]
-            options = {"worker": 1, "mode": "ssp", "staleness": bound, "expected": 2}
-            with ParameterServer(net.parameters(), torch.optim.SGD(net.parameters(), lr=0.1), served, **options) as me:
-                assert fast_is_held.wait(60)
-                slow_may_go.set()
-                for number in range(steps):
-                    me.push(gradients(net, 1, number))
-                    me.pull()
-
-        together(fast, slow)
-        assert max(seen) == bound
-        assert len(seen) == steps
+def test_without_a_bound_a_fast_worker_has_done_all_its_steps_before_the_slow_one_moves(on_workers):
+    """So that the bound is what held it above."""
+    with serve(2) as served:
+        (fast, _), _ = on_workers(2, apart, served, "async", 0, 8, 7)
+    assert max(fast) > 2
 
 
 WORKER = """
