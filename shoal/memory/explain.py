@@ -45,7 +45,7 @@ def explained(
     else:
         whole, change = _sought(module, ways, part, gauge, need, micro_batches)
         del stands_in
-    return f"{where} ran out of memory: at the least there are {whole.told()}. What would fit: {change}."
+    return f"{where} ran out of memory, which a step fills with {whole.told()}. What would fit: {change}."
 
 
 def _sought(
@@ -59,13 +59,23 @@ def _sought(
             if not is_shortage(error):
                 raise
     whole = replace(need, activations=found[0].least) if found else need
-    for candidate in found[1:]:
-        if ways.take(candidate, candidate.least) and (most := tried(module, part(1), gauge)) is not None:
-            peak = replace(need, activations=most).peak
-            return whole, f"memory.peak_bytes = {size_text(peak)!r} ({mebibytes(most)} of activations)"
+    fits: int | None = None
+    low, high = 1, len(found)  # each candidate takes less than those before
+    while low < high:
+        middle = (low + high) // 2
+        candidate = found[middle]
+        most = tried(module, part(1), gauge) if ways.take(candidate, candidate.least) else None
+        if most is None:
+            low = middle + 1
+        else:
+            fits, high = most, middle
+    if fits is not None:
+        peak = replace(need, activations=fits).peak
+        return whole, f"memory.peak_bytes = {size_text(peak)!r} ({mebibytes(fits)} of activations)"
     for number in PARTS:
         most = tried(module, part(number), gauge)
         if most is not None:
+            whole = whole if found else replace(need, activations=most * number)  # they grow with the samples
             told = f"micro_batches = {number * micro_batches} in the recipe (now {micro_batches})"
             return whole, f"{told}, with {mebibytes(most)} of activations"
     return whole, "a smaller model, or a smaller batch: no saving of activations is enough"

@@ -198,7 +198,8 @@ def _as_worker(
 
     worker = Worker(group, plan, **settings)
     try:
-        result = main(worker, *arguments)
+        with worker.memory.explaining():
+            result = main(worker, *arguments)
         if worker.step:
             worker.compare_parameters()
         return result

@@ -238,7 +238,7 @@ class Memory:
                 part,
                 self.gauge or gauge_for(self.device),
                 need,
-                max(0, need.optimizer - there),
+                max(0, need.optimizer - there) + (need.checkpoint if position.step <= 1 else 0),
                 where=where,
                 micro_batches=work.micro_batches,
             )

@@ -1,10 +1,15 @@
 """Memory that is saved in whole runs: the same bits, a budget that is kept and told, an error that helps."""
 
+import re
+import resource
 from pathlib import Path
 
+import pytest
 from train.test_exactness import plan, trail
 from train.tiny_runs import recipe, splits
 
+from shoal.data.source import Splits
+from shoal.errors import RunFailed
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.recipe import ModelSpec
 from shoal.run.run import Run
@@ -44,7 +49,6 @@ def test_a_budget_is_kept_predicted_and_told(run):
         assert trail(saved) == trail(plain)
         chosen = events(saved, "started")[0]["memory"]
         peaks = [event["memory"]["peaks"] for event in events(saved, "committed")]
-        print(chosen, peaks)
         assert chosen["ways"].get("plain", 0) < 4 or len(placement) > 1
         assert len(peaks) == 6
         assert all(len(each) == len(placement) for each in peaks)
@@ -52,3 +56,49 @@ def test_a_budget_is_kept_predicted_and_told(run):
             observed = max(each[rank] for each in peaks)
             assert observed <= predicted["peak"] <= budget
             assert observed >= 0.85 * predicted["peak"]
+
+
+class Starved:
+    """Training data whose first batch leaves the worker so much address space more, and no more."""
+
+    def __init__(self, source, room: int) -> None:
+        self.source, self.room, self.limited = source, room, False
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    facts = property(lambda self: self.source.facts)
+    fingerprint = property(lambda self: self.source.fingerprint)
+
+    def fetch(self, ids, epoch):
+        if not self.limited:
+            self.limited = True
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + self.room
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return self.source.fetch(ids, epoch)
+
+
+def starved(run, room: int, **model):
+    spec = ModelSpec(kind="gpt", options={"layers": 6, "heads": 2, "width": 64, **model})
+    data = Splits(Starved(splits("gpt", 1024).train, room))
+    with pytest.raises(RunFailed) as failed:
+        run(recipe("gpt", model=spec, batch=1024, shards=1, steps=2), 1, data=data)
+    assert "\n" not in str(failed.value)
+    return str(failed.value)
+
+
+def test_activations_that_do_not_fit_are_told_with_what_would(run):
+    """Six blocks keep about 33 MiB each of 8,192 tokens."""
+    said = starved(run, 150 << 20)
+    assert "rank 0 (cpu) in step 1, " in said
+    parts = re.search(r"fills with activations (\d+) MiB, .*optimiser states 2.3 MiB, .*weights 1.2 MiB", said)
+    assert parts, said
+    assert int(parts[1]) > 150
+    assert re.search(r"What would fit: (memory.peak_bytes = '\d+MiB'|micro_batches = \d+)", said), said
+
+
+def test_states_that_do_not_fit_are_told_with_what_would(run):
+    said = starved(run, 480 << 20, layers=4, width=768)
+    assert re.search(r"optimiser states 2\d\d MiB, .*weights 1\d\d MiB", said), said
+    assert "memory.offload_optimizer = 'disk'" in said

@@ -78,7 +78,11 @@ class Fickle(torch.nn.Module):
         (Plan(mesh={"pipe": 2, "context": 2}), "'pipe' and 'context' do not go together"),
         (Plan(mesh={"tensor": 2}, memory=MemoryPlan(recompute="full")), "saving activations is for whole models"),
         (Plan(mesh={"data": 2, "pipe": 2}, states="zero1"), "'zero1' is for whole models"),
-        (Plan(memory=MemoryPlan(peak_bytes="1GiB")), "memory.peak_bytes is not carried out yet"),
+        (
+            Plan(memory=MemoryPlan(peak_bytes="1GiB"), states="zero3"),
+            "memory.peak_bytes does not go with states = 'zero3'",
+        ),
+        (Plan(memory=MemoryPlan(peak_bytes="1GiB"), sync="local"), "memory.peak_bytes does not go with sync = 'local'"),
         (Plan(states="zero1", memory=MemoryPlan(optimizer_bits=8)), "8 does not go with states = 'zero1'"),
     ],
 )
