@@ -71,10 +71,12 @@ class Held:
         """The axes over which a tensor is cut."""
         return {cut.axis for cut in self.cuts if name in cut.splits}
 
-    def counts(self, name: str, axes: Iterable[str] = ("expert", "context", "tensor")) -> bool:
-        """Whether this worker is the one that counts a tensor among those along the axes that hold the same."""
-        cut = self.split_along(name)
-        return all(axis in cut or self.coordinates.get(axis, 0) == 0 for axis in axes)
+    def counts(self, name: str, share: Share) -> bool:
+        """Whether those with this worker's place in a replica count a tensor, of those that hold the same part of it.
+
+        Workers that sum it count their slices of it each."""
+        apart = self.split_along(name) | set(share.axes)
+        return all(axis in apart or self.coordinates.get(axis, 0) == 0 for axis in ("expert", "context", "tensor"))
 
     def split(self) -> dict[str, Any]:
         """How the model lies on the workers, for the log."""

@@ -13,10 +13,10 @@ def check_trainable(plan: Plan, recipe: Recipe | None = None) -> None:
     """Raises UserError for what a plan can say, `shoal plan` explains, and the training loop does not carry out: at
     all, or of this recipe."""
     check_axes(plan)
-    if plan.splits_model and plan.states != "replicated":
+    if plan.states != "replicated" and (plan.axes.size("expert") > 1 or plan.axes.size("context") > 1):
         raise UserError(
-            f"plan: states = {plan.states!r} is for whole models so far, and the mesh splits this one: use "
-            f"states = 'replicated', or mesh axis 'data' alone."
+            f"plan: states = {plan.states!r} goes with mesh axes 'data', 'pipe' and 'tensor' so far: use "
+            f"states = 'replicated' with axes 'expert' and 'context'."
         )
     memory = plan.memory
     saves = memory.changes_updates or ("saving activations" if memory.works_on_blocks else "")

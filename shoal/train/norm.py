@@ -14,62 +14,61 @@ from torch import Tensor
 from shoal.comm.finishing import block_squares, global_norm
 from shoal.comm.group import Group
 from shoal.comm.layout import BLOCK
+from shoal.comm.slices import Piece, pieces_of
 from shoal.train.gradients import Gradients
 
 _HEAD = struct.Struct("<?I")  # asked to stop; how many sums of squares follow
 
 
 class Norm(Protocol):
-    reads_result: bool  # of the exchanges, beside the sums of squares
-
     def __call__(self, squares: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
         """From each set's `Gradients.reduce`: the norm over all workers, and whether one of them must stop.
 
-        Called by all of them, after the gradients have been reduced and before they are hung up."""
+        Called by all of them, after the gradients have been reduced and before they are hung up. A worker reads its own
+        slices of the result alone: nobody else scales them, and under sharded states nobody else has them."""
 
 
 class NormAlone:
     """This worker's sets are the whole gradient."""
-
-    reads_result = False
 
     def __call__(self, squares: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
         return global_norm(chain.from_iterable(each.tolist() for each in squares)), stop
 
 
 class NormOverStages:
-    """Each worker has some parameters whole: the norm has the bits that one worker with all of them would find.
+    """Each replica's workers have some parameters whole each: the norm has the bits that one with all of them finds.
 
     Sums of squares of whole blocks are what it takes. A block that lies on several chunks is put together first."""
 
-    reads_result = True
-
-    def __init__(self, group: Group, sets: Sequence[Gradients], blocks: Sequence[Sequence[int]]) -> None:
-        """``group``: all that hold a part. ``blocks``: of each set, the numbers in the whole layout."""
+    def __init__(
+        self, group: Group, sets: Sequence[Gradients], blocks: Sequence[Sequence[int]], ranks: Sequence[int]
+    ) -> None:
+        """``group``: all workers. ``blocks``: of each set, the numbers in the whole layout; ``ranks``: this worker's
+        among those that sum the set."""
         self._group, self._sets = group, sets
-        told = [json.loads(row) for row in group.gather(json.dumps(list(chain.from_iterable(blocks))).encode())]
+        counted = [numbers for numbers, rank in zip(blocks, ranks, strict=True) if rank == 0]
+        told = [json.loads(row) for row in group.gather(json.dumps(list(chain.from_iterable(counted))).encode())]
         held = Counter(chain.from_iterable(told))
-        self._whole = [[i for i, number in enumerate(numbers) if held[number] == 1] for numbers in blocks]
-        self._pieces: list[tuple[Gradients, int, int, int]] = []  # set, slot, from, to
+        self._whole = [
+            [i for i, number in enumerate(numbers) if held[number] == 1 and rank == 0]
+            for numbers, rank in zip(blocks, ranks, strict=True)
+        ]
+        self._pieces: list[tuple[Gradients, Piece]] = []
         places = []  # (block, from, to) of each piece in its block
-        for gradients, numbers in zip(sets, blocks, strict=True):
-            for index, number in enumerate(numbers):
-                if held[number] == 1:
-                    continue
-                begin = index * BLOCK
-                for slot, at in enumerate(gradients.layout.slots[: len(gradients.parameters)]):
-                    start, stop = max(begin, at.offset), min(begin + BLOCK, at.offset + at.size)
-                    if start < stop:
-                        self._pieces.append((gradients, slot, start - at.offset, stop - at.offset))
-                        places.append((number, start - begin, stop - begin))
+        for gradients, numbers, rank in zip(sets, blocks, ranks, strict=True):
+            for piece in chain.from_iterable(map(_in_blocks, pieces_of(gradients.layout, [rank]))):
+                number = numbers[piece.place // BLOCK]
+                if held[number] > 1:
+                    self._pieces.append((gradients, piece))
+                    start = piece.place % BLOCK
+                    places.append((number, start, start + piece.length))
         self._places = [json.loads(row) for row in group.gather(json.dumps(places).encode())]
 
     def __call__(self, squares: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
-        own = [each[index] for each, whole in zip(squares, self._whole, strict=True) for index in [whole]]
-        flat = torch.cat(own).numpy().tobytes() if own else b""
-        values = [g.exchange.result_of(slot)[start:end].cpu().numpy() for g, slot, start, end in self._pieces]
-        head = _HEAD.pack(stop, len(flat) // 8)
-        rows = self._group.gather(b"".join([head, flat, *(value.tobytes() for value in values)]))
+        own = torch.cat([each[index] for each, index in zip(squares, self._whole, strict=True)]).numpy()
+        values = [_read(gradients, piece).cpu().numpy() for gradients, piece in self._pieces]
+        head = _HEAD.pack(stop, len(own))
+        rows = self._group.gather(b"".join([head, own.tobytes(), *(value.tobytes() for value in values)]))
         dtype = self._sets[0].dtype
         numbers: list[float] = []
         shared: dict[int, Tensor] = {}
@@ -92,23 +91,44 @@ class NormOverStages:
 class NormOverParts:
     """Tensors are cut: each element is counted once, in float64, in an order that the cut decides."""
 
-    reads_result = True
-
-    def __init__(self, group: Group, sets: Sequence[Gradients], counted: Sequence[Sequence[bool]]) -> None:
-        """``counted``: of each set's parameters, those that this worker counts."""
-        self._group, self._sets, self._counted = group, sets, counted
+    def __init__(
+        self, group: Group, sets: Sequence[Gradients], counted: Sequence[Sequence[bool]], ranks: Sequence[int]
+    ) -> None:
+        """``group``: all workers. ``counted``: of each set's parameters, those that this worker's place in the replica
+        counts; ``ranks``: this worker's among those that sum the set."""
+        self._group = group
+        self._pieces = [
+            (gradients, piece)
+            for gradients, counts, rank in zip(sets, counted, ranks, strict=True)
+            for piece in pieces_of(gradients.layout, [rank])
+            if counts[piece.slot]
+        ]
 
     def __call__(self, squares: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
-        own = [
-            float(gradients.exchange.result_of(slot).to(torch.float64).square().sum())
-            for gradients, counted in zip(self._sets, self._counted, strict=True)
-            for slot, counts in enumerate(counted)
-            if counts
-        ]
-        rows = self._group.gather(_HEAD.pack(stop, len(own)) + np.array(own, dtype=np.float64).tobytes())
+        own = [float(_read(gradients, piece).to(torch.float64).square().sum()) for gradients, piece in self._pieces]
         numbers: list[float] = []
-        for row in rows:
+        for row in self._group.gather(_HEAD.pack(stop, len(own)) + np.array(own, dtype=np.float64).tobytes()):
             asked, count = _HEAD.unpack_from(row)
             stop |= asked
             numbers += np.frombuffer(row, np.float64, count, _HEAD.size).tolist()
         return global_norm(numbers), stop
+
+
+def _read(gradients: Gradients, piece: Piece) -> Tensor:
+    """The mean gradient of a piece that this worker has finished, flat."""
+    exchange = gradients.exchange
+    if exchange.sliced_result:
+        found: Tensor = exchange.piece(piece)  # type: ignore[attr-defined]
+        return found
+    return exchange.result_of(piece.slot)[piece.start : piece.stop]
+
+
+def _in_blocks(piece: Piece) -> list[Piece]:
+    """Cut where blocks begin."""
+    found, place, end = [], piece.place, piece.place + piece.length
+    while place < end:
+        stop = min(end, (place // BLOCK + 1) * BLOCK)
+        begin = piece.start + place - piece.place
+        found.append(Piece(piece.slot, begin, begin + stop - place, place))
+        place = stop
+    return found

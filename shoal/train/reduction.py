@@ -46,8 +46,8 @@ class Reduction:
         else:
             owned, leaves = [ownership[held.plan.replica_of(rank)] for rank in ranks], shards
             most = (micro_batches,) * shards
-        if plan.splits_model and not plan.exact and plan.sync == "exact":  # lossy states change no sum
-            plan = replace(plan, sync="fast")
+        if plan.sync == "exact" and (copies > 1 or held.experts is not None):
+            plan = replace(plan, sync="fast")  # several workers have a part of each shard's gradient: no tree over shards
         placement = placement_of(plan, owned, share.group.rank)
         trained = _trained(held, share, plan)
         shapes = [tuple(p.shape) for p in trained.parameters.values()]
@@ -63,13 +63,15 @@ class Reduction:
         held = self.held
         if not held.plan.splits_model:
             return NormAlone()
-        group = held.group.split(held.plan.axes.partition("pipe", "expert", "context", "tensor"))
+        group, ranks = held.group, [share.group.rank for share in held.shares]
         if held.plan.exact:
             numbers = {name: index for index, name in enumerate(reversed(list(held.sizes)))}
             sizes = list(held.sizes.values())[::-1]
             blocks = [blocks_held(sizes, [numbers[name] for name in each.names]) for each in self.sets]
-            return NormOverStages(group, self.sets, blocks)
-        return NormOverParts(group, self.sets, [[held.counts(name) for name in each.names] for each in self.sets])
+            return NormOverStages(group, self.sets, blocks, ranks)
+        counted = [[held.counts(name, share) for name in each.names]
+                   for each, share in zip(self.sets, held.shares, strict=True)]  # fmt: skip
+        return NormOverParts(group, self.sets, counted, ranks)
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -130,9 +132,7 @@ class Reduction:
         found = self.first.figures(0.0)
         norm, stop = self._norm(squares, found.stop)
         factor = clip / norm if clip and norm > clip else 1.0
-        for gradients, share in zip(self.sets, self.held.shares, strict=True):
-            if factor != 1.0 and self._norm.reads_result and gradients.exchange.shared_result:
-                share.group.gather(b"")  # nobody scales what another replica still reads for its norm
+        for gradients in self.sets:
             gradients.hang(factor, keep_gradients=keep_gradients)
         return replace(found, norm=norm, stop=stop)
 

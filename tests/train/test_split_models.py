@@ -71,6 +71,12 @@ def test_split_tensors_train_within_the_tolerance_and_to_their_own_bits(run, kin
         assert run(wanted, plan=plan, data=data, model=make)["weights_sha256"] == found["weights_sha256"], plan
 
 
+def test_replicas_of_split_tensors_give_the_bits_of_one(run):
+    wanted, data = recipe("gpt", clip=0.05, micro_batches=2), splits("gpt", 101)
+    alone = run(wanted, plan=over(tensor=2), data=data)
+    assert run(wanted, plan=over(data=2, tensor=2), data=data)["weights_sha256"] == alone["weights_sha256"]
+
+
 class Wide:
     """A source whose numbers are float64."""
 
@@ -107,6 +113,18 @@ def test_a_checkpoint_loads_into_any_other_layout_and_the_bits_go_on(run):
         begun = run(replace(wanted, steps=12), plan=before, data=data)
         ended = run(wanted, plan=after, data=data, resume=begun["run_dir"])
         assert ended["weights_sha256"] == alone["weights_sha256"], (before, after)
+
+
+@pytest.mark.parametrize("states", ["zero1", "zero2", "zero3"])
+def test_sharded_states_go_with_pipelines_and_split_tensors(run, states):
+    wanted, data = recipe("gpt", clip=0.05, micro_batches=2), splits("gpt", 101)
+    for mesh in ({"data": 2, "pipe": 2}, {"data": 2, "tensor": 2}):
+        whole = run(wanted, plan=over(**mesh), data=data)
+        found = run(wanted, plan=replace(over(**mesh), states=states), data=data)
+        assert found["weights_sha256"] == whole["weights_sha256"], mesh
+        ours, theirs = loaded(found), loaded(whole)
+        assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 def test_a_checkpoint_of_split_tensors_is_that_of_the_whole_model(run, tmp_path):
