@@ -46,11 +46,11 @@ def joined(agent, tmp_path, request):
 @pytest.mark.parametrize("states", STATES)
 def test_the_weights_are_those_of_one_worker(run, joined, states):
     """Dropout, clipping, unequal shares, a tail that leaves workers without work, checkpoints on the way."""
-    often = replace(recipe("gpt").report, evaluate_every=4, checkpoint_every=5)
-    wanted = recipe("gpt", model=GPT, clip=0.05, report=often, steps=12)
+    often = replace(recipe("gpt").report, evaluate_every=4, checkpoint_every=3)
+    wanted = recipe("gpt", model=GPT, clip=0.05, report=often, steps=7)  # an epoch has 5: the last one of 3 samples
     data = splits("gpt", 67)
     one = run(wanted, 1, data=data)
-    plans = [plan(4, 4, states=states), plan(1, 7, states=states, bucket_bytes=1)]
+    plans = [plan(1, 7, states=states, bucket_bytes=1)]
     plans.append(plan(2, 2, 3, 1, states=states, state_group=2, bucket_bytes=1))
     for other in plans:
         for result in joined(wanted, other, data):
@@ -59,9 +59,9 @@ def test_the_weights_are_those_of_one_worker(run, joined, states):
             assert result["figures"] == one["figures"], other
 
 
-@pytest.mark.parametrize("kind", ["cnn", "resnet", "lstm"])
+@pytest.mark.parametrize("kind", ["resnet", "lstm"])
 def test_running_statistics_and_recurrent_layers_are_those_of_one_worker(run, joined, kind):
-    wanted, data = recipe(kind, clip=0.05, steps=8), splits(kind, 67)
+    wanted, data = recipe(kind, clip=0.05, steps=6), splits(kind, 67)
     one = run(wanted, 1, data=data)
     for result in joined(wanted, plan(3, 5, states="zero3", bucket_bytes=1), data):
         assert result["weights_sha256"] == one["weights_sha256"]
@@ -69,7 +69,7 @@ def test_running_statistics_and_recurrent_layers_are_those_of_one_worker(run, jo
 
 
 def test_a_block_that_is_computed_again_finds_its_parameters(run, joined):
-    wanted, data = recipe("gpt", model=GPT, steps=6, micro_batches=2), splits("gpt", 67)
+    wanted, data = recipe("gpt", model=GPT, steps=3, micro_batches=2), splits("gpt", 67)
     one = run(wanted, 1, data=data)
     for mode in ("full", "selective"):
         how = plan(3, 5, states="zero3", bucket_bytes=1, memory=MemoryPlan(recompute=mode))
@@ -78,7 +78,7 @@ def test_a_block_that_is_computed_again_finds_its_parameters(run, joined):
 
 def test_a_mixture_of_experts_whose_blocks_keep_losses_of_their_own_is_trained(run, joined):
     options = {"layers": 2, "heads": 2, "width": 64, "experts": 3, "top_k": 1, "dropout": 0.0}
-    wanted = recipe("gpt", model=replace(GPT, kind="moe", options=options), steps=6)
+    wanted = recipe("gpt", model=replace(GPT, kind="moe", options=options), steps=3)
     data = splits("gpt", 67)
     one = run(wanted, 1, data=data)
     assert (
@@ -88,11 +88,11 @@ def test_a_mixture_of_experts_whose_blocks_keep_losses_of_their_own_is_trained(r
 
 @pytest.mark.parametrize(("before", "after"), [("zero3", "zero1"), ("replicated", "zero3"), ("zero2", "replicated")])
 def test_a_run_goes_on_with_other_states_on_another_number_of_workers(run, joined, before, after):
-    wanted, data = recipe("gpt", model=GPT, clip=0.05, steps=12), splits("gpt", 67)
+    wanted, data = recipe("gpt", model=GPT, clip=0.05, steps=6), splits("gpt", 67)
     whole = run(wanted, 1, data=data)
-    part = joined(replace(wanted, steps=7), plan(3, 5, states=before, bucket_bytes=1), data)[0]
+    part = joined(replace(wanted, steps=3), plan(3, 5, states=before, bucket_bytes=1), data)[0]
     folder = Path(part["run_dir"])
-    rest = joined(wanted, plan(2, 2, 2, 2, states=after, bucket_bytes=1), data, run_dir=folder, resume=True)[0]
+    rest = joined(wanted, plan(2, 4, 2, states=after, bucket_bytes=1), data, run_dir=folder, resume=True)[0]
     assert rest["weights_sha256"] == whole["weights_sha256"]
     assert trail(rest) == trail(whole)
 

@@ -29,7 +29,7 @@ WIDE = replace(tiny_runs.model("mlp"), options={"hidden": (700, 300)})  # 8 bloc
 @pytest.mark.parametrize("states", STATES)
 def test_the_weights_are_those_of_the_replicated_run(run, states):
     wanted = recipe("mlp", model=WIDE, clip=0.05)
-    plans = [plan(8, states=states), plan(3, 5, states=states), plan(4, 1, 3, states=states, bucket_bytes=1)]
+    plans = [plan(3, 5, states=states), plan(4, 1, 2, 1, states=states, bucket_bytes=1)]
     agrees(run, wanted, splits("mlp", 101), plans, clips=True)
 
 
@@ -45,7 +45,7 @@ def test_running_statistics_dropout_and_tied_weights_are_those_of_the_replicated
 @pytest.mark.parametrize(("before", "after"), [("zero3", "replicated"), ("replicated", "zero1"), ("zero1", "zero2")])
 def test_a_run_goes_on_with_other_states_on_another_number_of_workers(run, before, after):
     data = splits("mlp", 101)
-    wanted = recipe("mlp", model=WIDE, clip=0.05, steps=12)
+    wanted = recipe("mlp", model=WIDE, clip=0.05, steps=10)
     whole = run(wanted, 1, data=data)
     part = run(replace(wanted, steps=7), plan=plan(3, 5, states=before, bucket_bytes=1), data=data)
     rest = run(wanted, plan=plan(2, 2, 4, states=after), data=data, resume=part["run_dir"])
@@ -124,7 +124,7 @@ def _own_loop(group, states: str, fault: str = ""):
         return worker.weights_sha256, held, len(shared)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_frozen_and_unused_parameters_and_the_users_scheduler_are_as_in_a_replicated_run(on_workers, workers):
     expected = on_workers(1, _replicated)[0]
     for states in STATES:
