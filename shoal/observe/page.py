@@ -5,14 +5,14 @@ import hashlib
 from collections.abc import Sequence
 from html import escape
 
-from shoal.observe import communication_section, figures, tables, timeline
+from shoal.observe import communication_section, figures, memory_section, tables, timeline
 from shoal.observe.comparison import comparison
 from shoal.observe.figures import Named
 from shoal.observe.headline import date, headline
 from shoal.observe.subject import Subject
 
 SHOWN_SAMPLES = 6
-_ELSEWHERE = ("event", "time", "recipe_hash", "transport")  # facts of a session that other sections tell
+_ELSEWHERE = ("event", "time", "recipe_hash", "transport", "memory")  # facts of a session that other sections tell
 
 
 def render(subjects: Sequence[Subject], style: str, script: str, now: float) -> str:
@@ -23,6 +23,7 @@ def render(subjects: Sequence[Subject], style: str, script: str, now: float) -> 
         ("learning", "Learning", *_learning(runs)),
         ("speed", "Speed", *_speed(runs)),
         ("communication", "Communication", *_communication(subjects)),
+        ("memory", "Memory", *_memory(subjects)),
         ("life", "Checkpoints and restarts", *_life(subjects)),
         ("samples", "Samples from the model", *_samples(subjects)),
         ("recipe", "Recipe and plan", *_settings(subjects)),
@@ -71,6 +72,11 @@ def _speed(runs: Sequence[Named]) -> tuple[str, bool]:
 
 def _communication(subjects: Sequence[Subject]) -> tuple[str, bool]:
     text = communication_section.section([(subject.name, subject.communication) for subject in subjects])
+    return text, bool(text)
+
+
+def _memory(subjects: Sequence[Subject]) -> tuple[str, bool]:
+    text = memory_section.section([(subject.name, subject.memory) for subject in subjects])
     return text, bool(text)
 
 

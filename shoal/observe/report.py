@@ -10,6 +10,7 @@ from pathlib import Path
 from shoal.errors import UserError
 from shoal.observe.communication import read_communication
 from shoal.observe.curves import read_curves
+from shoal.observe.memory_section import read_memory
 from shoal.observe.page import render
 from shoal.observe.subject import Subject
 from shoal.recipe.typed import flatten, to_mapping
@@ -57,6 +58,7 @@ def _subject(run: Run, name: str) -> Subject:
         result=run.result or curves.result,
         recipe_hash=recipe.arithmetic_hash,
         communication=read_communication(events),
+        memory=read_memory(events),
     )
 
 

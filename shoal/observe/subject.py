@@ -8,6 +8,7 @@ from typing import Any
 from shoal.observe.communication import Communication
 from shoal.observe.curves import Curves
 from shoal.observe.figures import targets_matter
+from shoal.observe.memory_section import Told
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Subject:
     result: Mapping[str, Any]  # what `train` returned; empty while it has not
     recipe_hash: str
     communication: Communication | None = None  # where the log tells of it
+    memory: Told | None = None  # of a run under a budget
 
     @property
     def weights(self) -> str:
