@@ -79,6 +79,10 @@ def remark(event: Event) -> str | None:
         after = f", {event['cost_s']:.2f} s" if event["cost_s"] else ""
         size = f", {event['workers']} workers" if "workers" in event else ""
         return f"{kind} after step {event['step']}{size}{after}: {event['why']}"
+    if kind == "proved":
+        model = f"{event['model']}: " if "model" in event else ""
+        how = f"error {event['error']:.2g}" if event["ok"] else "DIFFERS"
+        return f"{event['number']}/{event['of']}  {model}{event['plan']}  {how}  {event['seconds']:.1f} s"
     return None  # a failure is told by the error that ends the command
 
 

@@ -1,15 +1,25 @@
-"""How close a run in the fast mode is to the reference, whose additions it makes in another order.
+"""How close a run is to the reference where its additions are made in another order, from values, step by step.
 
-Weights are no measure: where a gradient is zero but for rounding (a bias before a normalisation, the bias of attention
-keys), Adam divides the rounding by itself, and the weight wanders without any effect on the loss. Gradients and losses
-are compared: a gradient's norm relative to the global norm, a shard's loss relative to itself.
+A gradient's deviation counts relative to the norm of the whole gradient, a shard's loss relative to itself. A weight's
+largest deviation counts relative to the largest element of its tensor, or to a hundredth of the model's largest.
+
+Weights count with plain SGD, or in float64. Elsewhere they are no measure: where a gradient is zero but for rounding (a
+bias before a normalisation, the bias of attention keys), Adam divides the rounding by itself, and the weight wanders
+without any effect on the loss.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from shoal.prove.fingerprint import LOSS, Difference, StepPrint
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoal.prove.fingerprint import GRADIENT, LOSS, MODEL, Difference
+
+SMALL = 0.01  # of the largest weight: below, a tensor's own size is no measure
 
 
 @dataclass(frozen=True)
@@ -20,26 +30,94 @@ class Deviation:
     shards: tuple[int, ...] = ()
 
 
-def deviations(reference: Sequence[StepPrint], run: Sequence[StepPrint]) -> Iterator[Deviation]:
-    """Every gradient and then the losses of every step that the run has done."""
-    for expected, found in zip(reference, run, strict=False):
-        wanted, have = _gradients(expected), _gradients(found)
-        scale = math.hypot(*wanted.values()) or 1.0
-        for name in dict.fromkeys((*wanted, *have)):
-            yield Deviation(expected.step, name, _relative(wanted.get(name), have.get(name), scale))
-        for shard, (a, b) in enumerate(zip(expected.losses, found.losses, strict=True)):
-            yield Deviation(expected.step, LOSS, _relative(a, b, abs(a) or 1.0), (shard,))
+@dataclass(frozen=True)
+class Deviations:
+    """Of one step: how far each tensor, and each shard's loss, is from the reference's."""
+
+    step: int
+    tensors: Mapping[str, float]  # gradient/..., model/..., in the model's order
+    losses: tuple[float, ...]  # of each shard
+
+    def __iter__(self) -> Iterator[Deviation]:
+        for name, size in self.tensors.items():
+            yield Deviation(self.step, name, size)
+        for shard, size in enumerate(self.losses):
+            yield Deviation(self.step, LOSS, size, (shard,))
 
 
-def _gradients(prints: StepPrint) -> dict[str, float]:
-    return {name: p.norm for name, p in prints.tensors.items() if name.startswith("gradient/")}
+def file_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}.safetensors"
 
 
-def _relative(wanted: float | None, found: float | None, scale: float) -> float:
-    if wanted is None or found is None:
-        return math.inf
-    size = abs(wanted - found) / scale
+def keep(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
+    """The reference's gradients and weights after a step."""
+    kept = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+        if name.partition("/")[0] in (GRADIENT, MODEL)
+    }
+    save_file(kept, file_of(folder, step))
+
+
+@torch.no_grad()
+def deviations(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    wanted: Sequence[float],
+    losses: Sequence[float],
+    kinds: Sequence[str] = (GRADIENT, MODEL),
+) -> Deviations:
+    """``tensors``: a run's gradients and weights after the step, whole; ``losses`` of its shards, and those wanted."""
+    expected = {n: t for n, t in load_file(file_of(folder, step)).items() if n.partition("/")[0] in kinds}
+    apart = tensor_deviations(expected, tensors)
+    return Deviations(step, apart, tuple(map(relative, wanted, losses, map(_size, wanted))))
+
+
+def tensor_deviations(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of gradients and weights by name; inf for one that is missing, left over, of another shape or not finite."""
+    gradients = {n: t for n, t in expected.items() if n.startswith(f"{GRADIENT}/")}
+    whole = math.hypot(*(float(torch.linalg.vector_norm(t.double())) for t in gradients.values())) or 1.0
+    least = SMALL * max((_largest(t) for n, t in expected.items() if n.startswith(f"{MODEL}/")), default=1.0)
+    sizes: dict[str, float] = {}
+    kinds = (GRADIENT, MODEL)
+    for name in dict.fromkeys(n for n in (*found, *expected) if n.partition("/")[0] in kinds):
+        wanted, have = expected.get(name), found.get(name)
+        if wanted is None or have is None or wanted.shape != have.shape:
+            sizes[name] = math.inf
+        elif not wanted.is_floating_point():
+            sizes[name] = 0.0 if torch.equal(wanted, have.cpu()) else math.inf
+        else:
+            apart = have.cpu().double() - wanted.double()
+            if name in gradients:
+                sizes[name] = _finite(float(torch.linalg.vector_norm(apart)) / whole)
+            else:
+                scale = max(_largest(wanted), least) or 1.0
+                sizes[name] = _finite(_largest(apart) / scale)
+    return {name: sizes[name] for kind in kinds for name in sizes if name.startswith(f"{kind}/")}
+
+
+def relative(wanted: float, found: float, scale: float) -> float:
+    return _finite(abs(wanted - found) / scale)
+
+
+def _size(number: float) -> float:
+    return abs(number) or 1.0
+
+
+def _largest(tensor: Tensor) -> float:
+    if not tensor.numel() or not tensor.is_floating_point():
+        return 0.0
+    return float(tensor.abs().max())
+
+
+def _finite(size: float) -> float:
     return size if math.isfinite(size) else math.inf
+
+
+def of_kinds(found: Sequence[Deviations], *, weights: bool) -> list[Deviation]:
+    """All deviations in order; those of weights only where they are a measure."""
+    return [d for step in found for d in step if weights or not d.tensor.startswith(f"{MODEL}/")]
 
 
 def first_beyond(found: Sequence[Deviation], tolerance: float, workers: int) -> Difference | None:
@@ -48,5 +126,7 @@ def first_beyond(found: Sequence[Deviation], tolerance: float, workers: int) -> 
     if not beyond:
         return None
     first = beyond[0]
-    shards = [shard for deviation in beyond if deviation.step == first.step for shard in deviation.shards]
-    return Difference(first.step, first.tensor, tuple(range(workers)), tuple(shards))
+    here = [deviation for deviation in beyond if deviation.step == first.step]
+    shards = tuple(shard for deviation in here for shard in deviation.shards)
+    tensors = tuple(deviation.tensor for deviation in here if not deviation.shards)
+    return Difference(first.step, first.tensor, tuple(range(workers)), shards, tensors)

@@ -2,8 +2,30 @@
 
 from collections.abc import Sequence
 
+from shoal.errors import unknown_name
+from shoal.recipe.axes import AXES
+from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
 from shoal.recipe.typed import flatten, to_mapping
+
+FAMILIES = ("standard", *AXES, "fast", "states", "memory", "servers")
+
+
+def families(plan: Plan) -> set[str]:
+    """What a plan is an example of: the axes that it splits over, and what else it does."""
+    found = {axis for axis, size in plan.axes.sizes if size > 1} | {"standard"}
+    found |= {"fast"} if plan.sync == "fast" else set()
+    found |= {"servers"} if plan.server_processes else set()
+    found |= {"states"} if plan.states != "replicated" else set()
+    return found | ({"memory"} if plan.memory != MemoryPlan() else set())
+
+
+def of_families(plans: Sequence[Plan], chosen: Sequence[str]) -> tuple[Plan, ...]:
+    """Those that are an example of any of these. Raises UserError for a name that is no family's."""
+    for name in chosen:
+        if name not in FAMILIES:
+            raise unknown_name("family of plans", name, FAMILIES, "--plans")
+    return tuple(plan for plan in plans if families(plan) & set(chosen))
 
 
 def standard_plans(workers: Sequence[int], shards: int) -> list[Plan]:

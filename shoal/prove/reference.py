@@ -4,7 +4,7 @@ It takes no line from the machinery that it judges (shoal.comm, and gradients an
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +15,7 @@ from shoal.data.ledger import Ledger
 from shoal.data.source import Source
 from shoal.errors import RunFailed
 from shoal.models.task import Task
+from shoal.prove.fingerprint import along
 from shoal.recipe.recipe import Recipe
 from shoal.train.precision import autocast
 from shoal.train.schedules import learning_rate
@@ -28,6 +29,7 @@ ALIGNMENT, BLOCK, LANES = 16, 32768, 2048  # elements; the contract's own number
 class PlainStep:
     number: int  # from 1
     losses: tuple[float, ...]  # summed over each shard; 0.0 for one without samples
+    shares: tuple[tuple[float, ...], ...]  # of each trained parameter: what each shard adds to its gradient, `along`
 
 
 @dataclass
@@ -37,6 +39,8 @@ class _Leaves:
     losses: list[float]
     counts: list[float]
     used: list[bool]  # by trained parameter: some pass had a gradient for it
+    shares: list[list[float]]  # by trained parameter, of each shard: of its sum
+    factor: float = 1.0  # from sums to what the optimiser gets
     present: int = 0
 
 
@@ -50,7 +54,10 @@ class PlainLoop:
     ) -> None:
         self._recipe, self._source, self._task, self._optimizer = recipe, source, task, optimizer
         self._model = cast(nn.Module, torch.compile(module)) if recipe.model.compile else module
-        self._trained = [p for p in module.parameters() if p.requires_grad]
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.names = list(named)  # of the trained parameters, in their order
+        self._trained = list(named.values())
+        self.uses: tuple[int, ...] = ()  # after a step: in how many places its last pass used each of them
         self._buffers = [b for b in module.buffers() if b.numel()]
         wide = any(p.dtype == torch.float64 for p in self._trained)
         self._dtype = torch.float64 if wide else torch.float32
@@ -63,7 +70,12 @@ class PlainLoop:
     def _step(self, step: int) -> PlainStep:
         recipe = self._recipe
         shards = range(recipe.shards)
-        leaves = _Leaves([0.0 for _ in shards], [0.0 for _ in shards], [False for _ in self._trained])
+        leaves = _Leaves(
+            [0.0 for _ in shards],
+            [0.0 for _ in shards],
+            [False for _ in self._trained],
+            [[0.0 for _ in shards] for _ in self._trained],
+        )
         begun = [b.clone() for b in self._buffers]
 
         def leaf(shard: int) -> Sum | None:
@@ -85,7 +97,8 @@ class PlainLoop:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        return PlainStep(step + 1, tuple(leaves.losses))
+        shares = tuple(tuple(share * leaves.factor for share in each) for each in leaves.shares)
+        return PlainStep(step + 1, tuple(leaves.losses), shares)
 
     def _restore(self, begun: Sum) -> None:
         with torch.no_grad():
@@ -104,6 +117,8 @@ class PlainLoop:
                 parameter.grad = None
             with autocast(recipe.precision, torch.device("cpu")):
                 loss, count = self._task.loss(self._model, batch)
+            if not self.uses:
+                self.uses = uses_of(self._trained, loss)
             loss.backward()  # type: ignore[no-untyped-call]
             leaves.losses[shard] += float(loss.detach())
             leaves.counts[shard] += float(count)
@@ -114,6 +129,8 @@ class PlainLoop:
         if not total:
             return None
         leaves.present += 1
+        for shares, gradient in zip(leaves.shares, total, strict=True):
+            shares[shard] = along(gradient)
         return total + [
             (begun_value ^ b if b.dtype == torch.bool else b - begun_value).to(self._dtype)
             for b, begun_value in zip(self._buffers, begun, strict=True)
@@ -128,6 +145,7 @@ class PlainLoop:
     def _hang(self, total: Sum, leaves: _Leaves, step: int) -> None:
         """Give every parameter its mean gradient over the step's targets, clipped to the global norm."""
         targets = max(math.fsum(leaves.counts), 1.0)
+        leaves.factor = 1 / targets
         mean = [gradient / targets for gradient in total]
         norm = block_norm(mean[::-1])
         if not math.isfinite(norm):
@@ -135,8 +153,25 @@ class PlainLoop:
         clip = self._recipe.clip
         if clip and norm > clip:
             mean = [gradient * (clip / norm) for gradient in mean]
+            leaves.factor *= clip / norm
         for parameter, gradient, used in zip(self._trained, mean, leaves.used, strict=True):
             parameter.grad = gradient.to(parameter.dtype) if used else None
+
+
+def uses_of(parameters: Sequence[nn.Parameter], loss: Tensor) -> tuple[int, ...]:
+    """In how many places of the graph behind ``loss`` each of the parameters stands."""
+    counts = dict.fromkeys(map(id, parameters), 0)
+    seen, open_nodes = {loss.grad_fn}, [loss.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        for behind, _ in node.next_functions if node is not None else ():
+            variable = getattr(behind, "variable", None)
+            if variable is not None and id(variable) in counts:
+                counts[id(variable)] += 1
+            if behind is not None and behind not in seen:
+                seen.add(behind)
+                open_nodes.append(behind)
+    return tuple(counts.values())
 
 
 def tree_sum(leaves: range, of: Callable[[int], Sum | None]) -> Sum | None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from shoal.data.registry import open_data
 from shoal.data.source import Splits
 from shoal.errors import RunFailed
 from shoal.models.registry import build, task_for
-from shoal.prove.fingerprint import StepPrint, step_print, training_tensors
+from shoal.parallel.whole import Whole
+from shoal.prove.closeness import Deviations, deviations, keep
+from shoal.prove.fingerprint import GRADIENT, MODEL, StepPrint, gradients_of, step_print, training_tensors
 from shoal.prove.reference import PlainLoop
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
@@ -33,6 +35,7 @@ from shoal.train.weights import weights_sha256
 from shoal.train.worker import Worker
 
 Progress = Callable[[Mapping[str, Any]], None]
+FINAL = "reference.safetensors"  # in the folder of a proof
 REFERENCE_HANGS_S = 1800.0  # it says where it is once a step, and a step is the work of all workers
 
 
@@ -47,18 +50,29 @@ class Subject:
 
 @dataclass(frozen=True)
 class Ended:
-    """How one worker ended."""
+    """How one worker ended; of the reference, also what is known of the model."""
 
     weights_sha256: str
     error: float = 0.0  # largest error of a weight tensor against the reference
     tensor: str = ""  # the one with the largest error
+    wide: bool = False  # some parameter is float64
+    uses: Mapping[str, int] = field(default_factory=dict)  # places in which a pass uses each trained parameter
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """The whole model's tensors after a step, put together on rank 0, where they are not the reference's bits."""
+
+    prints: StepPrint
+    deviations: Deviations
 
 
 @dataclass
 class Trial:
     """What is known of a run: by worker, also when it failed on the way."""
 
-    prints: list[list[StepPrint]]
+    prints: list[list[StepPrint]]  # of what each worker holds
+    whole: list[WholeStep] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     failure: str = ""
     seconds: float = 0.0
@@ -72,8 +86,8 @@ def settle(group: Group, recipe: Recipe) -> Recipe:
     return replace(recipe, precision=measure_precision(torch.device("cpu")).precision)
 
 
-def run_reference(group: Group, subject: Subject, final: Path) -> Ended:
-    """In a process of its own: the plain loop. Leaves its last tensors in the file ``final``."""
+def run_reference(group: Group, subject: Subject, folder: Path, values: bool) -> Ended:
+    """In a process of its own: the plain loop. Leaves its last tensors in ``folder``; with ``values`` every step's."""
     group.report(Phase.building)
     recipe, data = subject.recipe, subject.data
     if data is None:
@@ -84,41 +98,86 @@ def run_reference(group: Group, subject: Subject, final: Path) -> Ended:
     module = subject.model() if subject.model else build(recipe.model, splits.train.facts)
     task = task_for(recipe.model, splits.train.facts)
     optimizer = make_optimizer(recipe.optimizer, module, recipe.optimizer.lr)
-    for step in PlainLoop(recipe, splits.train, module, task, optimizer).steps():
+    loop = PlainLoop(recipe, splits.train, module, task, optimizer)
+    for step in loop.steps():
         group.report(Phase.forward, step=step.number)
-        group.emit(step_print(step.number, step.losses, module, optimizer))
+        tensors = gradients_of(module) | training_tensors(module, optimizer)
+        if values:
+            keep(folder, step.number, tensors)
+        shares = {f"{GRADIENT}/{name}": share for name, share in zip(loop.names, step.shares, strict=True)}
+        group.emit(replace(step_print(step.number, step.losses, tensors), shares=shares))
     tensors = training_tensors(module, optimizer)
     save_file(
-        {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, final
+        {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+        folder / FINAL,
     )
-    return Ended(weights_sha256(model_tensors(module)))
+    return Ended(
+        weights_sha256(model_tensors(module)),
+        wide=any(p.dtype == torch.float64 for p in module.parameters()),
+        uses=dict(zip(loop.names, loop.uses, strict=True)),
+    )
 
 
-def run_and_compare(group: Group, order: Order, final: Path) -> Ended:
-    """In every worker: train as any run does, tell the fingerprints, and measure the end against the reference's."""
+def run_and_compare(group: Group, order: Order, folder: Path, losses: Sequence[Sequence[float]]) -> Ended:
+    """In every worker: train as any run does, tell the fingerprints, and measure the end against the reference's.
+
+    ``losses``: the reference's, by step and shard."""
     held: dict[str, Tensor] = {}
+    gather: list[Whole] = []
+    plan = order.plan
+    kinds = (GRADIENT, MODEL) if plan.states == "replicated" else (MODEL,)  # of gradients each worker has slices
 
     def observe(worker: Worker, step: Step) -> None:
         assert step.figures is not None
-        module, optimizer = worker.held.module, worker._optimizer
+        optimizer = worker._optimizer
         assert optimizer is not None
-        group.emit(step_print(step.number, step.figures.leaf_losses, module, optimizer))
-        held.update(training_tensors(module, optimizer))
+        if plan.states != "replicated":
+            worker.settle()
+            worker._fetch()  # rank 0 has all states for now
+        gradients, module = gradients_of(worker.held.module), worker.held.module
+        own = training_tensors(module, optimizer)
+        found = step.figures.leaf_losses
+        group.emit(step_print(step.number, found, gradients | own))
+        if by_value(plan):
+            whole = gathered(worker, gradients) if plan.splits_model else gradients | own
+            if group.rank == 0:
+                apart = deviations(folder, step.number, whole, losses[step.number - 1], found, kinds)
+                group.emit(WholeStep(step_print(step.number, found, whole), apart))
+        held.update(own)
+
+    def gathered(worker: Worker, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a model that is split, on rank 0; {} elsewhere. All workers call it together."""
+        if not gather:
+            gather.append(Whole(worker.held, worker.device))
+        found = gather[0].gather(gradients, {name: name.partition("/")[2] for name in gradients})
+        order = [f"{GRADIENT}/{name}" for name in worker.held.sizes]
+        whole = {name: found[name] for name in order if name in found}
+        return whole | {f"{MODEL}/{name}": tensor for name, tensor in worker.weights().items()}
 
     result = run_recipe(group, replace(order, observe=observe))
-    error, tensor = largest_error(held, final)
+    if plan.splits_model and not plan.exact:
+        return Ended(result["weights_sha256"])
+    error, tensor = largest_error(held, folder / FINAL, parts=plan.splits_model)
     return Ended(result["weights_sha256"], error, tensor)
 
 
-def largest_error(tensors: Mapping[str, Tensor], reference: Path) -> tuple[float, str]:
+def by_value(plan: Plan) -> bool:
+    """Whether a plan is held to a tolerance: it adds up in another order than the reference."""
+    return not plan.exact and not plan.lossy
+
+
+def largest_error(tensors: Mapping[str, Tensor], reference: Path, *, parts: bool = False) -> tuple[float, str]:
     """(error, name) of the weight tensor farthest from the reference's; inf where one is missing or not finite.
 
-    The error of a tensor is its largest deviation over the reference's largest element."""
+    The error of a tensor is its largest deviation over the reference's largest element. ``parts``: only some of the
+    model's tensors are here."""
     worst = (0.0, "")
     with safe_open(reference, framework="pt") as file:
-        names = [name for name in dict.fromkeys((*file.keys(), *tensors)) if name.startswith("model/")]
+        names = [name for name in dict.fromkeys((*file.keys(), *tensors)) if name.startswith(f"{MODEL}/")]
         known = set(file.keys())
         for name in names:
+            if parts and name not in tensors:
+                continue
             error = _error(tensors[name], file.get_tensor(name)) if name in known and name in tensors else math.inf
             worst = max(worst, (error, name))
     return worst
@@ -136,12 +195,12 @@ def _error(found: Tensor, wanted: Tensor) -> float:
     return deviation / scale if scale else deviation
 
 
-def launch_reference(agent: Agent, subject: Subject, final: Path) -> Trial:
+def launch_reference(agent: Agent, subject: Subject, folder: Path, *, values: bool) -> Trial:
     trial = Trial([[]])
     begun = time.perf_counter()
     trial.ended = agent.run(
         run_reference,
-        (subject, final),
+        (subject, folder, values),
         workers=1,
         threads=subject.recipe.threads,
         hang_after_s=REFERENCE_HANGS_S,
@@ -152,23 +211,26 @@ def launch_reference(agent: Agent, subject: Subject, final: Path) -> Trial:
 
 
 def launch_plan(
-    agent: Agent, subject: Subject, plan: Plan, run_dir: Path, final: Path, progress: Progress | None
+    agent: Agent, subject: Subject, plan: Plan, run_dir: Path, reference: Trial, progress: Progress | None
 ) -> Trial:
-    """Run the subject under a plan; a run that fails is a trial too."""
+    """Run the subject under a plan; a run that fails is a trial too. The reference's files lie beside ``run_dir``."""
     trial = Trial([[] for _ in range(plan.workers)])
 
     def listen(rank: int, message: Any) -> None:
         if isinstance(message, StepPrint):
             trial.prints[rank].append(message)
+        elif isinstance(message, WholeStep):
+            trial.whole.append(message)
         elif progress:
             progress(message)
 
     order = Order(subject.recipe, plan, run_dir=run_dir, model=subject.model, data=subject.data)
+    losses = [prints.losses for prints in reference.prints[0]]
     begun = time.perf_counter()
     try:
         trial.ended = agent.run(
             run_and_compare,
-            (order, final),
+            (order, run_dir.parent, losses),
             workers=plan.workers,
             servers=plan.server_processes,
             threads=subject.recipe.threads,

@@ -12,6 +12,7 @@ from shoal.data.registry import open_data
 from shoal.data.source import Splits
 from shoal.errors import UserError, unknown_name
 from shoal.models.registry import build
+from shoal.parallel.context.model import check_sequence
 from shoal.parallel.experts.model import experts_split
 from shoal.parallel.layout.decide import layout_for
 from shoal.parallel.schedules import make_schedule, verify
@@ -32,6 +33,8 @@ def check_split(recipe: Recipe, plan: Plan, model: Callable[[], nn.Module] | Non
     layout_for(module, plan)
     if plan.axes.size("expert") > 1:
         experts_split(module, plan.axes.size("expert"))
+    if plan.axes.size("context") > 1:
+        check_sequence(module)
     if plan.axes.size("pipe") > 1:
         _check_pipeline(recipe, plan, module, len(splits.train))
 

@@ -53,6 +53,23 @@ def test_a_loss_that_was_written_as_text_is_shown():
             "resumed from step-8 at step 8; left out step-9: torn",
         ),
         ({"event": "checkpointed", "step": 8}, None),
+        (
+            {
+                "event": "proved",
+                "number": 3,
+                "of": 9,
+                "model": "gpt",
+                "plan": "pipe=2",
+                "ok": True,
+                "error": 0.0,
+                "seconds": 2.34,
+            },
+            "3/9  gpt: pipe=2  error 0  2.3 s",
+        ),
+        (
+            {"event": "proved", "number": 1, "of": 1, "plan": "tensor=2", "ok": False, "error": 0.5, "seconds": 2.0},
+            "1/1  tensor=2  DIFFERS  2.0 s",
+        ),
         ({**STARTED, "workers": 1, "placement": [8]}, "1.8M parameters, 1 worker of 8 shards on cpu, float32"),
     ],
 )

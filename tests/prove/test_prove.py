@@ -48,6 +48,10 @@ def found(agent):
     return prove_with
 
 
+def at(step, tensor):
+    return {"step": step, "layer": tensor.split("/")[1].rpartition(".")[0], "tensor": tensor}
+
+
 def plan(workers, **given):
     return Plan(mesh={"data": workers}, **given)
 
@@ -71,7 +75,7 @@ def test_a_gradient_that_one_worker_doubles_is_named_with_its_step_and_only_wher
     assert alone["ok"]
     for verdict in (two, fast):
         assert not verdict["ok"]
-        assert verdict["differs"] == {"step": STEP, "tensor": LAST}
+        assert verdict["differs"] == at(STEP, LAST)
         assert verdict["ranks"] == [0, 1]
         assert verdict["shards"] == []  # no loss is another one: the sum is wrong
         assert verdict["error"] > 1e-5
@@ -84,7 +88,7 @@ def test_synchronous_parameter_servers_have_the_bits_of_the_plain_loop_and_a_ski
     assert (sound["ok"], sound["differs"], sound["error"]) == (True, None, 0.0)
     [skipped] = found(Skipped(None), served)
     assert not skipped["ok"]
-    assert skipped["differs"] == {"step": STEP, "tensor": FIRST.replace("gradient", "model")}
+    assert skipped["differs"] == at(STEP, FIRST.replace("gradient", "model"))
     assert skipped["shards"] == [4]
 
 
@@ -97,8 +101,9 @@ def test_a_plan_whose_workers_share_no_step_is_refused(apart):
 def test_a_forgotten_addition_is_found_at_the_first_step(found):
     alone, two = found(Forgotten(), plan(1), plan(2), steps=1)
     assert alone["ok"]
-    assert two["differs"] == {"step": 1, "tensor": FIRST}
+    assert two["differs"] == at(1, FIRST)
     assert two["shards"] == []
+    assert two["looks_like"] == "the gradient of shard 4 is missing from the sum"
 
 
 @pytest.mark.parametrize("instead", [None, 0])
@@ -107,21 +112,21 @@ def test_a_skipped_or_exchanged_sample_is_named_with_its_step_and_shard(instead,
     assert alone["ok"]
     for verdict in (two, fast):
         assert not verdict["ok"]
-        assert verdict["differs"] == {"step": STEP, "tensor": FIRST}
+        assert verdict["differs"] == at(STEP, FIRST)
         assert verdict["shards"] == [4]
 
 
 def test_workers_that_part_from_one_another_are_told_in_every_mode(found):
     exact, fast = found(Twice(), plan(2), plan(2, sync="fast"))
     for verdict in (exact, fast):
-        assert verdict["differs"] == {"step": STEP, "tensor": "model/layers.0.weight"}
+        assert verdict["differs"] == at(STEP, "model/layers.0.weight")
         assert verdict["ranks"] == [1]
 
 
 def test_a_weight_that_changes_after_the_last_step_is_told_too(found):
     [verdict] = found(Touched(), plan(2), steps=2)
     assert not verdict["ok"]
-    assert verdict["differs"] == {"step": 2, "tensor": "model/layers.0.bias"}
+    assert verdict["differs"] == at(2, "model/layers.0.bias")
     assert verdict["ranks"] == [1]
 
 
@@ -168,7 +173,9 @@ def test_the_command_exits_1_and_names_what_a_planted_fault_changed(recipe_file,
     assert main(["prove", file, "--workers", "1,2", "--steps", "4"]) == 1
     rows = capfd.readouterr().out.splitlines()
     assert [row.split()[1] for row in rows if row.startswith("data=1 ")] == ["same"]
-    assert any("DIFFERS" in row and f"step {STEP}, {LAST}" in row for row in rows if row.startswith("data=2 "))
+    assert any(
+        "DIFFERS" in row and f"step {STEP}, layer layers.1, {LAST}" in row for row in rows if row.startswith("data=2 ")
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,8 @@ from shoal.parallel.context.gather import gather_sequence
 from shoal.parallel.context.ring import Ring
 
 
-def split_sequence(model: nn.Module, ring: Ring) -> None:
-    """From now on all workers of the ring call ``model(...)`` with whole sequences, and each computes its own places.
-
-    What a GPT and a masked language model give is then of the own places alone; a BERT's other heads get whole
-    sequences of states, on all workers. Raises UserError for another model, and for dropout of attention weights."""
+def check_sequence(model: nn.Module) -> None:
+    """Raises UserError for a model whose sequences cannot be split, and for dropout of attention weights."""
     if not isinstance(model, GPT | Bert):
         raise UserError(
             f"a {type(model).__name__} cannot split its sequences over mesh axis 'context': a gpt, moe or bert can."
@@ -31,6 +28,14 @@ def split_sequence(model: nn.Module, ring: Ring) -> None:
             f"mesh axis 'context' with model.attention_dropout = {model.config.attention_dropout}: set it to 0; "
             f"its mask would hold a number for every pair of tokens."
         )
+
+
+def split_sequence(model: nn.Module, ring: Ring) -> None:
+    """From now on all workers of the ring call ``model(...)`` with whole sequences, and each computes its own places.
+
+    What a GPT and a masked language model give is then of the own places alone; a BERT's other heads get whole
+    sequences of states, on all workers. Raises UserError as `check_sequence` does."""
+    check_sequence(model)
     for module in model.modules():
         replacement: Any = None
         if isinstance(module, Mixing):
@@ -45,7 +50,7 @@ def split_sequence(model: nn.Module, ring: Ring) -> None:
             module.part = _Parts(module.dims.index("sequence"), ring)
         if replacement is not None:
             module.forward = replacement
-    model.forward = (_GPTForward if isinstance(model, GPT) else _BertForward)(model, ring)  # type: ignore[method-assign]
+    model.forward = (_GPTForward if isinstance(model, GPT) else _BertForward)(model, ring)
 
 
 def _gathers(model: nn.Module) -> bool:
