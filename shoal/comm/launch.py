@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -135,6 +136,8 @@ class Agent:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with suppress(OSError):
+            self._connection.send_bytes(END)  # on purpose: an elastic run goes on when its launcher is only lost
         self._connection.close()  # the agent sees it, kills its workers and leaves
         try:
             self._process.wait(GRACE_S)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import select
 import signal
 import socket
 import time
@@ -54,7 +55,8 @@ class _Process:
 
 class ElasticCrew:
     def __init__(self, job: ElasticJob, launcher: Connection, forward: Callable[[Any], None]) -> None:
-        self.job, self.launcher, self.forward = job, launcher, forward
+        self.job, self.launcher, self._forward = job, launcher, forward
+        self.orphaned = False  # the launcher was killed
         self.host = socket.gethostname()
         self.board_file = anonymous_file(StatusBoard.SIZE)
         self.board = StatusBoard(self.board_file, ROWS)
@@ -104,23 +106,39 @@ class ElasticCrew:
     def _turn(self) -> None:
         pipes = {process.pipe: seat for seat, process in self.processes.items()}
         orders = {process.orders: seat for seat, process in self.processes.items()}
-        ready = wait([self.launcher, *pipes, *orders], timeout=POLL_S)
+        ready = wait([*pipes, *orders, *([] if self.orphaned else [self.launcher])], timeout=POLL_S)
         now = time.monotonic()
         if now - self.looked_s > 10 * POLL_S:
             self.awake_s = now  # this process was stopped too: what the clock says of others counts from here
         self.looked_s = now
         for source in ready:
             if source is self.launcher:
-                if self.launcher.recv_bytes() == STOP:  # EOFError when the launcher has gone: nobody to work for
-                    self.board.ask_stop()
-                else:
-                    self.fail("the launcher ended the run")
+                self._hear_launcher()
             elif isinstance(source, Connection):
                 self._hear(pipes[source])
             elif isinstance(source, socket.socket) and orders[source] in self.processes:
                 self._asked_to_leave(orders[source])
         self._look()
         self._listen_to_wishes()
+
+    def _hear_launcher(self) -> None:
+        """A launcher that leaves says so. One that was killed is only missed: the run goes on to its end without."""
+        try:
+            if self.launcher.recv_bytes() == STOP:
+                self.board.ask_stop()
+            else:
+                self.fail("the launcher ended the run")
+        except (EOFError, ConnectionResetError):
+            self.orphaned = True
+
+    def forward(self, message: Said) -> None:
+        """A launcher that does not read, because it is stopped, misses events: they are in the log."""
+        reads = bool(select.select([], [self.launcher], [], 0)[1])
+        if not self.orphaned and (reads or message.kind != "event"):
+            try:
+                self._forward(message)
+            except (BrokenPipeError, ConnectionResetError):
+                self.orphaned = True
 
     def _decide(self, event: m.Event) -> None:
         self._do(self.membership.on(event, time.monotonic()))

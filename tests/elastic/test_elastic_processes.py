@@ -1,32 +1,45 @@
-"""The command in a process of its own: when the launcher is killed nothing is left, and the bits can still be had."""
+"""The command in a process of its own, whose launcher or agent is killed: nothing is left, and no bit is lost."""
 
 import json
 import os
 import signal
 from pathlib import Path
 
+import pytest
 from train.test_processes import folder, mark, marked, start, until, write_recipe  # noqa: F401  (two are fixtures)
 
 from shoal.elastic import roster
 from shoal.recipe.recipe import Reporting
+from shoal.run.run import Run
 from shoal.run.tail import told_lately
 
+SHOAL = ("-m", "shoal", "train")
+ELASTIC = ("--workers", "3", "--elastic", "--json")
 
-def test_a_killed_launcher_leaves_no_process_and_a_resumed_run_has_the_same_bits(mark, folder):  # noqa: F811
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_launcher_and_after_its_agent_goes_on_from_a_checkpoint(mark, folder):  # noqa: F811
     report = Reporting(evaluate_every=10**9, checkpoint_every=10, sample=False)
-    recipe = str(write_recipe(folder, steps=60, report=report))
-    shoal = ("-m", "shoal", "train")
-    whole = start(mark, folder, *shoal, recipe, "--workers", "1", "--run-dir", "whole", "--json")
-    elastic = ("--workers", "3", "--elastic", "--json")
-    running = start(mark, folder, *shoal, recipe, *elastic, "--run-dir", "broken")
-    log = folder / "broken" / "events.jsonl"
-    until(lambda: ("checkpointed", 10) in told_lately(log), "a checkpoint")
-    pids = [entry.pid for entry in roster.read(folder / "broken")]
-    os.kill(running.pid, signal.SIGKILL)
-    running.communicate()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "an end of the workers")
-    result = json.loads(whole.communicate()[0].splitlines()[-1])
-    until(lambda: not marked(mark), "an end of all processes")
-    again = start(mark, folder, *shoal, *elastic, "--resume", "broken")
+    recipe = str(write_recipe(folder, steps=100, report=report))
+    whole = start(mark, folder, *SHOAL, recipe, "--workers", "1", "--run-dir", "whole", "--json")
+    orphan = start(mark, folder, *SHOAL, recipe, *ELASTIC, "--run-dir", "orphan")
+    until(lambda: ("committed", 5) in told_lately(folder / "orphan" / "events.jsonl"), "a step")
+    orphan.send_signal(signal.SIGKILL)
+    orphan.communicate()
+    broken = start(mark, folder, *SHOAL, recipe, *ELASTIC, "--run-dir", "broken")
+    until(lambda: ("checkpointed", 10) in told_lately(folder / "broken" / "events.jsonl"), "a checkpoint")
+    workers = [entry.pid for entry in roster.read(folder / "broken")]
+    os.kill(parent(workers[0]), signal.SIGKILL)
+    assert broken.wait() == 1
+    assert "the agent of" in broken.communicate()[1]
+    again = start(mark, folder, *SHOAL, *ELASTIC, "--resume", "broken")
     resumed = json.loads(again.communicate()[0].splitlines()[-1])
-    assert resumed["weights_sha256"] == result["weights_sha256"]
+    until(lambda: not marked(mark), "an end of all processes")
+    wanted = json.loads(whole.communicate()[0].splitlines()[-1])["weights_sha256"]
+    alone = Run(folder / "orphan").result
+    assert alone is not None
+    assert (resumed["weights_sha256"], alone["weights_sha256"]) == (wanted, wanted)
