@@ -1,6 +1,6 @@
 """What a plan says about activations, applied to a model in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -16,34 +16,40 @@ from shoal.recipe.memory_plan import MemoryPlan
 
 
 def set_up(
-    module: nn.Module, plan: MemoryPlan, tell: Callable[[str], None] = print, say: Callable[[str], None] = print
+    module: nn.Module,
+    plan: MemoryPlan,
+    tell: Callable[[str], None] = print,
+    say: Callable[[str], None] = print,
+    *,
+    blocks: Mapping[str, nn.Module] | None = None,
 ) -> list[Block]:
     """Wrap the blocks that a plan recomputes or offloads; [] for none. Parameters and their names stay what they are.
 
     Gradients keep their bits. Under a budget all blocks are wrapped, and do nothing until `keep_budget` chooses.
+    ``blocks``: those to wrap, where the model is not called as one; None finds them.
     ``say`` is for what is true of all workers, ``tell`` for what happens to this one: it hears it once when what is
     offloaded finds no more room. Raises UserError when the model has no list of blocks, when a pattern fits none, and
     when there is no place to offload to."""
     if not plan.works_on_blocks:
         return []
     meter = meter_of(module)
-    found = find_blocks(module, plan.blocks)
+    found = find_blocks(module, plan.blocks) if blocks is None else blocks
     if not found and not plan.budget_bytes:
         raise UserError(
             f"plan: memory.recompute and memory.offload_activations work on blocks, and {type(module).__name__} has no "
             f"list of layers: name its modules in plan.memory.blocks."
         )
     store = _store(plan, meter, device_of(module), tell, say)
-    blocks = []
+    wrapped = []
     for number, (name, child) in enumerate(found.items()):
         recomputed = plan.recompute != "every" or number % plan.recompute_every == 0
         if recomputed or store.moves:
-            blocks.append(Block(name, child, store))
+            wrapped.append(Block(name, child, store))
             if plan.recompute == "selective":
-                blocks[-1].mode, blocks[-1].dropped = "selective", frozenset(plan.recompute_operations)
+                wrapped[-1].mode, wrapped[-1].dropped = "selective", frozenset(plan.recompute_operations)
             elif plan.recompute != "none" and recomputed:
-                blocks[-1].mode = "full"
-    return blocks
+                wrapped[-1].mode = "full"
+    return wrapped
 
 
 def meter_of(module: nn.Module) -> Meter:

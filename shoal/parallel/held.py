@@ -67,6 +67,13 @@ class Held:
         """Whose shards these are: the position along data and expert."""
         return self.plan.replica_of(self.group.rank)
 
+    @property
+    def chunks(self) -> dict[str, nn.Module] | None:
+        """Those of a pipeline that this worker holds."""
+        if self.pipeline is None:
+            return None
+        return {f"chunk {number}": stage.chunk.module for number, stage in self.pipeline.stages.items()}
+
     def split_along(self, name: str) -> set[str]:
         """The axes over which a tensor is cut."""
         return {cut.axis for cut in self.cuts if name in cut.splits}

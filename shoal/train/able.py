@@ -19,11 +19,15 @@ def check_trainable(plan: Plan, recipe: Recipe | None = None) -> None:
             f"states = 'replicated' with axes 'expert' and 'context'."
         )
     memory = plan.memory
-    saves = memory.changes_updates or ("saving activations" if memory.works_on_blocks else "")
+    saves = memory.changes_updates or ("memory.peak_bytes" if memory.budget_bytes else "")
     if plan.splits_model and saves:
         raise UserError(
             f"plan: {saves} is for whole models so far, and the mesh splits this one: leave one of them out, "
             f"or use mesh axis 'data' alone."
+        )
+    if plan.axes.size("pipe") > 1 and memory.blocks:
+        raise UserError(
+            "plan: memory.blocks are modules, and a pipeline computes its chunks again as a whole: leave it out."
         )
     if memory.changes_updates and (plan.sync == "local" or plan.states != "replicated"):
         other = f"states = {plan.states!r}" if plan.states != "replicated" else "sync = 'local'"

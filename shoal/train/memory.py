@@ -86,9 +86,11 @@ class Memory:
         self._told: dict[str, Any] = {}
         self._said = False
 
-    def set_up(self, module: nn.Module, say_once: Callable[[str], None]) -> None:
-        """Wrap the blocks of a model that the plan saves memory in."""
-        self._blocks = set_up(module, self.plan, self._say, say_once)
+    def set_up(
+        self, module: nn.Module, say_once: Callable[[str], None], blocks: Mapping[str, nn.Module] | None
+    ) -> None:
+        """Wrap the blocks of a model that the plan saves memory in; ``blocks`` are the chunks of a pipeline."""
+        self._blocks = set_up(module, self.plan, self._say, say_once, blocks=blocks)
 
     def _say(self, line: str) -> None:
         print(f"shoal: rank {self.group.rank}: {line}", file=sys.stderr, flush=True)

@@ -47,7 +47,7 @@ class Reduction:
             owned, leaves = [ownership[held.plan.replica_of(rank)] for rank in ranks], shards
             most = (micro_batches,) * shards
         if plan.sync == "exact" and (copies > 1 or held.experts is not None):
-            plan = replace(plan, sync="fast")  # several workers have a part of each shard's gradient: no tree over shards
+            plan = replace(plan, sync="fast")  # several have a part of each shard's gradient: there is no tree
         placement = placement_of(plan, owned, share.group.rank)
         trained = _trained(held, share, plan)
         shapes = [tuple(p.shape) for p in trained.parameters.values()]

@@ -226,11 +226,6 @@ class Sharded(Everywhere):
 
 def sharded(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Sharded:
     """The update for ``plan.states``. Called by all workers, once the weights are those that training starts from."""
-    if len(held.shares) > 1:
-        raise UserError(
-            f"plan: states = {held.plan.states!r} is for one chunk a stage so far: use a schedule with one, such as "
-            f"'1f1b' or 'zb-h1', or states = 'replicated'."
-        )
     plan, group = held.plan, held.shares[0].group
     layout, parameters, exchange = gradients.layout, gradients.parameters, gradients.exchange
     sharing = sharing_of(plan, group)

@@ -109,7 +109,7 @@ class Worker:
             sharded_states.check_compiled(self.plan, self.group)
         self._held = place(module, self.plan, self.group, self.device, subject)
         self._made_contents = None
-        self.memory.set_up(module, self._say_once)
+        self.memory.set_up(module, self._say_once, self._held.chunks)
         self._reduction = self._hooked()
         called: Any = torch.compile(module) if compile else module
         return cast(nn.Module, called)
@@ -260,7 +260,6 @@ class Worker:
                 yield step
                 if not step.committed:
                     raise UserError(f"step {step.number} was left without commit(): call step.commit() at its end.")
-
         if self.plan.states != "replicated":
             update.settle(self.step)  # whoever reads the weights now finds them whole
 

@@ -76,8 +76,8 @@ class Fickle(torch.nn.Module):
     ("wanted", "message"),
     [
         (Plan(mesh={"pipe": 2, "context": 2}), "'pipe' and 'context' do not go together"),
-        (Plan(mesh={"tensor": 2}, memory=MemoryPlan(recompute="full")), "saving activations is for whole models"),
-        (Plan(mesh={"data": 2, "pipe": 2}, states="zero1"), "'zero1' is for whole models"),
+        (Plan(mesh={"tensor": 2}, memory=MemoryPlan(peak_bytes="1GiB")), "peak_bytes is for whole models"),
+        (Plan(mesh={"expert": 2}, states="zero1"), "'zero1' goes with mesh axes 'data', 'pipe' and 'tensor'"),
         (
             Plan(memory=MemoryPlan(peak_bytes="1GiB"), states="zero3"),
             "memory.peak_bytes does not go with states = 'zero3'",

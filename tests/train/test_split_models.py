@@ -14,6 +14,7 @@ from shoal.errors import UserError
 from shoal.models.registry import build
 from shoal.parallel.schedules import make_schedule
 from shoal.parallel.schedules.csv_file import to_csv
+from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.pipeline_plan import PipelinePlan
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint
@@ -127,6 +128,16 @@ def test_sharded_states_go_with_pipelines_and_split_tensors(run, states):
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.parametrize("mesh", [{"pipe": 2}, {"tensor": 2}, {"context": 2}, {"expert": 2}], ids=str)
+@pytest.mark.parametrize("memory", [MemoryPlan(recompute="full"), MemoryPlan(offload_activations="disk")], ids=str)
+def test_activations_of_split_models_are_computed_again_or_fetched_from_disk_to_the_same_bits(run, mesh, memory):
+    kind = "moe" if "expert" in mesh else "gpt"
+    wanted, data = recipe(kind, micro_batches=2, steps=4), splits(kind, 64)
+    whole = run(wanted, plan=over(**mesh), data=data)
+    found = run(wanted, plan=replace(over(**mesh), memory=memory), data=data)
+    assert found["weights_sha256"] == whole["weights_sha256"]
+
+
 def test_a_checkpoint_of_split_tensors_is_that_of_the_whole_model(run, tmp_path):
     wanted, data = replace(recipe("gpt"), steps=3), splits("gpt", 64)
     begun = run(wanted, plan=over(tensor=2), data=data)
@@ -148,6 +159,8 @@ def test_a_checkpoint_of_split_tensors_is_that_of_the_whole_model(run, tmp_path)
         (replace(over(pipe=2), pipeline=PipelinePlan(cuts=("blocks.9",))), "blocks.1"),
         (over("1f2b", pipe=2), "1f1b"),
         (over("interleaved", 9, pipe=2), "chunks"),
+        (replace(over("zb-h1", pipe=2), memory=MemoryPlan(recompute="full")), "two halves"),
+        (replace(over("interleaved", 2, pipe=2), states="zero1"), "one chunk a stage"),
     ],
 )
 def test_what_cannot_be_split_is_refused_in_one_line(run, plan, says):
