@@ -19,6 +19,7 @@ from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.gpt import GPT, GPTConfig
 from shoal.models.huggingface import load_folder
 from shoal.models.weights_file import read_json
+from shoal.serve.generation.chat import chat_facts
 
 if TYPE_CHECKING:
     from shoal.data.source import Source
@@ -29,7 +30,7 @@ class Loaded:
     """``facts`` are plain JSON values: all that the HTTP side must know, which never sees the model.
 
     Always "name", "task", "kind", "parameters", "dtype", "source"; by task "labels", "shape", "pixels", "columns",
-    "shift", "scale", "tokenizer", "context", "vocab", "pad", "start", "separator", "pooling", "normalise"."""
+    "shift", "scale", "tokenizer", "context", "vocab", "pad", "start", "separator", "chat", "pooling", "normalise"."""
 
     model: nn.Module
     facts: Mapping[str, Any]
@@ -131,7 +132,7 @@ def _text_facts(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         tokenizer = open_tokenizer(str(path))
         special = special_tokens(tokenizer)
         facts |= {"tokenizer": tokenizer.description(), "pad": special.pad}
-        facts |= {"start": special.start, "separator": special.separator}
+        facts |= {"start": special.start, "separator": special.separator, "chat": chat_facts(path)}
     return facts
 
 

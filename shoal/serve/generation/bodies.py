@@ -139,17 +139,6 @@ def encode(text: str, tokenizer: Tokenizer, context: int, param: str) -> list[in
     return tokens
 
 
-def chat_prompt(body: ChatBody) -> str:
-    """The conversation as plain text, a line that begins with its role for each message: no template is at hand."""
-    lines = []
-    for message in body.messages:
-        content = (
-            message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
-        )
-        lines.append(f"{message.role}: {content}\n")
-    return "".join(lines) + "assistant:"
-
-
 def most_tokens(body: Body, prompt: int, context: int) -> int:
     """How many new tokens: what is asked for, else 16 for a completion, and for a chat all that fit."""
     asked = getattr(body, "max_completion_tokens", None) or getattr(body, "max_tokens", None)
@@ -212,6 +201,8 @@ def ask_of(body: Body, tokens: list[int], ends: list[int], vocab: int, context: 
     return ask
 
 
-def end_tokens(tokenizer: Tokenizer) -> list[int]:
-    found = (tokenizer.special(name) for name in END_TOKENS)
+def end_tokens(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> list[int]:
+    """Those that end an answer: the folder's own, and the usual ones that the vocabulary has."""
+    names = (*END_TOKENS, facts.get("chat", {}).get("eos", ""))
+    found = (tokenizer.special(name) for name in names if name)
     return sorted({token for token in found if token is not None})

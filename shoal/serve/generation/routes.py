@@ -17,13 +17,13 @@ from shoal.serve.generation.bodies import (
     ChatBody,
     CompletionBody,
     ask_of,
-    chat_prompt,
     encode,
     end_tokens,
     prompts_of,
     read_body,
     stops_of,
 )
+from shoal.serve.generation.chat import chat_text
 from shoal.serve.generation.description import PATHS as PATHS
 from shoal.serve.generation.messages import Ask, Outcome, Piece
 from shoal.serve.http.messages import HttpError, HttpRequest, HttpResponse, HttpStream, Route, json_response
@@ -51,7 +51,9 @@ async def chat(service: "Service", request: HttpRequest) -> HttpResponse | HttpS
     plain = read_json(request.body)
     check_model(plain, service)
     body = read_body(plain, ChatBody)
-    tokens = encode(chat_prompt(body), _tokenizer(service), service.model.facts["context"], "messages")
+    facts = service.model.facts
+    text = chat_text(body.messages, facts.get("chat", {}))
+    tokens = encode(text, _tokenizer(service), facts["context"], "messages")
     return await _answer(service, request, body, [tokens], [""], "chatcmpl")
 
 
@@ -75,7 +77,7 @@ def _tokens(service: "Service") -> tuple[Tokenizer, list[int]]:
         if "tokenizer" not in model.facts:
             raise HttpError(400, f"{model.name!r} has no tokenizer.json: text cannot be read")
         tokenizer = from_description(model.facts["tokenizer"])
-        _opened[model] = tokenizer, end_tokens(tokenizer)
+        _opened[model] = tokenizer, end_tokens(tokenizer, model.facts)
     return _opened[model]
 
 
