@@ -20,6 +20,8 @@ _REDUCED = 1  # the only message kind of its channel
 class SlicedHeapExchange(HeapExchange):
     """See shoal.comm.exchange. ``piece`` gives the part of the result that this worker holds."""
 
+    sliced_result = True
+
     def __init__(self, group: HostGroup, terms: Terms, *, releases: bool) -> None:
         super().__init__(group, terms)
         self._gives_back = releases and group.world > 1 and terms.device.type == "cpu"
@@ -79,6 +81,11 @@ class SlicedHeapExchange(HeapExchange):
     def piece(self, piece: Piece) -> Tensor:
         """The mean of a piece, flat: valid after finish, until the next begin."""
         return self.result_of(piece.slot)[piece.start : piece.stop]
+
+    def not_finite(self) -> set[int]:
+        """The slots whose mean is not finite."""
+        slots = [slot for slot, place in enumerate(self.layout.slots) if place.offset < self.layout.state_start]
+        return {slot for slot in slots if not bool(self.result_of(slot).isfinite().all())}
 
     def held_bytes(self) -> dict[str, int]:
         """After finish: this worker's share of the result, and what its other partial sums still hold."""

@@ -345,8 +345,9 @@ class Gradients:
         """The first parameter, in the model's order, whose gradient is not finite; "" for none."""
         if self.exchange.sliced_result:
             from shoal.comm.sliced import SlicedExchange
+            from shoal.comm.sliced_heap import SlicedHeapExchange
 
-            assert isinstance(self.exchange, SlicedExchange)
+            assert isinstance(self.exchange, SlicedExchange | SlicedHeapExchange)
             found = self.exchange.not_finite()
             return self.names[max(found)] if found else ""
         for name, parameter in zip(self.names[::-1], self.parameters[::-1], strict=True):

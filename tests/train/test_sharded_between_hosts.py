@@ -15,6 +15,7 @@ from train import tiny_runs
 from train.test_exactness import plan, trail
 from train.tiny_runs import recipe, splits
 
+from shoal.comm.gathered_weights import GatheredWeights
 from shoal.errors import RunFailed, UserError
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
@@ -200,6 +201,35 @@ def test_a_block_whose_gradient_no_pass_asks_for_takes_part_in_the_gathers(agent
 def test_the_parameter_whose_gradient_is_not_finite_is_named_by_all(agent, joined):
     with pytest.raises(RunFailed, match=r"at step 3 although the loss is .*parameter 'last.weight' is not"):
         agent.run(as_torchrun, (_own_loop, "zero2", "nan"), workers=2)
+
+
+def _stale(group):
+    """As `_own_loop`, but what rank 1 is sent of the last update does not come in."""
+    if group.rank == 1:
+        GatheredWeights.wait = _wait_and_lose
+    worker = Worker(group, Plan(mesh={"data": group.world}, states="zero2", device="cpu", bucket_bytes=1), shards=4)
+    model = worker.model(Net())
+    worker.optimizer(torch.optim.SGD(model.parameters(), lr=1e-2))
+    points = [(torch.randn(20, generator=torch.Generator().manual_seed(i)), i % 5) for i in range(64)]
+    for step in worker.steps(points, batch=16, steps=2):
+        for part in step:
+            loss = F.cross_entropy(model(part["input"]), part["target"], reduction="sum")
+            step.backward(loss, count=len(part["target"]))
+        step.commit()
+    worker.compare_parameters()
+
+
+def _wait_and_lose(self, bucket):
+    for work in self._works.pop(bucket, ()):
+        work.wait()
+        whole = self._layout.buckets[bucket]
+        self._pages[torch.float32].tensor[whole.start : whole.start + whole.slice] = 0.5
+    self.here.add(bucket)
+
+
+def test_a_parameter_that_did_not_come_in_is_noticed_when_workers_are_compared(agent, joined):
+    with pytest.raises(RunFailed, match="the workers' parameters differ after step 2: rank"):
+        agent.run(as_torchrun, (_stale,), workers=2)
 
 
 def test_a_compiled_model_is_refused(agent, joined):

@@ -15,7 +15,7 @@ from train.tiny_runs import OptimizerSpec, recipe, splits
 
 from shoal.comm.layout import BLOCK
 from shoal.comm.server.optimizer import ELEMENTWISE
-from shoal.errors import UserError
+from shoal.errors import RunFailed, UserError
 from shoal.recipe.plan import Plan
 from shoal.train.sharded_states import check
 from shoal.train.worker import Worker
@@ -160,6 +160,21 @@ def test_each_worker_holds_its_part_of_the_states(on_workers):
             assert held["gradients"] == 4 * trained // 2
             assert states == "zero1" or held["partial sums"] <= 4096 * 4
         assert states != "zero1" or any(held["partial sums"] > 4 * trained // 2 for held in found)
+
+
+def _infinite(group):
+    worker = Worker(group, Plan(mesh={"data": group.world}, states="zero2", device="cpu"), shards=4)
+    model = worker.model(nn.Linear(2, 2))
+    worker.optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in worker.steps([(torch.ones(2), 0)] * 8, batch=8, steps=1):
+        for part in step:
+            step.backward((model(part["input"]).sum() * 0.0 + (model.bias * 0.0).sqrt().sum()), count=1)
+        step.commit()
+
+
+def test_the_parameter_whose_gradient_is_not_finite_is_named(on_workers):
+    with pytest.raises(RunFailed, match=r"at step 1 although the loss is .*parameter 'bias' is not"):
+        on_workers(2, _infinite)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
