@@ -83,3 +83,12 @@ def test_every_file_that_a_page_points_at_is_there() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} points at {target}"
+
+
+def test_the_page_about_splitting_shows_equal_hashes_for_pipelines(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(blocks("docs/splitting.md", "python")))
+    rows = [line.split()[:2] for line in run(program).splitlines()]
+    assert len(rows) == 4
+    assert len({loss for loss, _ in rows}) == 1
+    assert rows[0][1] == rows[1][1] == rows[2][1] != rows[3][1]
