@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-PARTS = ("data", "forward", "backward", "exchange", "update", "checkpoint", "other")
+PARTS = ("data", "forward", "backward", "stages", "exchange", "update", "checkpoint", "other")
 
 Event = Mapping[str, Any]
 State = Literal["finished", "failed", "interrupted", "open"]  # open: no end in the log; running still, or killed
