@@ -5,10 +5,14 @@ tokens. `engine` is the whole engine behind the seam of shoal/serve/engine.py: s
 messages encoded. `tight` calls the same C++ step with tables that never change and takes the argmax. `torch` keeps keys
 and values in one tensor a layer, as fast as plain PyTorch lets it.
 
+Latencies are in CPU seconds of the one thread that does all the work: what they would be on a core of its own.
+`generation_served.py` has those of real clients by the clock on the wall.
+
     python bench/generation.py [--quick]
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -58,7 +62,7 @@ class EngineArm:
 
     def _tell(self, messages) -> None:
         self.encoder.encode(list(messages))  # what goes through the socket
-        self.messages.append((time.perf_counter(), messages))
+        self.messages.append((time.thread_time(), messages))
 
     def ask(self, tokens: list[int], new: int = NEW, **options) -> int:
         self.id += 1
@@ -203,19 +207,20 @@ def latencies(model: GPT, seconds: float, long: int, every: int, **options) -> d
         number += 1
         length = long if every and number % every == 0 else PROMPT
         id = arm.ask(prompts(1, length, vocab, 10_000 + number)[0])
-        asked[id] = time.perf_counter(), length
+        asked[id] = time.thread_time(), length
 
-    # the streams begin one after the other: all at once is a flood that no service sees for long
-    for _ in range(16):
+    for _ in range(16):  # one after the other; what comes of these first ones is not counted
         join()
         arm.step()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    begun_at, ramp = time.thread_time(), 16
+    while time.thread_time() < begun_at + seconds:
         arm.step()
         for at, messages in arm.messages:
             for message in messages:
                 if isinstance(message, Item):
-                    if message.id in last:
+                    if message.id <= ramp:
+                        pass
+                    elif message.id in last:
                         gaps.append(at - last[message.id])
                     else:
                         begun, length = asked[message.id]
@@ -235,6 +240,7 @@ def latencies(model: GPT, seconds: float, long: int, every: int, **options) -> d
         "gap_ms": percentiles(gaps),
         "gap_p99_over_p50": float(np.percentile(gaps, 99) / np.percentile(gaps, 50)),
         "tokens": len(gaps) + len(both),
+        "cpu_ms_a_token": 1e3 * seconds / (len(gaps) + len(both)),
     }
 
 
@@ -275,6 +281,8 @@ def main() -> None:
     if not available():
         raise SystemExit("the C++ kernels are not there: nothing to compare")
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # as a model process does: else a collection walks all of torch in the middle of a stream
     model = model_of(args.quick)
     rounds, seconds = (2, 1.0) if args.quick else (args.rounds, args.seconds)
     out: dict = {

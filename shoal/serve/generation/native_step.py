@@ -114,4 +114,5 @@ class NativeStep:
 
 def _pointer(array: "np.ndarray[Any, Any]") -> int:
     assert array.flags.c_contiguous
-    return array.ctypes.data
+    address: int = array.__array_interface__["data"][0]  # array.ctypes takes three times as long
+    return address
