@@ -74,7 +74,8 @@ class Contents:
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
+            if part in parts:  # what workers have left unsent is not the model's
+                parts[part][rest] = tensor
         if self._whole is not None:
             check_names(held.names, parts["model"])
             parts["model"] = self._whole.own({name: parts["model"][name] for name in model_tensors(module)})

@@ -1,7 +1,7 @@
 """Training with compressed gradients: the exchanges of `Plan.compression` (shoal.comm.exchange is the protocol).
 
 Each bucket of the flat buffer is one compressed reduction. Buffers such as BatchNorm's statistics go as they are.
-Lossy: what a step leaves unsent is kept in this process and added to the next step; a resumed run keeps nothing.
+Lossy: what a step leaves unsent is kept in this process and added to the next step (`kept_by`).
 """
 
 import json
@@ -66,6 +66,11 @@ def compressed_exchange(
     return TorchExchange(group, terms, compressor, links, shapes)
 
 
+def kept_by(exchange: Exchange) -> dict[str, Tensor]:
+    """What this worker carries from step to step, by name: views, not copies. {} of an exchange without compression."""
+    return exchange.pieces.state() if isinstance(exchange, HostExchange | TorchExchange) else {}
+
+
 def _insist(verdict: Verdict, where: str = "") -> None:
     if not verdict:
         raise UserError(
@@ -121,6 +126,14 @@ class _Pieces:
             self._of_bucket.append(pieces)
         self.line = Line(links)
 
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{bucket}/{piece.start}/{name}": tensor
+            for bucket, pieces in enumerate(self._of_bucket)
+            for piece in pieces
+            for name, tensor in piece.division.state().items()
+        }
+
     def start(
         self, bucket: int, result: Tensor, denominators: Callable[[], tuple[float, float]], meter: "_Meter"
     ) -> None:
@@ -169,7 +182,7 @@ class TorchExchange(DistributedExchange):
         self, group: DistributedGroup, terms: Terms, compressor: Compressor, links: TorchLinks, shapes: Shapes
     ) -> None:
         super().__init__(group, terms)
-        self._pieces = _Pieces(compressor, terms.layout, shapes, links, terms.device)
+        self.pieces = _Pieces(compressor, terms.layout, shapes, links, terms.device)
         self._meter = _Meter(self.account.reduces, self.account.reduced, self._sent)
 
     def _sent(self, number: int, nbytes: int) -> None:
@@ -178,7 +191,7 @@ class TorchExchange(DistributedExchange):
     @torch.no_grad()
     def _scatter(self, bucket: Bucket) -> None:
         _begin_bucket(bucket, self.partials, self._result)
-        self._pieces.start(self._posted, self._result, self._known, self._meter)
+        self.pieces.start(self._posted, self._result, self._known, self._meter)
 
     def _known(self) -> tuple[float, float]:
         """The denominators, once every worker's first facts are here."""
@@ -190,10 +203,10 @@ class TorchExchange(DistributedExchange):
     @torch.no_grad()
     def _advance(self, *, wait: bool) -> None:
         if not wait:
-            self._pieces.line.advance()
+            self.pieces.line.advance()
             return
         begun = self.account.now()
-        self._pieces.line.finish()
+        self.pieces.line.finish()
         begun = max(begun, *self.account.times.reduced)  # from when on there was nothing to add up
         link = self._links[0]
         tally = self.account.tallies[self.account.form.operations.index(("all-gather", link))]
@@ -220,7 +233,7 @@ class HostExchange:
         self._rows = group.heap.tensor(shape[0] * shape[1], torch.float64).view(shape).numpy()
         self.rows = np.zeros(shape)
         self._links = HostLinks(group, lambda: _WHEN.pack(self.account.now()))
-        self._pieces = _Pieces(compressor, layout, shapes, self._links, device)
+        self.pieces = _Pieces(compressor, layout, shapes, self._links, device)
         self._meter = _Meter(self._arrived, self.account.reduced, self._sent)
         self._partial = torch.zeros(layout.elements, device=device)
         self._result = torch.zeros(layout.elements, device=device)
@@ -248,7 +261,7 @@ class HostExchange:
     def post(self) -> None:
         self.account.posted(self._posted)
         _begin_bucket(self.layout.buckets[self._posted], self.partials, self._result)
-        self._pieces.start(self._posted, self._result, lambda: self._denominators(self._facts), self._meter)
+        self.pieces.start(self._posted, self._result, lambda: self._denominators(self._facts), self._meter)
         self._posted += 1
 
     def _arrived(self, bucket: int) -> None:
@@ -265,7 +278,7 @@ class HostExchange:
     @torch.no_grad()
     def finish(self) -> torch.Tensor:
         self.account.finishes()
-        self._pieces.line.finish()
+        self.pieces.line.finish()
         self.all_facts.copy_(self._facts)  # all have posted their last bucket: the rows are complete
         if self._group.rank == 0:
             self.rows[:] = self._rows

@@ -135,15 +135,40 @@ def test_a_worker_without_samples_takes_part(run) -> None:
     assert math.isfinite(run(plan_of("1bit", 3), replace(recipe_of(), steps=0, epochs=2))["loss"])
 
 
-def test_a_resumed_run_says_what_is_lost(run, tmp_path: Path) -> None:
-    report = Reporting(evaluate_every=10**9, checkpoint_every=4, sample=False)
-    first = run(plan_of("topk"), replace(recipe_of(8), report=report))
+REPORT = Reporting(evaluate_every=10**9, checkpoint_every=4, sample=False)
+
+
+def resumed(run, plan: Plan, first: dict[str, Any], steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run's result when it has gone on to ``steps``, and its event."""
     events: list[dict] = []
-    again = replace(recipe_of(10), report=report)
-    run(plan_of("topk"), again, resume=first["run_dir"], progress=lambda event: events.append(dict(event)))
-    resumed = next(event for event in events if event["event"] == "resumed")
-    assert resumed["step"] == 8
-    assert "left unsent" in resumed["lossy"]
+    recipe = replace(recipe_of(steps), report=REPORT)
+    result = run(plan, recipe, resume=first["run_dir"], progress=lambda event: events.append(dict(event)))
+    return result, next(event for event in events if event["event"] == "resumed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_of_as_many_workers_has_the_bits_of_one_that_never_stopped(name: str, run) -> None:
+    straight = run(plan_of(name), replace(recipe_of(6), report=REPORT))
+    first = run(plan_of(name), replace(recipe_of(4), report=REPORT))
+    result, event = resumed(run, plan_of(name), first, 6)
+    assert event["step"] == 4
+    assert "lossy" not in event
+    assert result["weights_sha256"] == straight["weights_sha256"] != first["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (plan_of("topk"), plan_of("topk", 3)),  # what each kept was its own
+        (plan_of("topk"), plan_of("none")),
+        (plan_of("none"), plan_of("topk")),  # older checkpoints hold none either: rather said once too often
+    ],
+    ids=["more workers", "no more compression", "none saved"],
+)
+def test_a_resumed_run_says_what_is_lost(before: Plan, after: Plan, run) -> None:
+    first = run(before, replace(recipe_of(4), report=REPORT))
+    _, event = resumed(run, after, first, 5)
+    assert "left unsent" in event["lossy"]
 
 
 def test_the_prover_calls_it_lossy_and_still_finds_workers_that_disagree(agent: Agent) -> None:
@@ -167,9 +192,9 @@ def test_a_lossy_plan_fails_its_proof_where_workers_differ_or_begin_elsewhere_or
 
     def ok(*workers: list[StepPrint]) -> bool:
         ended = [Ended("hash") for _ in workers]
-        return verdict(plan_of("1bit"), Trial(list(workers), ended), reference, 1e-5)["ok"]
+        return verdict(plan_of("1bit"), Trial(list(workers), ended=ended), reference, 1e-5)["ok"]
 
-    reference = Trial([steps(2.0, 1.0)], [Ended("hash")])
+    reference = Trial([steps(2.0, 1.0)], ended=[Ended("hash")])
     assert ok(steps(2.0, 1.3), steps(2.0, 1.3))
     assert not ok(steps(2.0, 1.3), steps(2.0, 1.3, weight="another"))
     assert not ok(steps(2.1, 1.3), steps(2.1, 1.3))
