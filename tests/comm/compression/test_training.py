@@ -192,7 +192,7 @@ def test_a_lossy_plan_fails_its_proof_where_workers_differ_or_begin_elsewhere_or
 
     def ok(*workers: list[StepPrint]) -> bool:
         ended = [Ended("hash") for _ in workers]
-        return verdict(plan_of("1bit"), Trial(list(workers), ended=ended), reference, 1e-5)["ok"]
+        return verdict(plan_of("1bit"), Trial(list(workers), ended=ended), reference, 1e-5, weights=True)["ok"]
 
     reference = Trial([steps(2.0, 1.0)], ended=[Ended("hash")])
     assert ok(steps(2.0, 1.3), steps(2.0, 1.3))
