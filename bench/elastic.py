@@ -39,7 +39,7 @@ from shoal.run.tail import told_lately
 from shoal.train.api import train
 
 RESULTS = Path(__file__).parent / "results" / "elastic.json"
-WORKERS, EVERY_S, PATIENCE_S = 4, 15.0, 120.0
+WORKERS, EVERY_S, PATIENCE_S = 4, 15.0, 300.0
 GOALS = {"crash p50": 1.5, "crash p99": 4.0, "calm": 1.03, "goodput": 0.9}
 
 

@@ -30,6 +30,11 @@ def check_elastic(plan: Plan, shards: int, least: int) -> None:
     """Raises UserError for plans whose workers hold what no other one does, and for numbers that cannot be."""
     check_trainable(plan)
     plan.owned(shards)
+    split = [f"{axis} = {size}" for axis, size in plan.axes.sizes if axis != "data" and size > 1]
+    if split:
+        raise UserError(
+            f"plan: a mesh with {', '.join(split)} is not elastic yet: use axis 'data' alone, or leave --elastic out."
+        )
     if plan.sync != "exact" or plan.compresses:
         what = f"sync = {plan.sync!r}" if plan.sync != "exact" else f"compression = {plan.compression!r}"
         raise UserError(f"plan: {what} is not elastic yet: leave it out, or leave --elastic out.")

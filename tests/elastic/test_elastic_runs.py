@@ -190,6 +190,7 @@ def test_a_worker_that_raises_fails_the_run_as_without_elasticity(disturb):
         ({"sync": "parameter-server"}, "is not elastic yet"),
         ({"compression": "int8", "sync": "fast"}, "is not elastic yet"),
         ({"states": "zero1"}, "is not elastic yet"),
+        ({"mesh": {"data": 2, "pipe": 2}}, "a mesh with pipe = 2 is not elastic yet"),
         ({"placement": (7, 1)}, "leave --placement out"),
     ],
 )
@@ -198,4 +199,4 @@ def test_plans_whose_workers_hold_what_no_other_one_does_are_refused(tmp_path, c
     from shoal.recipe.plan import Plan
 
     with pytest.raises(UserError, match=said):
-        train_elastic(CNN, Plan(mesh={"data": 2}, **changes), run_dir=tmp_path / "run", data=DATA)
+        train_elastic(CNN, Plan(**{"mesh": {"data": 2}, **changes}), run_dir=tmp_path / "run", data=DATA)
