@@ -27,7 +27,8 @@ class GenerationEngine:
         self._tell = tell
         self._working: frozenset[int] = frozenset()  # as told
         self._in_step: frozenset[int] | None = None  # whose rows this step computes; None: it has not begun
-        self._told_at = 0.0
+        self._told_at = float("-inf")
+        self._untold = False  # something has happened since the figures were told
         self._step_s = self._busy_s = 0.0
         self._failed = 0
 
@@ -54,18 +55,27 @@ class GenerationEngine:
         self._generator.cancel(id)
 
     def next_at(self, now: float) -> float | None:
-        return now if self._generator.busy else None
+        if self._generator.busy:
+            return now
+        return self._told_at + FIGURES_EVERY_S if self._untold else None
 
     def work(self, now: float) -> None:
+        if not self._generator.busy:
+            self._tell(self._figures(now))
+            return
         begun = time.monotonic()
         self._in_step = None
+        self._untold = True
         try:
             told = self._generator.work(now, self._begin)
         except Exception as error:  # the model's own code, or ours: those in the step are lost, the others go on
             lost = self._generator.requests() if self._in_step is None else self._in_step
             self._lose(lost, f"{type(error).__name__}: {error}")
             return
-        self._tell([*(message for each in told for message in _messages(each)), *self._figures(begun)])
+        self._busy_s += time.monotonic() - begun
+        self._step_s += self._generator.step_s
+        self._generator.step_s = 0.0
+        self._tell([*(message for each in told for message in _messages(each)), *self._figures(now)])
 
     def _begin(self, requests: frozenset[int]) -> None:
         """Told when others are worked on than before, ahead of the work."""
@@ -83,14 +93,11 @@ class GenerationEngine:
             [Failed(id, 500, f"the model failed on this input or one beside it: {text}") for id in sorted(requests)]
         )
 
-    def _figures(self, begun: float) -> list[FromEngine]:
-        now = time.monotonic()
-        self._busy_s += now - begun
-        self._step_s += self._generator.step_s
-        self._generator.step_s = 0.0
+    def _figures(self, now: float) -> list[FromEngine]:
+        """At most once a second; the last ones a second after the work, then an idle engine is silent."""
         if now - self._told_at < FIGURES_EVERY_S:
             return []
-        self._told_at = now
+        self._told_at, self._untold = now, False
         counts, scheduler = self._generator.counts, self._generator.scheduler
         pool = scheduler.pool
         return [
@@ -130,7 +137,9 @@ def _messages(told: Told) -> list[FromEngine]:
 
 
 def prepare(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Called before a fork: what all model processes can share is made here, once."""
+    """Called before a fork: what all model processes can share is made here, once, and what is wrong is found here.
+
+    Raises UserError for a model that is no GPT and for a draft that is not there or does not fit."""
     pack_once(model, _options(options))
 
 

@@ -1,6 +1,7 @@
 """From a model to a generator: which kernels, how large the cache, how prompts are cut."""
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -15,12 +16,13 @@ from shoal.serve.generation.step import BLOCK, Step, shape_of
 
 
 def pack_once(model: nn.Module, options: Options) -> None:
-    """What `open_step` will want of the weights, made now. Raises UserError as it does."""
-    shape_of(model)
-    if _native(model, options):
-        from shoal.serve.generation.packing import packed_once
+    """What `open_generator` will want, made now. Raises UserError as it does."""
+    for each in filter(None, (model, _draft(model, options))):
+        shape_of(each)
+        if _native(each, options):
+            from shoal.serve.generation.packing import packed_once
 
-        packed_once(model, torch.bfloat16 if _half(model, options) else torch.float32)  # type: ignore[arg-type]
+            packed_once(each, torch.bfloat16 if _half(each, options) else torch.float32)  # type: ignore[arg-type]
 
 
 def _native(model: nn.Module, options: Options) -> bool:
@@ -60,22 +62,33 @@ def open_generator(model: nn.Module, options: Options | None = None, draft: nn.M
 
     Raises UserError as `open_step`, and for a draft of another vocabulary."""
     options = options or Options()
-    if draft is None and options.draft:
-        draft = _loaded(options.draft)
+    draft = draft or _draft(model, options)
     step = open_step(model, options)
     drafts: Drafts | None = Repetition() if options.speculate else None
     if draft is not None:
-        small = open_step(draft, replace(options, cache_bytes=options.cache_bytes // 4))
-        if small.vocab != step.vocab:
-            raise UserError(
-                f"the draft's vocabulary has {small.vocab} tokens and the model's {step.vocab}: they must be the same."
-            )
-        drafts = SmallModel(small)
+        _check_draft(model, draft)
+        drafts = SmallModel(open_step(draft, replace(options, cache_bytes=options.cache_bytes // 4)))
     pace = pace_of(shape_of(model), _half(model, options), options.stretch, options.prompt_rows)
     return Generator(step, pace, Limits(running=options.running), drafts, options.speculate or 4)
 
 
-def _loaded(target: str) -> nn.Module:
-    from shoal.serve.target import load
+_drafts: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
 
-    return load(target).model
+
+def _draft(model: nn.Module, options: Options) -> nn.Module | None:
+    """The small model that the options name: loaded once for a model."""
+    if not options.draft:
+        return None
+    if model not in _drafts:
+        from shoal.serve.target import load
+
+        draft = load(options.draft).model
+        _check_draft(model, draft)
+        _drafts[model] = draft
+    return _drafts[model]
+
+
+def _check_draft(model: nn.Module, draft: nn.Module) -> None:
+    large, small = shape_of(model).vocab, shape_of(draft).vocab
+    if large != small:
+        raise UserError(f"the draft's vocabulary has {small} tokens and the model's {large}: they must be the same.")
