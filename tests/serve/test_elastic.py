@@ -13,6 +13,7 @@ import shoal
 from shoal.errors import UserError
 
 Start = Callable[..., Served]
+pytestmark = pytest.mark.slow
 
 
 def test_a_server_that_nobody_asks_sleeps_and_the_first_request_wakes_it(served: Start) -> None:

@@ -197,6 +197,9 @@ def test_a_second_and_third_process_make_no_copy_of_the_weights(served: Start) -
     assert server.metric_reaches("shoal_rows_total", 48)
     figures = server.get("/metrics")[1].decode()
     assert all(f'shoal_rows_total{{replica="{number}"}}' in figures for number in range(3))
+    http, *models = (Path(f"/proc/{pid}/maps").read_text() for pid in (server.process.pid, *server.pids()))
+    assert "libtorch" not in http, "the HTTP process has no use for torch"
+    assert all("libtorch" in maps and "shoal-weights" in maps for maps in models)
     weights = 16 * 1024 * 1024 * 4
     assert sum(proportional(pid) for pid in server.pids()) < 2 * weights + 190e6, "torch itself takes 190 MB at most"
 

@@ -164,7 +164,7 @@ def test_vectors_of_texts_come_as_openais_client_asks_for_them(folders: Callable
             assert answer.data[i].embedding == pytest.approx(expected, rel=1e-4, abs=1e-5)
             assert plain.data[i].embedding == pytest.approx(answer.data[i].embedding, rel=1e-5)
         assert answer.usage.prompt_tokens == sum(len(t.split()) + 2 for t in TEXTS[:3])
-        assert [model.id for model in client.models.list()] == ["small"]
+        assert [model.id for model in client.models.list()] == ["small"] == [client.models.retrieve("small").id]
         with pytest.raises(openai.NotFoundError):
             client.embeddings.create(model="large", input="a")
         assert server.embed("a b")[0] == pytest.approx(

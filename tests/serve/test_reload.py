@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from serve.conftest import Served, gone, save_bert
 from serve.saved_runs import text_run
@@ -15,6 +16,7 @@ from shoal.run.run import Run
 from shoal.train import checkpoint
 
 Start = Callable[..., Served]
+pytestmark = pytest.mark.slow
 ADMIN = "the-admins-own-key"
 TEXTS = ["a b c", "d e f g", "h", "red ?"] * 10  # a request in many parts, for many batches
 

@@ -2,12 +2,15 @@
 
 import io
 import json
+import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +286,21 @@ def test_a_frame_of_any_bytes_is_refused_or_waits_and_never_runs_code(data: byte
                 assert isinstance(reader.feed(data[at : at + step]), list)
         except FrameError:
             continue
+
+
+def test_with_a_certificate_it_speaks_https_and_nothing_else(served: Callable[..., Served], tmp_path: Path) -> None:
+    openssl = shutil.which("openssl") or pytest.skip("no openssl on the PATH, which makes the certificate of the test")
+    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"), "-days", "2"]
+    new = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", *files, "-subj", "/CN=localhost"]
+    subprocess.run([*new, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    server = served(
+        "serve.served_models:scripted", "--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem"
+    )
+    assert server.told["url"].startswith("https://")
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+    connection = HTTPSConnection(server.host, int(server.port), timeout=30, context=trusted)
+    connection.request("POST", "/predict", json.dumps({"input": [[2.0, 0.0]]}))
+    assert json.loads(connection.getresponse().read())["predictions"] == [{"output": [[6.0, 0.0]]}]
+    connection.close()
+    with pytest.raises((HTTPException, OSError)):
+        server.get("/health/live")

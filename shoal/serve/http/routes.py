@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -43,12 +44,20 @@ async def metrics(service: "Service", request: HttpRequest) -> HttpResponse:
     return HttpResponse(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-async def models(service: "Service", request: HttpRequest) -> HttpResponse:
+def _entry(service: "Service") -> dict[str, Any]:
     model = service.model
     entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "shoal"}
     known = ("task", "kind", "parameters", "dtype", "labels", "shape", "columns", "context", "vocab")
     facts = {name: model.facts[name] for name in known if name in model.facts}
-    return json_response({"object": "list", "data": [{**entry, **facts}]})
+    return {**entry, **facts}
+
+
+async def models(service: "Service", request: HttpRequest) -> HttpResponse:
+    return json_response({"object": "list", "data": [_entry(service)]})
+
+
+async def one_model(service: "Service", request: HttpRequest) -> HttpResponse:
+    return json_response(_entry(service))
 
 
 def _reload(keys: Sequence[bytes]) -> Route:
@@ -82,6 +91,7 @@ def open_routes(service: "Service", intake: Intake | None) -> Mapping[tuple[str,
         ("GET", "/health/ready"): ready,
         ("GET", "/metrics"): metrics,
         ("GET", "/v1/models"): models,
+        ("GET", f"/v1/models/{quote(service.model.name, safe='')}"): one_model,
         ("GET", "/"): _page("try.html"),
         ("GET", "/docs"): _page("docs.html"),
     }
