@@ -113,13 +113,13 @@ def keep_states(
 def _disk(plan: MemoryPlan, device: torch.device, what: str, each: int, sharing: int, say: Tell) -> OnDisk | None:
     """A file for so many bytes of each worker, or None when there is no room for all."""
     shelf = OnDisk(device, plan.offload_dir)
-    needed, free = sharing * each, shelf.file.free_bytes
+    needed, free = (sharing + 1) * each, shelf.file.free_bytes  # and a checkpoint's copy
     if needed <= free:
         return shelf
     shelf.close()
     say(
-        f"the {what} of {sharing} worker{'s' if sharing > 1 else ''} take {needed / 1e6:.1f} MB and "
-        f"{str(shelf.file.folder)!r} has {free / 1e6:.1f} MB to spare: they stay in memory. "
+        f"the {what} of {sharing} worker{'s' if sharing > 1 else ''} and of a checkpoint take {needed / 1e6:.1f} MB, "
+        f"and {str(shelf.file.folder)!r} has {free / 1e6:.1f} MB to spare: they stay in memory. "
         f"memory.offload_dir names another folder."
     )
     return None

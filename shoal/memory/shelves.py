@@ -15,6 +15,7 @@ from torch import Tensor
 from shoal.memory.extents import Extent, ExtentFile
 
 SMALLEST = 4096  # elements: less is not worth moving
+_COPIED = 1 << 20  # elements at a time
 
 
 class Shelf(Protocol):
@@ -86,7 +87,14 @@ class OnDisk:
         self.file = ExtentFile(folder)
         self._device = device
         self._maps: dict[int, tuple[mmap.mmap, Extent]] = {}  # address -> what is mapped there
+        _FILES.add(self)
         self.close = weakref.finalize(self, self.file.close)  # what is mapped stays mapped
+
+    def copied(self, tensor: Tensor, into: Tensor) -> None:
+        """The whole of a tensor on this shelf into another one on it; neither stays in memory. Raises OSError."""
+        for start in range(0, tensor.numel(), _COPIED):
+            self.write(into, start, tensor.view(-1)[start : start + _COPIED])
+            self.done([tensor, into])
 
     def make(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         extent = self.file.reserve(shape.numel() * dtype.itemsize)
@@ -118,3 +126,11 @@ class OnDisk:
             found = self._maps.get(tensor.data_ptr())
             if found is not None:
                 found[0].madvise(advice)
+
+
+_FILES: "weakref.WeakSet[OnDisk]" = weakref.WeakSet()
+
+
+def file_of(tensor: Tensor) -> OnDisk | None:
+    """The file that a tensor lies in, if it lies in one."""
+    return next((shelf for shelf in _FILES if shelf.holds(tensor)), None)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import ShoalError
+from shoal.memory.shelves import file_of
 from shoal.train import checkpoint
 
 
@@ -133,7 +135,7 @@ class BackgroundWriter:
             copy = self._copies.get(name)
             if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
                 copy = self._copies[name] = _touched(tensor)
-            copy.copy_(tensor.detach(), non_blocking=True)
+            copy = self._copies[name] = _filled(copy, tensor.detach())
             if tensor.device.type == "cuda":
                 devices.add(tensor.device)
             copies[name] = copy
@@ -150,6 +152,10 @@ class BackgroundWriter:
             path = checkpoint.save(state, self._folder, best=best, warn=warnings.append, **self._sizes)
         except Exception as problem:  # whatever it is, training goes on and hears of it
             error = str(problem) if isinstance(problem, ShoalError) else f"{type(problem).__name__}: {problem}"
+        for copy in state.tensors.values():  # read through, and so in memory
+            file = file_of(copy)
+            if file is not None:
+                file.done([copy])
         if self._keep and path is not None:
             try:
                 checkpoint.prune(self._folder, self._keep)
@@ -160,6 +166,24 @@ class BackgroundWriter:
         self._report(Written(step, path, size, stall_s, took, best, error, tuple(warnings)))
 
 
+def _filled(copy: Tensor, tensor: Tensor) -> Tensor:
+    """``copy``, or memory in its place where the disk that it lies on is full."""
+    file = file_of(copy)
+    if file is not None:
+        try:
+            file.copied(tensor, copy)
+            return copy
+        except OSError:
+            copy = torch.empty_like(copy)
+    return copy.copy_(tensor, non_blocking=True)
+
+
 def _touched(tensor: Tensor) -> Tensor:
-    """Contiguous CPU memory of the tensor's shape with every page mapped; page-locked for an accelerator's tensor."""
+    """Contiguous CPU memory of the tensor's shape with every page mapped; page-locked for an accelerator's tensor.
+
+    For what lies in a file so as not to lie in memory: more of that file, as far as there is room."""
+    file = file_of(tensor)
+    if file is not None:
+        with suppress(OSError):
+            return file.make(tensor.shape, tensor.dtype)
     return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda").fill_(0)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from shoal.errors import UserError
 from shoal.memory import streamed
 from shoal.memory.keeping import KeptParameters, keep_states
-from shoal.memory.shelves import OnDisk
+from shoal.memory.shelves import OnDisk, file_of
 from shoal.memory.streamed import CODES, PIECE, SCALES, Streamed
 from shoal.recipe.memory_plan import MemoryPlan
+from shoal.train import checkpoint
 from shoal.train.optimizers import optimizer_classes
+from shoal.train.snapshot import BackgroundWriter
 
 CPU = torch.device("cpu")
 NAMES = sorted(optimizer_classes())
@@ -206,8 +208,8 @@ def test_a_disk_without_room_is_known_before_anything_is_written(tmp_path, monke
     module, plain, said = model(), model(), list[str]()
     optimizer = kept(optimizer_of("AdamW", module), module, on_disk(tmp_path), said)
     assert said == [
-        f"the optimiser states of 1 worker take 0.1 MB and {str(tmp_path)!r} has 0.1 MB to spare: they stay in memory. "
-        f"memory.offload_dir names another folder."
+        f"the optimiser states of 1 worker and of a checkpoint take 0.2 MB, and {str(tmp_path)!r} has 0.1 MB to spare: "
+        f"they stay in memory. memory.offload_dir names another folder."
     ]
     assert optimizer.expected_bytes() == 8 * (80 * 67 + 67 * 97)
     assert equal(updated(module, optimizer), updated(plain, optimizer_of("AdamW", plain)))
@@ -233,6 +235,26 @@ def test_states_on_disk_are_not_in_the_process_between_two_updates(tmp_path):
     assert resident_bytes(state) >= state.nbytes
     optimizer._keeping.shelf.done([state])
     assert resident_bytes(state) == 0
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_checkpoint_of_states_on_disk_is_copied_on_disk_and_holds_them(tmp_path, monkeypatch, full):
+    module = nn.Linear(512, 512)
+    optimizer = kept(optimizer_of("AdamW", module), module, on_disk(tmp_path))
+    updated(module, optimizer, 2)
+    state = optimizer.state[module.weight]
+    tensors = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
+    wanted = {key: value.clone() for key, value in tensors.items()}
+    with BackgroundWriter(tmp_path / "checkpoints", tensors) as writer:
+        if full:
+            monkeypatch.setattr(OnDisk, "write", full_after(0))
+        writer.submit(tensors, {"step": 2})
+        updated(module, optimizer, 1)  # goes on while it is written
+        copies = dict(writer._copies)
+    assert all((file_of(copy) is None) == full for copy in copies.values())
+    found = checkpoint.newest(tmp_path / "checkpoints")[0].tensors
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert not torch.equal(state["exp_avg"], wanted["exp_avg"])
 
 
 KILLED = """
