@@ -12,7 +12,8 @@ from torch import Tensor
 
 from shoal.comm.accounting.counters import Counters, Tally
 from shoal.comm.collectives import torch_own
-from shoal.comm.collectives.actions import REDUCING, Program
+from shoal.comm.collectives.actions import REDUCING, ROOTED, Program
+from shoal.comm.collectives.agreeing import agree
 from shoal.comm.collectives.execute import HALVES, carry_out
 from shoal.comm.collectives.registry import ALGORITHMS, algorithms, build
 from shoal.comm.transports.contract import Transport, drive
@@ -63,6 +64,8 @@ class Call:
                 raise UserError(
                     f"{self.collective}: the topology has {ranks} ranks, but the group has {self.transport.size}."
                 )
+        if isinstance(self.transport, TorchGroup):
+            self._agree(self.transport, f"algorithm {algorithm}", op, rounding, segments)
         if algorithm in ALGORITHMS:
             program: Program | None = self.named(algorithm, segments, topology)
         elif self.transport.size == 1:
@@ -82,6 +85,16 @@ class Call:
             else:
                 counted = Counting(self.transport, tally)
                 counted.run(carry_out(counted, program, self.operand, self.result, op=op, rounding=rounding))
+
+    def _agree(self, transport: TorchGroup, algorithm: str, op: str, rounding: str, segments: int | None) -> None:
+        tensor = self.operand if self.operand is not None else self.result
+        if transport.size == 1 or transport.counts_itself or self.collective == "send_recv" or tensor is None:
+            return  # Shoal's own backends compare all that goes through them
+        words = [self.collective, str(tensor.dtype)[6:], f"{self.nbytes} bytes"]
+        words += [f"root {self.root}"] if self.collective in ROOTED else []
+        words += [op, f"rounded {rounding}"] if self.collective in REDUCING else []
+        words += [f"{segments} segments"] if segments else []
+        agree(transport, ", ".join([*words, algorithm]))
 
     @property
     def known(self) -> list[str]:

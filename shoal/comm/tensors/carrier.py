@@ -3,9 +3,7 @@
 Held to by three: C++ over shared memory, messages and shared memory in Python, and torch.distributed. All of them
 compare what the workers ask for before a byte of an output is written, and add up in the order of the ranks."""
 
-import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -71,23 +69,6 @@ def told(tensor: Tensor) -> str:
 def bytes_of(tensor: Tensor) -> Tensor:
     """The same memory as bytes: [nbytes]. The tensor is contiguous."""
     return tensor.reshape(-1).view(torch.uint8)
-
-
-@lru_cache(maxsize=4096)
-def digest(signature: str) -> int:
-    """64 bits that stand for it: equal on all workers where they say the same."""
-    return int.from_bytes(hashlib.blake2b(signature.encode(), digest_size=8).digest(), "little")
-
-
-def compare(asked: Sequence[str], names: Sequence[int], sequence: int) -> None:
-    """``asked[r]`` is what rank r wants to do now. Raises OutOfStep on all ranks unless all want the same."""
-    if len(set(asked)) == 1:
-        return
-    wishes: dict[str, list[str]] = {}
-    for name, wish in zip(names, asked, strict=True):
-        wishes.setdefault(wish, []).append(f"rank {name}")
-    said = "; ".join(f"{', '.join(ranks)}: {wish}" for wish, ranks in wishes.items())
-    raise OutOfStep(f"collective mismatch at operation {sequence}, nothing was written: {said}")
 
 
 def compare_message(sent: str, expected: Tensor, origin: int, rank: int) -> None:

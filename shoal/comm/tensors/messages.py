@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from shoal.comm.agreement import compare
 from shoal.comm.group import HostGroup
 from shoal.comm.mesh import Mesh
-from shoal.comm.tensors.carrier import Counts, Stood, add_up, bytes_of, compare, compare_message, told
+from shoal.comm.tensors.carrier import Counts, Stood, add_up, bytes_of, compare_message, told
 
 _MEET, _HEAD, _PIECE = 1, 2, 3  # kinds of messages
 CHUNK = 1 << 20  # bytes that a rank shows at a time

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from shoal.cluster.detect import usable_cores
+from shoal.comm.agreement import compare, digest
 from shoal.comm.group import HostGroup
 from shoal.comm.heap import PAGE
 from shoal.comm.mesh import OutOfStep, PeerLost
 from shoal.comm.native import build
 from shoal.comm.status import Phase, Position
-from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, compare, compare_message, digest, told
+from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, compare_message, told
 from shoal.errors import RunFailed
 
 RING = 4 << 20  # bytes to one other rank that may be under way where address space is limited, and where it is not:

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.comm.agreement import compare, digest
 from shoal.comm.distributed import DistributedGroup
-from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, add_up, bytes_of, compare, compare_message, digest, told
+from shoal.comm.tensors.carrier import DTYPES, Counts, Stood, add_up, bytes_of, compare_message, told
 from shoal.comm.torch_all_gather import all_gather
 
 SMALL = 64 << 10  # bytes that everybody gets from everybody, where one operation is quicker than two
