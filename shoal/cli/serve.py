@@ -32,6 +32,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--calm-s", type=float, help="fewer are kept once fewer would have done for so long")
     parser.add_argument("--threads", type=int, help="of each model process")
     parser.add_argument("--batch", type=int, help="samples of a batch, at most")
+    parser.add_argument(
+        "--invariant",
+        action="store_true",
+        default=None,
+        help="the same bits in any company: every forward pass has a full batch's shape",
+    )
     parser.add_argument("--latency-ms", type=float, help="a batch may wait for company as long as this target allows")
     parser.add_argument("--queue", type=int, help="requests that may wait; more get 429")
     parser.add_argument("--timeout-s", type=float, help="a request that takes longer gets 504")

@@ -32,6 +32,7 @@ class ServeOptions:
     calm_s: float = 60.0  # fewer model processes are kept once fewer would have done for so long
     threads: int = 1  # of each model process
     batch: int = 32  # samples, at most
+    invariant: bool = False  # every forward pass has one shape: the same bits in any company, at a full batch's price
     latency_ms: float = 0.0  # target from arrival to answer: a batch may wait for company so long; 0: it never waits
     queue: int = 256  # requests that wait beside those that the model processes have; who comes then gets 429
     generation: Mapping[str, Any] = field(default_factory=dict)  # of text: see shoal.serve.generation.opening.Options
@@ -96,7 +97,7 @@ class ServeOptions:
     def engine_options(self) -> dict[str, Any]:
         """What the model processes are told."""
         plain = {"batch": self.batch, "latency_ms": self.latency_ms, "threads": self.threads}
-        return {**plain, "generation": dict(self.generation)}
+        return {**plain, "invariant": self.invariant, "generation": dict(self.generation)}
 
 
 def is_loopback(host: str) -> bool:

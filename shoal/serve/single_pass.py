@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from shoal.serve.batching import Batch, Batcher, Waiting
+from shoal.serve.batching import Batch, Batcher, Waiting, padded
 from shoal.serve.engine import Begun, Failed, Figures, FromEngine, Request, Result, Tell
 from shoal.serve.forward import Forward, open_forward
 from shoal.serve.payloads import Inputs, Outputs, array
@@ -22,7 +22,13 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class SinglePass:
-    def __init__(self, forward: Forward, pad: int, batcher: Batcher, context: int, tell: Tell) -> None:
+    """``invariant``: every forward pass of samples of one (padded) length has one shape, with a mask and as many rows
+    as a batch can have. In what order a matmul sums depends on its shape, not on what stands in the other rows."""
+
+    def __init__(
+        self, forward: Forward, pad: int, batcher: Batcher, context: int, tell: Tell, invariant: bool = False
+    ) -> None:
+        self._invariant = invariant
         self._forward = forward
         self._pad = pad
         self._batcher = batcher
@@ -56,6 +62,8 @@ class SinglePass:
             why = f"{inputs.rows} samples in one request: send between 1 and {self._batcher.most_rows}"
             self._tell([Failed(request.id, 400, why)])
             return
+        if self._invariant:
+            group = padded(inputs.length), group
         if not self._open:
             self._began_busy = time.monotonic()
         self._open[request.id] = request, inputs
@@ -102,7 +110,8 @@ class SinglePass:
         requests, inputs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         begun = time.monotonic()
         try:
-            outputs = self._forward(_joined(inputs, batch, self._pad))
+            fixed = self._batcher.most_rows if self._invariant else 0
+            outputs = self._forward(_joined(inputs, batch, self._pad, fixed))
         except Exception as error:  # a model's own code may raise anything
             return self._one_by_one(requests, inputs, batch, error)
         seconds = time.monotonic() - begun
@@ -127,7 +136,7 @@ class SinglePass:
         answers: list[FromEngine] = []
         for request, one in zip(requests, inputs, strict=True):
             self._open[request.id] = request, one
-            alone = Batch((request.id,), one.rows, batch.length and one.length, one.rows * (one.length or 1))
+            alone = Batch((request.id,), one.rows, padded(one.length), one.rows * (one.length or 1))
             answers += self._answers(alone)
         return answers
 
@@ -170,8 +179,10 @@ def _group(inputs: Inputs) -> Hashable:
     return bool(inputs.length), *fixed
 
 
-def _joined(inputs: list[Inputs], batch: Batch, pad: int) -> dict[str, Tensor]:
-    """The batch's tensors: [rows, ...], texts padded to [rows, length] with a bool "mask" where anything is padded."""
+def _joined(inputs: list[Inputs], batch: Batch, pad: int, fixed: int = 0) -> dict[str, Tensor]:
+    """The batch's tensors: [rows, ...], texts padded to [rows, length] with a bool "mask" where anything is padded.
+
+    ``fixed``: with a mask in any case, and so many rows: the missing ones are copies of the first."""
     joined: dict[str, Tensor] = {}
     for name, first in inputs[0].arrays.items():
         if not batch.length:
@@ -184,9 +195,12 @@ def _joined(inputs: list[Inputs], batch: Batch, pad: int) -> dict[str, Tensor]:
                 whole[row : row + one.rows, : one.length] = one.arrays[name].numpy()
                 row += one.rows
         joined[name] = torch.from_numpy(whole)
-    if batch.padding:
+    if batch.padding or (fixed and batch.length):
         lengths = np.repeat([one.length for one in inputs], [one.rows for one in inputs])
         joined["mask"] = torch.from_numpy(np.arange(batch.length) < lengths[:, None])
+    missing = fixed - batch.rows
+    if missing > 0:
+        return {name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in joined.items()}
     return joined
 
 
@@ -202,4 +216,5 @@ def prepare(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 def open_engine(model: nn.Module, facts: Mapping[str, Any], options: Mapping[str, Any], tell: Tell) -> SinglePass:
     batcher = Batcher(options["batch"], options["latency_ms"] / 1000)
-    return SinglePass(open_forward(model, facts), facts.get("pad", 0), batcher, facts.get("context", 0), tell)
+    forward, pad, context = open_forward(model, facts), facts.get("pad", 0), facts.get("context", 0)
+    return SinglePass(forward, pad, batcher, context, tell, options["invariant"])
