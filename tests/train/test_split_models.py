@@ -30,6 +30,7 @@ PIPELINES = {
     "cnn": [over("gpipe", pipe=2), over("off", data=2, pipe=2)],
     "resnet": [over("interleaved", 2, pipe=2), over(pipe=3)],
     "lstm": [over(pipe=2), over(data=2, pipe=2)],
+    "elmo": [over("zb-h1", pipe=2)],
 }
 
 

@@ -70,6 +70,7 @@ def model(kind: str) -> ModelSpec:
         "cnn": {"channels": (4, 6), "hidden": 10, "dropout": 0.2},
         "resnet": {"depth": 8, "width": 4},
         "lstm": {"width": 12, "layers": 2, "dropout": 0.1},
+        "elmo": {"width": 8, "layers": 2},
         "gpt": {"layers": 2, "heads": 2, "width": 16, "dropout": 0.1},
         "moe": {"layers": 2, "heads": 2, "width": 16, "experts": 4, "dropout": 0.1},
     }
@@ -77,7 +78,7 @@ def model(kind: str) -> ModelSpec:
 
 
 def splits(kind: str, samples: int, held_out: int = 20) -> Splits:
-    source = Words if kind in ("gpt", "lstm", "moe") else Images
+    source = Words if kind in ("gpt", "lstm", "moe", "elmo") else Images
     return Splits(source(samples), validation=source(held_out, seed=1) if held_out else None)
 
 
