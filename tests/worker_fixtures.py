@@ -5,6 +5,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
+import torchrun_workers
 
 from shoal.comm.launch import Agent
 
@@ -24,3 +25,20 @@ def on_workers(agent: Agent, request: pytest.FixtureRequest) -> Callable[..., li
         return agent.run(function, arguments, workers=workers, **options)
 
     return run
+
+
+@pytest.fixture
+def under_torchrun(on_workers: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """As `on_workers`, with workers that have joined as torchrun would have started them."""
+    cloudpickle.register_pickle_by_value(torchrun_workers)
+
+    def run(workers: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        return on_workers(workers, torchrun_workers.as_torchrun, function, *arguments)
+
+    return run
+
+
+@pytest.fixture(params=["host", "torch.distributed"])
+def on_group(request: pytest.FixtureRequest) -> Any:
+    """Run a test on workers of one host, and on such that have joined as torchrun would have started them."""
+    return request.getfixturevalue("on_workers" if request.param == "host" else "under_torchrun")

@@ -1,22 +1,11 @@
 """Parts of a group: their ranks are places in the part, in the order that was given."""
 
-import cloudpickle
 import pytest
 import torch
 import torch.distributed as dist
-import torchrun_workers
 
 from shoal.comm.tensors import make_collectives
 from shoal.errors import UserError
-
-
-@pytest.fixture(params=["host", "torch.distributed"])
-def on_group(request, on_workers):
-    if request.param == "host":
-        return on_workers
-    cloudpickle.register_pickle_by_value(torchrun_workers)
-    joined = torchrun_workers.as_torchrun
-    return lambda workers, function, *arguments: on_workers(workers, joined, function, *arguments)
 
 
 def descending(group):
@@ -53,6 +42,5 @@ def with_a_torch_that_sorts(group):
     return True
 
 
-def test_a_torch_that_cannot_keep_the_order_is_not_asked_to(on_workers):
-    cloudpickle.register_pickle_by_value(torchrun_workers)
-    assert on_workers(2, torchrun_workers.as_torchrun, with_a_torch_that_sorts) == [True, True]
+def test_a_torch_that_cannot_keep_the_order_is_not_asked_to(under_torchrun):
+    assert under_torchrun(2, with_a_torch_that_sorts) == [True, True]

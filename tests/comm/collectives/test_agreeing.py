@@ -1,19 +1,11 @@
 """Collectives over a backend that compares nothing: what ranks ask for is compared once for an order of calls."""
 
-import cloudpickle
 import pytest
 import torch
-import torchrun_workers
 
 import shoal.comm as comm
 from shoal.comm.collectives import agreeing
 from shoal.comm.mesh import OutOfStep
-
-
-@pytest.fixture
-def under_torchrun(on_workers):
-    cloudpickle.register_pickle_by_value(torchrun_workers)
-    return lambda workers, function, *arguments: on_workers(workers, torchrun_workers.as_torchrun, function, *arguments)
 
 
 def ring(t, op="sum"):

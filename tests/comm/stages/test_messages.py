@@ -4,10 +4,8 @@ import gc
 import os
 from types import SimpleNamespace
 
-import cloudpickle
 import pytest
 import torch
-import torchrun_workers
 
 from shoal.comm.native import build
 from shoal.comm.stages import make_messages
@@ -15,15 +13,6 @@ from shoal.comm.status import Phase
 from shoal.errors import RunFailed
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=["host", "torch.distributed"])
-def on_group(request, on_workers):
-    if request.param == "host":
-        return on_workers
-    cloudpickle.register_pickle_by_value(torchrun_workers)
-    joined = torchrun_workers.as_torchrun
-    return lambda workers, function, *arguments: on_workers(workers, joined, function, *arguments)
 
 
 def content(number, rank):

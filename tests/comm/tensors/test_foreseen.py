@@ -3,20 +3,12 @@ foreseen; where it was not, or was another one, nothing differs but the time."""
 
 import random
 
-import cloudpickle
 import pytest
 import torch
 import torch.distributed as dist
-import torchrun_workers
 
 from shoal.comm.mesh import OutOfStep
 from shoal.comm.tensors import make_collectives, process_group
-
-
-@pytest.fixture
-def under_torchrun(on_workers):
-    cloudpickle.register_pickle_by_value(torchrun_workers)
-    return lambda workers, function, *arguments: on_workers(workers, torchrun_workers.as_torchrun, function, *arguments)
 
 
 class Counted:
