@@ -94,3 +94,15 @@ class SometimesUsed(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
         return _MinusZero.apply(self.rare, y) if bool(x[0, 0] > 0) else y
+
+
+class OneLayer(torch.nn.Module):
+    """No pipeline of three stages can be cut from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = torch.nn.Linear(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.only(x)
+        return y

@@ -73,6 +73,12 @@ def test_the_page_about_sharded_states_shows_what_its_program_prints(tmp_path: P
     assert run(program) == blocks("docs/sharded_states.md", "text")[0]
 
 
+def test_the_page_about_proofs_shows_what_its_program_prints(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(blocks("docs/prove.md", "python")))
+    assert run(program) == blocks("docs/prove.md", "text")[0]
+
+
 def test_the_page_about_serving_runs_as_printed(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("\n".join(blocks("docs/serving.md", "python")))

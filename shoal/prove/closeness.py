@@ -9,6 +9,7 @@ without any effect on the loss.
 """
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shoal.errors import UserError
 from shoal.prove.fingerprint import GRADIENT, LOSS, MODEL, Difference
 
 SMALL = 0.01  # of the largest weight: below, a tensor's own size is no measure
@@ -47,6 +49,17 @@ class Deviations:
 
 def file_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step}.safetensors"
+
+
+def check_room(folder: Path, tensors: Mapping[str, Tensor], steps: int) -> None:
+    """Raises UserError when what `keep` will write in all steps does not fit on the disk."""
+    needed = steps * sum(t.nbytes for name, t in tensors.items() if name.partition("/")[0] in (GRADIENT, MODEL))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"a proof within a tolerance keeps gradients and weights of {steps} steps, {needed / 1e9:.1f} GB, and "
+            f"{str(folder.parent)!r} has {free / 1e9:.1f} GB to spare: use fewer --steps, or set TMPDIR."
+        )
 
 
 def keep(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from shoal.recipe.recipe import ModelSpec, OptimizerSpec, Recipe, ScheduleSpec
 
 SAMPLES = 45  # the sixth step of an epoch has 5 of its 8 samples: some shards have none
 ADAMW = OptimizerSpec(name="adamw", lr=0.01)
-MOMENTUM = OptimizerSpec(name="sgd", lr=0.05, options={"momentum": 0.9})
+MOMENTUM = OptimizerSpec(name="sgd", lr=0.003, options={"momentum": 0.9})
 ROWS = {"rows": "tensor"}  # images are split by their rows, with halos
 SEQUENCE = {"sequence": "tensor"}  # between the layers the sequence is split
 
@@ -160,7 +160,7 @@ def _case(kind: str, *, wide: bool) -> Case:
         model=ModelSpec(kind=kind, options=MODELS[kind]),
         optimizer=MOMENTUM if images else ADAMW,
         schedule=ScheduleSpec(kind="constant"),
-        batch=8,
+        batch=16 if images else 8,
         shards=8 if kind == "mlp" else 4,
         micro_batches=1 if kind == "mlp" else 2,
         precision="float32",

@@ -18,10 +18,10 @@ from shoal.comm.status import Phase
 from shoal.data.dataset import DatasetSource
 from shoal.data.registry import open_data
 from shoal.data.source import Splits
-from shoal.errors import RunFailed
+from shoal.errors import RunFailed, UserError
 from shoal.models.registry import build, task_for
 from shoal.parallel.whole import Whole
-from shoal.prove.closeness import Deviations, deviations, keep
+from shoal.prove.closeness import Deviations, check_room, deviations, keep
 from shoal.prove.fingerprint import GRADIENT, MODEL, StepPrint, gradients_of, step_print, training_tensors
 from shoal.prove.reference import PlainLoop
 from shoal.recipe.plan import Plan
@@ -103,6 +103,8 @@ def run_reference(group: Group, subject: Subject, folder: Path, values: bool) ->
         group.report(Phase.forward, step=step.number)
         tensors = gradients_of(module) | training_tensors(module, optimizer)
         if values:
+            if step.number == 1:
+                check_room(folder, tensors, recipe.steps)
             keep(folder, step.number, tensors)
         shares = {f"{GRADIENT}/{name}": share for name, share in zip(loop.names, step.shares, strict=True)}
         group.emit(replace(step_print(step.number, step.losses, tensors), shares=shares))
@@ -237,7 +239,7 @@ def launch_plan(
             hang_after_s=plan.hang_after_s,
             listen=listen,
         )
-    except RunFailed as failed:
+    except (RunFailed, UserError) as failed:  # some of what cannot be is found out by the workers alone
         trial.failure = str(failed)
     trial.seconds = time.perf_counter() - begun
     return trial

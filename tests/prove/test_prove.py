@@ -2,12 +2,13 @@
 
 import json
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from plain_loop import train as plain
 from planted_faults import STEP, Crash, Doubled, Factory, Forgotten, Skipped, Touched, Twice
-from prove_subjects import RECIPES, SometimesUsed, data_of, halves
+from prove_subjects import RECIPES, OneLayer, SometimesUsed, data_of, halves
 
 from shoal.cli.main import main
 from shoal.comm.launch import Agent
@@ -138,6 +139,14 @@ def test_a_run_that_fails_is_one_verdict_among_the_others(found):
     assert whole["ok"]
 
 
+def test_a_plan_that_the_workers_find_impossible_is_one_verdict_among_the_others(agent):
+    recipe = replace(RECIPES["mlp"], model=ModelSpec(kind="custom", task="classification"))
+    found = prove(recipe, steps=1, plans=[Plan(mesh={"pipe": 3}), plan(1)], model=OneLayer, data=halves(), agent=agent)
+    assert [verdict["ok"] for verdict in found["plans"]] == [False, True]
+    assert "chunks" in found["plans"][0]["failure"]
+    assert found["differences"] == [f"pipe=3: {found['plans'][0]['failure']}"]
+
+
 @pytest.fixture
 def recipe_file(tmp_path):
     draw = np.random.default_rng(0)
@@ -166,6 +175,14 @@ def test_the_command_proves_a_recipe_file_and_leaves_nothing_behind(recipe_file,
     assert (result["steps"], result["precision"]) == (3, "float32")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.toml", "samples.npz", "temporary"]
     assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_the_command_takes_plan_files(recipe_file, capfd, tmp_path):
+    file = recipe_file('kind = "mlp"\nhidden = [4]')
+    (tmp_path / "mine.toml").write_text("[mesh]\ntensor = 2\n")
+    assert main(["prove", file, "--plans", str(tmp_path / "mine.toml"), "--steps", "2", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [(p["plan"], p["ok"], p["tolerance"]) for p in result["plans"]] == [("tensor=2", True, 1e-5)]
 
 
 def test_the_command_exits_1_and_names_what_a_planted_fault_changed(recipe_file, capfd):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from plain_loop import added
 
 from shoal.errors import UserError
-from shoal.prove.closeness import deviations, first_beyond, keep, of_kinds, tensor_deviations
+from shoal.prove.closeness import check_room, deviations, first_beyond, keep, of_kinds, tensor_deviations
 from shoal.prove.diagnosis import Evidence, looks_like
 from shoal.prove.fingerprint import (
     LOSS,
@@ -134,6 +134,12 @@ def test_a_tensor_that_is_missing_or_left_over_is_infinitely_far():
     expected = {**GRADIENTS, **WEIGHTS}
     assert tensor_deviations(expected, GRADIENTS)["model/a"] == math.inf
     assert tensor_deviations(GRADIENTS, expected)["model/a"] == math.inf
+
+
+def test_a_proof_that_would_fill_the_disk_is_refused(tmp_path):
+    check_room(tmp_path, GRADIENTS, steps=20)
+    with pytest.raises(UserError, match="use fewer --steps"):
+        check_room(tmp_path, GRADIENTS, steps=10**18)
 
 
 def test_weights_are_left_out_where_they_are_no_measure_and_losses_name_their_shards(tmp_path):
