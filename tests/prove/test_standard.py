@@ -52,7 +52,11 @@ def proved(kind, family, agent, *, wide=False):
     return found["plans"][0]
 
 
-@pytest.mark.parametrize(("kind", "family"), [("mlp", "tensor"), ("bert", "context"), ("moe", "expert")])
+def slowly(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "family"), [("mlp", "tensor"), slowly("bert", "context"), slowly("moe", "expert")])
 def test_split_models_are_within_the_tolerance_in_float32_and_in_float64(kind, family, agent):
     for wide, tolerance in ((False, 1e-5), (True, 1e-10)):
         verdict = proved(kind, family, agent, wide=wide)
@@ -61,7 +65,8 @@ def test_split_models_are_within_the_tolerance_in_float32_and_in_float64(kind, f
 
 
 @pytest.mark.parametrize(
-    ("kind", "family"), [("lstm", "pipe"), ("resnet", "states"), ("bert", "memory"), ("elmo", "servers")]
+    ("kind", "family"),
+    [("lstm", "pipe"), slowly("resnet", "states"), slowly("bert", "memory"), slowly("elmo", "servers")],
 )
 def test_exact_plans_are_bit_equal(kind, family, agent):
     verdict = proved(kind, family, agent)
