@@ -162,7 +162,8 @@ def _too_small(budget: int, need: Need, where: str, micro_batches: int) -> UserE
     if need.optimizer and need.peak - need.optimizer + STREAMED_BYTES <= budget:
         changes.append("memory.offload_optimizer = 'disk'")
     if need.update <= room and 0 < room < need.activations:
-        more = micro_batches * -(-need.activations // room)
+        parts = -(-need.activations // room)
+        more = micro_batches * (1 << (parts - 1).bit_length())  # a power of 2 divides most batches
         changes.append(f"micro_batches = {more} in the recipe (now {micro_batches})")
     return UserError(
         f"plan: memory.peak_bytes = {size_text(budget)!r} is too small on {where}, where at the least there are "
