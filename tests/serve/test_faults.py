@@ -147,6 +147,7 @@ def test_a_request_that_takes_longer_than_its_limit_gets_504(served: Start) -> N
 
 def test_on_sigterm_open_requests_are_answered_and_nothing_is_left(served: Start) -> None:
     server = served("serve.served_models:scripted", "--batch", "1", "--replicas", "2")
+    assert server.processes_become(3)
     pids = server.pids()
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(server.post, "/predict", {"input": [[SLOW, float(i)]]}) for i in range(6)]
@@ -164,8 +165,8 @@ def test_on_sigterm_open_requests_are_answered_and_nothing_is_left(served: Start
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_a_server_that_is_interrupted_or_killed(served: Start, number: int) -> None:
     server = served("serve.served_models:scripted", "--replicas", "2")
+    assert server.processes_become(3)
     pids = server.pids()
-    assert len(pids) == 3
     code, _ = server.end(number)
     assert code == (130 if number == signal.SIGINT else -9)
     assert gone(pids)

@@ -73,6 +73,7 @@ def test_weights_are_changed_and_changed_back_under_load_and_no_request_fails_or
     second = changed(first, tmp_path / "second")
     (tmp_path / "keys").write_text(ADMIN)
     server = served(first, "--replicas", "2", "--batch", "4", "--admin-keys", tmp_path / "keys")
+    assert server.processes_become(3)
     before = server.pids()
     admin = {"authorization": f"Bearer {ADMIN}"}
     with Clients(server, {"text": TEXTS}) as clients:
