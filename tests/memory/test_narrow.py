@@ -66,6 +66,7 @@ def learnt(way: str, *, steps: int = 300, lr: float = 1e-4) -> float:
     return sum(losses[-50:]) / 50
 
 
+@pytest.mark.slow
 def test_both_ways_of_rounding_learn_what_float32_learns_and_plain_rounding_does_not():
     float32, plain = learnt("float32"), learnt("rounded")
     assert plain > 1.5 * float32, "plain rounding must stand still here, or this proves nothing"

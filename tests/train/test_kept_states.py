@@ -41,6 +41,7 @@ def large(kind: str, **changes):
     return recipe(kind, **{"model": LARGE[kind], "steps": 6, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(LARGE))
 def test_what_is_kept_elsewhere_keeps_every_bit(run, kind):
     wanted, data = large(kind, clip=0.05), splits(kind, 101)
@@ -51,6 +52,7 @@ def test_what_is_kept_elsewhere_keeps_every_bit(run, kind):
         assert trail(result) == trail(plain), memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", list(LOSSY))
 def test_what_is_lossy_has_the_same_bits_on_any_number_of_workers_and_is_called_lossy(run, way):
     wanted, data, memory = large("gpt"), splits("gpt", 101), LOSSY[way]
@@ -92,6 +94,7 @@ def keys_of(result: dict) -> set[str]:
     return {name.rpartition("/")[2] for name in tensors if name.startswith("optimizer/")}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_32_bits_and_back_with_a_line_for_each_change(run, tmp_path, capfd):
     from shoal.train.api import train  # in agents whose stderr is this test's
 
