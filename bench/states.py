@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -195,9 +196,12 @@ def summary(ranks: list[dict], parameters: int) -> dict[str, dict]:
     return found
 
 
-def free_port() -> str:
-    import socket
+def medians(runs: list[dict]) -> dict[str, dict[str, float]]:
+    keys = ("step_ms", "ratio", "cpu_ratio", "states_over_ideal")
+    return {name: {key: statistics.median(run[name][key] for run in runs) for key in keys} for name in runs[0]}
 
+
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
@@ -225,20 +229,16 @@ def main() -> None:
         for _ in range(args.runs):
             ranks = agent.run(measure, (size, args.rounds, args.steps, free_port()), workers=2)
             out["runs"].append(summary(ranks, parameters))
-    out["median"] = {
-        name: {
-            key: statistics.median(run[name][key] for run in out["runs"])
-            for key in ("step_ms", "ratio", "cpu_ratio", "states_over_ideal")
-        }
-        for name in out["runs"][0]
-    }
+            out["median"] = medians(out["runs"])
+            if not args.quick:  # a run that has been made is kept, whatever becomes of the others
+                RESULTS.mkdir(exist_ok=True)
+                (RESULTS / "states.json").write_text(json.dumps(out, indent=1))
     for name, row in out["median"].items():
         held = "  ".join(f"{k} {v / 2**20:.1f}" for k, v in out["runs"][0][name]["held"][0].items())
-        print(f"{name:30} {row['step_ms']:8.1f} ms  {row['ratio']:.3f} of FSDP2 (cpu {row['cpu_ratio']:.3f})  states {row['states_over_ideal']:.3f} "
-              f"of 16 P / W   MiB on rank 0: {held}")  # fmt: skip
-    if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "states.json").write_text(json.dumps(out, indent=1))
+        print(
+            f"{name:30} {row['step_ms']:8.1f} ms  {row['ratio']:.3f} of FSDP2 (cpu {row['cpu_ratio']:.3f})  "
+            f"states {row['states_over_ideal']:.3f} of 16 P / W   MiB on rank 0: {held}"
+        )
 
 
 if __name__ == "__main__":

@@ -117,14 +117,15 @@ class BlockWeights:
             for bucket in self.order.needs[block]:
                 self.weights.wait(bucket)
             return
-        if not _computing_again():
-            if self._back or not self._open:
-                self._begin_pass()
-            elif block in self._done:
-                raise UserError(
-                    f"block {self.names[block]!r} ran twice in one pass, and with states = 'zero3' its parameters had "
-                    f"gone by then: use states = 'zero2', or call worker.settle() before runs of the model of your own."
-                )
+        if _computing_again():
+            self._turn()
+        elif self._back or not self._open:
+            self._begin_pass()
+        elif block in self._done:
+            raise UserError(
+                f"block {self.names[block]!r} ran twice in one pass, and with states = 'zero3' its parameters had "
+                f"gone by then: use states = 'zero2', or call worker.settle() before runs of the model of your own."
+            )
         self._need(block)
         if torch.is_grad_enabled():
             context = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, self._saved)
