@@ -186,8 +186,9 @@ def main() -> None:
                     parts = ", ".join(f"{ms:.2f}" for ms in found["cpu_ms_a_token_by_process"])
                     print(
                         f"{dtype}, {name}: {found['tokens_a_second']:.0f} tokens/s, CPU ms a token "
-                        f"{found['cpu_ms_a_token']:.2f} ({parts}); first token p50/p99 {first} ms; gap {found['gap_ms']['p50']:.1f}/"
-                        f"{found['gap_ms']['p99']:.1f} ms, ratio {found['gap_p99_over_p50']:.2f}",
+                        f"{found['cpu_ms_a_token']:.2f} ({parts}); first token p50/p99 {first} ms; "
+                        f"gap {found['gap_ms']['p50']:.1f}/{found['gap_ms']['p99']:.1f} ms, "
+                        f"ratio {found['gap_p99_over_p50']:.2f}",
                         flush=True,
                     )
             finally:

@@ -2,10 +2,10 @@
 
 Five libraries: `kernels` (plain C functions on memory), `ranks` (collectives over shared memory), `generation` (a step
 of a language model), `allocator` (torch's memory) and `backend` (a torch extension). The first three know nothing of
-torch, the last takes a minute to compile, the others seconds. A library's file name holds a hash of its sources, flags, compiler and, where it needs it, torch, so
-that a stale one is never loaded. A wheel may carry libraries in native/prebuilt, which need no compiler where they are
-used; else they are made on first use. SHOAL_NATIVE=0 goes without. setup.py loads this file alone, before shoal is
-installed: it imports nothing of Shoal.
+torch, the last takes a minute to compile, the others seconds. A library's file name holds a hash of its sources,
+flags, compiler and, where it needs it, torch, so that a stale one is never loaded. A wheel may carry libraries in
+native/prebuilt, which need no compiler where they are used; else they are made on first use. SHOAL_NATIVE=0 goes
+without. setup.py loads this file alone, before shoal is installed: it imports nothing of Shoal.
 """
 
 import atexit

@@ -221,6 +221,7 @@ def test_the_http_side_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_with_the_same_tokens_when_its_process_is_killed(served, folder):
     server = served(folder, "--replicas", "2", "--name", "tiny")
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none asked for", max_retries=0) as client:
