@@ -129,12 +129,22 @@ def first_difference(
     return None
 
 
-def first_disagreement(groups: Sequence[Sequence[int]], workers: Sequence[Sequence[StepPrint]]) -> Difference | None:
-    """Where workers that should hold the same first do not; ``groups`` of their ranks. It names the later ones."""
+def first_disagreement(
+    groups: Sequence[Sequence[int]],
+    workers: Sequence[Sequence[StepPrint]],
+    kinds: Sequence[Sequence[str]] | None = None,
+) -> Difference | None:
+    """Where workers that should hold the same first do not; ``groups`` of their ranks. It names the later ones.
+
+    ``kinds``: see `first_difference`."""
     found = [
         replace(differs, ranks=tuple(group[rank] for rank in differs.ranks))
         for group in groups
-        if (differs := first_difference(workers[group[0]], [workers[rank] for rank in group]))
+        if (
+            differs := first_difference(
+                workers[group[0]], [workers[rank] for rank in group], kinds and [kinds[rank] for rank in group]
+            )
+        )
     ]
     return min(found, key=lambda differs: differs.step, default=None)
 

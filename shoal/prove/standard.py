@@ -6,7 +6,7 @@ to a tolerance, in float32 and again in float64, where nothing but the order of 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -52,8 +52,13 @@ class Wide:
         return build(self.spec, self.facts).double()
 
 
-def over(schedule: str = "1f1b", chunks: int = 1, **mesh: int) -> Plan:
-    return Plan(mesh=mesh, device="cpu", pipeline=PipelinePlan(schedule=schedule, chunks=chunks))
+def over(
+    schedule: str = "1f1b",
+    chunks: int = 1,
+    states: Literal["replicated", "zero1", "zero2", "zero3"] = "replicated",
+    **mesh: int,
+) -> Plan:
+    return Plan(mesh=mesh, states=states, device="cpu", pipeline=PipelinePlan(schedule=schedule, chunks=chunks))
 
 
 def data(workers: int, **given: Any) -> Plan:
@@ -103,12 +108,13 @@ EXACT: dict[str, tuple[Plan, ...]] = {
         over("dualpipe-v", 2, pipe=2),
         over(data=4, pipe=2),
         data(2, states="zero3"),
+        over(data=2, pipe=2, states="zero2"),
         data(2, memory=MemoryPlan(recompute="selective")),
     ),
     "moe": (data(4), over(pipe=2), data(2, states="zero1")),
 }
 SPLIT: dict[str, tuple[Plan, ...]] = {
-    "mlp": (data(4, sync="fast"), over(tensor=2)),
+    "mlp": (data(4, sync="fast"), over(tensor=2), over(data=2, tensor=2, states="zero1")),
     "resnet": (over(tensor=2), by_rules(ROWS, tensor=2), by_rules(ROWS, data=2, tensor=2)),
     "lstm": (over(tensor=2), over(data=2, tensor=2)),
     "elmo": (data(2, sync="fast"), over(tensor=2)),

@@ -89,7 +89,9 @@ def _exact(plan: Plan, trial: Trial, reference: Trial) -> Found:
 
 
 def _near(plan: Plan, trial: Trial, tolerance: float, weights: bool) -> Found:
-    parted = apart(_replicas(plan), trial.prints)  # workers that hold the same agree to the bit in every mode
+    parted = apart(
+        _replicas(plan), trial.prints, _kinds(plan)
+    )  # workers that hold the same agree to the bit in every mode
     found = of_kinds([whole.deviations for whole in trial.whole], weights=weights)
     worst = max(found, key=lambda deviation: deviation.size, default=None)
     beyond = first_beyond(found, tolerance, len(trial.prints))

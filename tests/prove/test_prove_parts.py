@@ -180,6 +180,8 @@ def test_what_a_worker_cannot_show_is_not_missed():
 def test_replicas_that_part_are_named_though_no_bit_is_known():
     other = changed(run_of(3), 2, "model/a", TensorPrint("other", 1.0))
     assert first_disagreement([[0, 2], [1, 3]], [run_of(3), other, run_of(3), other]) is None
+    kinds = [("model", "gradient", "optimizer"), ("gradient",)]  # the other cannot show its weights
+    assert first_disagreement([[0, 1]], [run_of(3), other], kinds) is None
     found = first_disagreement([[0, 2], [1, 3]], [run_of(3), run_of(3), run_of(3), other])
     assert (found.step, found.tensor, found.ranks) == (2, "model/a", (3,))
 
