@@ -268,7 +268,7 @@ class Loop:
             step=found.step,
             checkpoint=str(self.worker.resumed_from),
             skipped=[{"path": str(path), "why": why} for path, why in self.worker.skipped],
-            **({"lossy": "what was left unsent before is lost"} if self.worker.lost_unsent else {}),
+            **({"lossy": "what was left unsent before is lost"} if self.worker.unsent.lost else {}),
         )
 
     def _committed(self, step: Step, rate: float, seconds: float) -> None:

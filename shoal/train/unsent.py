@@ -5,63 +5,69 @@ state, but it belongs to a worker, not to the model: other workers can do nothin
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from shoal.comm.exchange import Exchange
 from shoal.comm.group import Group
 from shoal.comm.tensors import Collectives, make_collectives
+from shoal.recipe.plan import Plan
+from shoal.train.reduction import Reduction
 
-_PREFIX = "unsent/"  # then the worker's rank, then the name of what it keeps
+_PREFIX = "unsent/"  # then the worker's rank, the number of its exchange, and the name of what that keeps
 
 
 class Unsent:
-    """``kept``: what this worker's exchange carries from step to step, by name."""
+    """Called by all workers of a group together."""
 
-    def __init__(self, group: Group, kept: Mapping[str, Tensor]) -> None:
-        self._group, self._kept = group, kept
-        self._collectives: Collectives | None = None
+    def __init__(self) -> None:
+        self.lost = False  # of a resumed run: what had been kept back could not be taken over
+        self._made: tuple[Group, Collectives] | None = None  # memory and sockets of their own: made once for a group
 
-    @staticmethod
-    def of(group: Group, exchanges: Sequence[Exchange]) -> "Unsent":
-        if not exchanges:
-            return Unsent(group, {})
-        from shoal.comm.compression.exchange import kept_by
+    def _collectives(self, group: Group) -> Collectives:
+        if self._made is None or self._made[0] is not group:
+            self._made = group, make_collectives(group)
+        return self._made[1]
 
-        kept = [kept_by(exchange) for exchange in exchanges]
-        return Unsent(group, {f"{place}/{name}": t for place, its in enumerate(kept) for name, t in its.items()})
-
-    def gather(self) -> dict[str, Tensor]:
-        """Everybody's on rank 0, {} elsewhere. Called by all workers."""
-        sizes = {name: list(tensor.shape) for name, tensor in self._kept.items()}
-        of_all = [json.loads(row) for row in self._group.gather(json.dumps(sizes).encode())]
+    def gather(self, group: Group, plan: Plan, reduction: Reduction | None) -> dict[str, Tensor]:
+        """Everybody's on rank 0, {} elsewhere."""
+        kept = _kept(plan, reduction)
+        sizes = {name: list(tensor.shape) for name, tensor in kept.items()}
+        of_all = [json.loads(row) for row in group.gather(json.dumps(sizes).encode())] if plan.compresses else []
         if not any(of_all):
             return {}
-        if self._collectives is None:
-            self._collectives = make_collectives(self._group)
-        found = {f"{_PREFIX}0/{name}": tensor for name, tensor in self._kept.items()} if not self._group.rank else {}
+        collectives = self._collectives(group)
+        found = {f"{_PREFIX}0/{name}": tensor for name, tensor in kept.items()} if not group.rank else {}
         for rank, its in enumerate(of_all[1:], 1):
             for name, shape in its.items():
-                if self._group.rank == rank:
-                    self._collectives.send(self._kept[name].cpu(), 0)
-                elif self._group.rank == 0:
-                    found[f"{_PREFIX}{rank}/{name}"] = self._collectives.recv((shape, torch.float32), rank)
-        self._collectives.barrier()  # nobody leaves before all has been received
+                if group.rank == rank:
+                    collectives.send(kept[name].cpu(), 0)
+                elif group.rank == 0:
+                    found[f"{_PREFIX}{rank}/{name}"] = collectives.recv((shape, torch.float32), rank)
+        collectives.barrier()  # nobody leaves before all has been received
         return found
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Take over what `gather` gave, where just as many workers kept the same. False: it is lost, on all workers.
-
-        Called by all of them."""
+    def restore(self, group: Group, plan: Plan, reduction: Reduction | None, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `gather` gave, where just as many workers keep the same; else it is lost, on all of them."""
+        kept = _kept(plan, reduction)
         saved = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
-        mine = f"{self._group.rank}/"
+        mine = f"{group.rank}/"
         own = {name.removeprefix(mine): t for name, t in saved.items() if name.startswith(mine)}
-        fits = {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in self._kept.items()}
-        beyond = any(int(name.partition("/")[0]) >= self._group.world for name in saved)
-        if beyond or self._group.gather(b"fits" if fits else b"") != [b"fits"] * self._group.world:
-            return False
-        for name, tensor in self._kept.items():
+        fits = {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in kept.items()}
+        fits = fits and all(int(name.partition("/")[0]) < group.world for name in saved)
+        fits = group.gather(b"fits" if fits else b"") == [b"fits"] * group.world
+        for name, tensor in kept.items() if fits else ():
             tensor.copy_(own[name])
-        return True
+        # what is sent to servers is kept elsewhere
+        self.lost = not fits or (plan.compression != "none" and not plan.compresses)
+
+
+def _kept(plan: Plan, reduction: Reduction | None) -> dict[str, Tensor]:
+    """What this worker's exchanges carry from step to step, by name."""
+    if not plan.compresses:
+        return {}
+    from shoal.comm.compression.exchange import kept_by
+
+    sets = reduction.sets if reduction is not None else []
+    return {f"{place}/{name}": t for place, each in enumerate(sets) for name, t in kept_by(each.exchange).items()}

@@ -74,8 +74,7 @@ class Worker:
         self._kept: dict[str, Any] = {}
         self._reduction: Reduction | None = None
         self._update: Update | None = None
-        self._made_unsent: Unsent | None = None
-        self.lost_unsent = False  # of a resumed run: what compression had kept back could not be taken over
+        self.unsent = Unsent()
         self._teller: Teller | None = None
         self._writers: dict[Path, BackgroundWriter] = {}
         self._prepared: set[Path] = set()
@@ -113,7 +112,7 @@ class Worker:
         self._held = place(module, self.plan, self.group, self.device, subject)
         self._made_contents = None
         self.memory.set_up(module, self._say_once, self._held.chunks)
-        self._reduction, self._made_unsent = self._hooked(), None
+        self._reduction = self._hooked()
         called: Any = torch.compile(module) if compile else module
         return cast(nn.Module, called)
 
@@ -124,7 +123,7 @@ class Worker:
         """Let go of the group: what a step in flight has done is dropped, and its memory is free."""
         if self._reduction is not None:
             self._reduction.release()
-            self._reduction = self._made_unsent = None
+            self._reduction = None
 
     def join(self, group: Group, plan: Plan) -> None:
         """Go on with other workers from the last committed step, after `leave`; weights and optimiser stay as they are.
@@ -138,7 +137,7 @@ class Worker:
         self._prepared = set(self._writers)
         self._held = place(self.held.module, plan, group, self.device, None)
         self._made_contents = None
-        self._reduction, self._made_unsent = self._hooked(), None
+        self._reduction = self._hooked()
         self.memory.join(group, self._reduction.first)
 
     def _keeping(self) -> dict[str, Any]:
@@ -413,13 +412,6 @@ class Worker:
         if self.rank == 0:
             self._writers[place] = BackgroundWriter(place, {} if self.plan.splits_model else self.tensors(), keep=keep)
 
-    @property
-    def _unsent(self) -> Unsent:
-        if self._made_unsent is None:
-            sets = self._reduction.sets if self._reduction is not None and self.plan.compresses else []
-            self._made_unsent = Unsent.of(self.group, [gradients.exchange for gradients in sets])
-        return self._made_unsent
-
     def _fetch(self) -> None:
         if self._update is not None:
             self._update.fetch()
@@ -433,7 +425,7 @@ class Worker:
         self.group.report(Phase.saving, step=self.step)
         self.prepare_to_save(folder)
         self._fetch()
-        unsent = self._unsent.gather() if self.plan.compresses else {}
+        unsent = self.unsent.gather(self.group, self.plan, self._reduction)
         if self.rank == 0 or self.plan.splits_model:
             state, told = self.tensors(), {**self.facts(), **facts}
         if self.rank == 0:
@@ -468,8 +460,7 @@ class Worker:
         """Take over a checkpoint's weights, optimiser, kept objects and position."""
         for line in self._contents.load(state.tensors, state.facts.get("optimizer"), self._optimizer):
             self._say_once(line)
-        restored = self._unsent.restore(state.tensors)
-        self.lost_unsent = not restored or (self.plan.compression != "none" and not self.plan.compresses)
+        self.unsent.restore(self.group, self.plan, self._reduction, state.tensors)
         for name, thing in self._kept.items():
             if name in state.facts["kept"]:
                 thing.load_state_dict(state.facts["kept"][name])
