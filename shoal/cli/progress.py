@@ -75,7 +75,7 @@ def remark(event: Event) -> str | None:
         return f"resumed from {event['checkpoint']} at step {event['step']}{''.join(skipped)}{_lossy(event)}"
     if kind == "interrupted":
         return f"interrupted at step {event['step']}: {event['why']}"
-    if kind in ("lost", "suspected", "recovered", "resized", "paused"):
+    if kind in ("lost", "suspected", "recovered", "resized", "rebalanced", "paused", "slow"):
         after = f", {event['cost_s']:.2f} s" if event["cost_s"] else ""
         size = f", {event['workers']} workers" if "workers" in event else ""
         return f"{kind} after step {event['step']}{size}{after}: {event['why']}"

@@ -32,6 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--min-workers", type=int, metavar="M", help="with --elastic: wait, state in memory, below so many (1)"
     )
+    parser.add_argument("--rebalance", action="store_true", help="with --elastic: move shards away from slow workers")
     parser.add_argument("--explain", action="store_true", help="show every value and where it came from, and stop")
 
 
@@ -41,8 +42,9 @@ def run(args: Namespace) -> int:
         rows = explained(chosen)
         print(json_line([row._asdict() for row in rows]) if args.json else table(Explained._fields, map(_shown, rows)))
         return DONE
-    if args.min_workers is not None and not args.elastic:
-        raise UserError("--min-workers is for runs whose workers may leave: add --elastic.")
+    if (args.min_workers is not None or args.rebalance) and not args.elastic:
+        flag = "--min-workers" if args.min_workers is not None else "--rebalance"
+        raise UserError(f"{flag} is for runs whose workers may change: add --elastic.")
     sampled: list[str] = []
     with display(args.json, speaks()) as show:
 
@@ -68,7 +70,8 @@ def _trainer(args: Namespace) -> Callable[..., dict[str, Any]]:
     if args.elastic:
         from shoal.elastic.api import train_elastic
 
-        return partial(train_elastic, least=1 if args.min_workers is None else args.min_workers)
+        least = 1 if args.min_workers is None else args.min_workers
+        return partial(train_elastic, least=least, rebalance=args.rebalance)
     from shoal.train import api
 
     return api.train

@@ -57,6 +57,7 @@ def train_elastic(
     plan: Plan | None = None,
     *,
     least: int = 1,
+    rebalance: bool = False,
     origins: Mapping[str, str] | None = None,
     run_dir: Path | None = None,
     resume: str | Path | None = None,
@@ -69,7 +70,8 @@ def train_elastic(
     """As `shoal.train`, with workers of this host that may be lost, added and taken away while it runs.
 
     The weights are those of an undisturbed run, to the bit. A lost worker costs the step in flight; its place is taken
-    by a new one. Below ``least`` workers the run waits, with its state in memory.
+    by a new one. Below ``least`` workers the run waits, with its state in memory. With ``rebalance`` shards move from
+    slow workers to others; without, slow ones are only named in the log.
     ``faults`` happen to its workers on purpose: see `shoal.elastic.chaos`.
     Raises UserError for bad input and RunFailed when a worker raised, or when workers are lost again and again."""
     import cloudpickle
@@ -98,6 +100,7 @@ def train_elastic(
         least=least,
         shards=recipe.shards,
         hang_after_s=plan.hang_after_s,
+        rebalance=rebalance,
     )
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:

@@ -20,6 +20,7 @@ from shoal.comm.status import StatusBoard
 from shoal.elastic import membership as m
 from shoal.elastic import roster
 from shoal.elastic.kernel import look
+from shoal.elastic.pace import Pace, evenly
 from shoal.elastic.process import Program, live
 from shoal.elastic.seat import DRAINS, ROWS, send_order
 from shoal.elastic.watch import Watch
@@ -37,6 +38,7 @@ class ElasticJob(Program):
     least: int
     shards: int
     hang_after_s: float
+    rebalance: bool = False  # move shards away from slow workers
 
     def carry_out(self, launcher: Connection, forward: Callable[[Any], None]) -> Ended:
         return ElasticCrew(self, launcher, forward).run()
@@ -63,6 +65,8 @@ class ElasticCrew:
         self.membership = m.Membership(job.workers, job.least, job.shards)
         self.processes: dict[int, _Process] = {}
         self.watch = Watch(job.hang_after_s)
+        self.pace = Pace()
+        self.shares: tuple[int, ...] = ()  # shards of each member
         self.failure: Ended | None = None
         self.result: Any = None
         self.ended_s: float | None = None  # when the run got its result
@@ -190,7 +194,24 @@ class ElasticCrew:
         if event.get("event") == "committed":
             self.watch.committed(event["seconds"])
             self.step = event["step"]
+            self._compare(event.get("comm"))
         self.forward(Said(0, "event", event))
+
+    def _compare(self, told: dict[str, Any] | None) -> None:
+        """Workers that are slow: always said, and relieved where that is wanted."""
+        members = self.membership.members
+        if (
+            told is None
+            or len(self.shares) != len(members)
+            or any(len(p) != len(members) for p in told["phases"].values())
+        ):
+            return
+        for seat, evidence in self.pace.told(members, self.shares, told["phases"], told["steps"]).items():
+            if seat in self.processes:
+                why = f"{self._name(seat)} is slow: {evidence}"
+                self._tell(m.Tell("slow", why, 0.0, (seat,)))
+                if self.job.rebalance and self.pace.deal(members, self.job.shards) != self.shares:
+                    self._decide(m.Rebalance(seat, why))
 
     def _failed(self, seat: int, said: Said) -> None:
         """A member that raises fails the run: it would raise again. A new one only fails to join."""
@@ -280,16 +301,8 @@ class ElasticCrew:
     def _write_roster(self) -> None:
         if self.run_dir is None or not self.run_dir.is_dir():
             return
-        members = self.membership.members
-        count = len(members)
-        shards = self.job.shards
-        entries, start = [], 0
-        for rank, seat in enumerate(members):
-            owned = shards // count + (rank < shards % count)
-            if seat in self.processes:
-                shown = list(range(start, start + owned))
-                entries.append(roster.Entry(self.processes[seat].pid, rank, self.host, shown, self.membership.epoch))
-            start += owned
+        pids = [self.processes[s].pid if s in self.processes else None for s in self.membership.members]
+        entries = roster.entries(pids, self.shares, self.host, self.membership.epoch)
         roster.write(self.run_dir, entries)
         self._tell_what_waits()
 
@@ -376,6 +389,10 @@ class ElasticCrew:
         self.board.call_broken(False)
         self.board.ask_change(False)
         count = len(form.seats)
+        self.pace.changed()
+        self.shares = (
+            self.pace.deal(form.seats, self.job.shards) if self.job.rebalance else evenly(count, self.job.shards)
+        )
         heap = heap_file()
         arenas = [self.processes[s].arena[0] for s in form.seats if s in self.processes and self.processes[s].arena]
         shared = arenas if len(arenas) == count else []
@@ -396,6 +413,7 @@ class ElasticCrew:
                 "due": form.due,
                 "cold": form.cold,
                 "donor": form.donor,
+                "shares": self.shares,
                 "run": str(self.run_dir or ""),
                 "arenas": bool(shared),
             }

@@ -33,9 +33,9 @@ from shoal.train.worker import Worker
 REMEMBERED = 8  # committed steps that every worker could still tell of, should rank 0 not have told them
 
 
-def plan_of(plan: Plan, workers: int) -> Plan:
-    """The plan over another number of workers: the shards are dealt out evenly."""
-    return replace(plan, mesh={"data": workers}, placement=())
+def plan_of(plan: Plan, shares: tuple[int, ...]) -> Plan:
+    """The plan over other workers, with so many shards each."""
+    return replace(plan, mesh={"data": len(shares)}, placement=shares)
 
 
 def run_elastic(seat: Seat, order: Order) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class _Life:
         group = seat.alone()
         self.worker = Worker(
             group,
-            plan_of(order.plan, 1),
+            plan_of(order.plan, (recipe.shards,)),
             shards=recipe.shards,
             micro_batches=recipe.micro_batches,
             seed=recipe.seed,
@@ -83,8 +83,9 @@ class _Life:
                 self.worker.close()  # a checkpoint that is being written is finished
                 raise
             try:
-                self.worker.join(place.group, plan_of(self.order.plan, place.group.world))
-                loop = self._begun(place) if place.cold else self._taken_over(place)
+                stand = None if place.cold else self._hand_over(place)
+                self.worker.join(place.group, plan_of(self.order.plan, place.shares))
+                loop = self._begun(place) if place.cold else self._taken_over(place, stand)
                 result = loop.go(self.seat)
                 if result is not None:
                     return result
@@ -127,33 +128,36 @@ class _Life:
         self.seat.say("run", str(run.path))
         return run
 
-    def _taken_over(self, place: Place) -> "ElasticLoop":
-        """Someone holds the newest step: those who do not take it from there."""
-        group = self.worker.group
-        mesh = place.group.mesh
-        if group.rank == place.donor:
-            assert self.loop is not None
-            if place.takers:
-                state = self.loop.state()
-                for taker in place.takers:
-                    transfer.send(mesh, taker, state)
-        elif group.rank in place.takers:
-            state = transfer.receive(mesh, place.donor)
-            self.loop = self._restored(state, Run(Path(place.run)))
-        assert self.loop is not None
-        self.loop.due = place.due
-        self.loop.take_rank()
-        return self.loop
+    def _hand_over(self, place: Place) -> Mapping[str, Any] | None:
+        """Someone holds the newest step: those who do not take it from there. Where a taker's run stands, for it.
 
-    def _restored(self, state: Checkpoint, run: Run) -> "ElasticLoop":
-        stand = state.facts["loop"]
-        loop = self.loop
-        if loop is None:
-            order = replace(self.order, recipe=replace(self.order.recipe, precision=stand["precision"]))
-            loop = ElasticLoop(self.worker, order, run, self.splits, self.task, self.model)
+        Each worker is alone with this: for `Worker`, nobody else is there before `join`."""
+        self.worker.group, mesh = self.seat.nobody(), place.group.mesh
+        if mesh.rank == place.donor and place.takers:
+            assert self.loop is not None
+            state = self.loop.state()
+            for taker in place.takers:
+                transfer.send(mesh, taker, state)
+        if mesh.rank not in place.takers:
+            return None
+        state = transfer.receive(mesh, place.donor)
         self.worker.restore(state)
         self.worker._resumed = None  # the same recipe made both: there is nothing to compare
-        loop.stand(stand)
+        stand: Mapping[str, Any] = state.facts["loop"]
+        return stand
+
+    def _taken_over(self, place: Place, stand: Mapping[str, Any] | None) -> "ElasticLoop":
+        """The loop goes on where the newest step left it."""
+        loop = self.loop
+        if loop is None:
+            assert stand is not None
+            order = replace(self.order, recipe=replace(self.order.recipe, precision=stand["precision"]))
+            loop = ElasticLoop(self.worker, order, Run(Path(place.run)), self.splits, self.task, self.model)
+            self.loop = loop
+        if stand is not None:
+            loop.stand(stand)
+        loop.due = place.due
+        loop.take_rank()
         return loop
 
 

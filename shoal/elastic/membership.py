@@ -74,6 +74,14 @@ class Resize:
 
 
 @dataclass(frozen=True)
+class Rebalance:
+    """A member is slow, and its shards are to move: the same workers go on with others."""
+
+    seat: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Drain:
     """A worker is to leave after the step in flight; the run stays smaller by it, but not below its minimum."""
 
@@ -88,7 +96,7 @@ class Done:
     seat: int
 
 
-Event = Opened | Ready | Left | Went | Dead | Suspect | Resize | Drain | Done
+Event = Opened | Ready | Left | Went | Dead | Suspect | Resize | Rebalance | Drain | Done
 
 
 # --- instructions -----------------------------------------------------------------------------------------------
@@ -149,7 +157,7 @@ class Form:
 class Tell:
     """A line of the event log."""
 
-    event: str  # joined, lost, suspected, resized, recovered, paused, refused
+    event: str  # joined, lost, suspected, resized, rebalanced, recovered, paused, refused
     why: str
     cost_s: float
     seats: tuple[int, ...] = ()
@@ -207,6 +215,8 @@ class Membership:
     _since: float = 0.0  # when the last epoch was seen to end
     _whys: list[str] = field(default_factory=list)
     _size: int = 0  # of the last epoch that committed a step
+    _moves: str = ""  # why shards are to move, "" when they are not
+    _moved: str = ""  # why they have moved in this epoch
     _resized: str = ""  # why the number of workers changes, "" when nobody asked for it
 
     def begin(self, now: float) -> list[Instruction]:
@@ -260,6 +270,8 @@ class Membership:
                     out += [Tell("suspected", evidence, 0.0, (seat.number,)), Kill(seat.number)]
                     if was is At.active:
                         self._miss(evidence, now, out)
+            case Rebalance(_, why):
+                self._moves = why
             case Drain(_, why):
                 if not seat.drains:
                     seat.drains = why
@@ -288,6 +300,8 @@ class Membership:
             why = self._resized or "a lost worker's place is taken"
             out.append(Tell("resized", why, cost, members, size))
             self._resized = ""
+        elif self._moved:
+            out.append(Tell("rebalanced", self._moved, cost, members, size))
         self._size, self._whys = len(members), []
 
     def _lost(self, seat: Seat, why: str, now: float, out: list[Instruction]) -> None:
@@ -342,7 +356,7 @@ class Membership:
         building = any(s.at is At.building for s in living)
         grows = bool(new) and not building and len(stay) < self.wanted
         shrinks = len(stay) > self.wanted or (len(stay) < len(active) and len(stay) + len(new) >= self.least)
-        return grows or shrinks
+        return grows or shrinks or bool(self._moves)
 
     def _fill(self, out: list[Instruction]) -> None:
         if not self._opened and self._next:
@@ -386,6 +400,7 @@ class Membership:
         self.epoch += 1
         self.members = tuple(s.number for s in chosen)
         self.step, self._broken, self._asked = newest, False, False
+        self._moved, self._moves = self._moves, ""
         due = any(s.due for s in chosen if s.step == newest)
         out.append(Form(self.epoch, self.members, tuple(s.step for s in chosen), due))
         if joined:

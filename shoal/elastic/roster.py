@@ -35,6 +35,16 @@ class Wanted:
     why: str = ""
 
 
+def entries(pids: Sequence[int | None], shares: Sequence[int], host: str, epoch: int) -> list[Entry]:
+    """Of the workers by rank, with so many shards each; None for those that have ended."""
+    starts = [sum(shares[:rank]) for rank in range(len(shares))]
+    return [
+        Entry(pid, rank, host, list(range(start, start + count)), epoch)
+        for rank, (pid, start, count) in enumerate(zip(pids, starts, shares, strict=True))
+        if pid is not None
+    ]
+
+
 def write(run: Path, workers: Sequence[Entry]) -> None:
     """A full disk costs the file, not the training."""
     with suppress(OSError):

@@ -52,6 +52,7 @@ class Place:
     due: bool  # what follows the newest step is still to be done
     cold: bool  # nobody holds anything
     donor: int  # the rank that hands the newest state on
+    shares: tuple[int, ...]  # shards of each rank
     run: str  # the run directory; "" when there is none yet
     group: HostGroup
 
@@ -127,6 +128,11 @@ class Seat:
         mesh = Mesh(0, [None], self.report)
         return HostGroup(0, 1, mesh, Heap(self._heap), self._arenas, self.report, self._emit)
 
+    def nobody(self) -> HostGroup:
+        """A group of this worker only, to load a state in: others are elsewhere, and it has no memory to share."""
+        mesh = Mesh(0, [None], self.report)
+        return HostGroup(0, 1, mesh, Heap(-1), self._arenas, self.report, self._emit)
+
     def ready(self) -> None:
         """The model is built; the memory of `alone` has been let go."""
         self._close_heap()
@@ -153,13 +159,14 @@ class Seat:
         self._epoch = order["epoch"]
         self.report.member, self.report.rank = True, rank
         return Place(
-            order["epoch"],
-            tuple(order["steps"]),
-            order["due"],
-            order["cold"],
-            order["donor"],
-            order["run"],
-            self._group,
+            epoch=order["epoch"],
+            steps=tuple(order["steps"]),
+            due=order["due"],
+            cold=order["cold"],
+            donor=order["donor"],
+            shares=tuple(order["shares"]),
+            run=order["run"],
+            group=self._group,
         )
 
     def hang_up(self) -> None:

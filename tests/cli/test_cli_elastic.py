@@ -12,13 +12,13 @@ def test_train_elastic_calls_the_elastic_library_with_the_minimum(shoal, library
     calls = []
 
     def train_elastic(recipe, plan, **options):
-        calls.append((plan.workers, options["least"]))
+        calls.append((plan.workers, options["least"], options["rebalance"]))
         return {"interrupted": False}
 
     library("shoal.elastic.api", train_elastic=train_elastic)
     assert shoal("train", "--workers", "4", "--elastic", "--min-workers", "2", "--json")[0] == 0
-    assert shoal("train", "--workers", "4", "--elastic", "--json")[0] == 0
-    assert calls == [(4, 2), (4, 1)]
+    assert shoal("train", "--workers", "4", "--elastic", "--rebalance", "--json")[0] == 0
+    assert calls == [(4, 2, False), (4, 1, True)]
 
 
 def test_a_minimum_without_elastic_is_refused(shoal):

@@ -3,10 +3,13 @@
 import json
 import os
 import signal
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from train.tiny_runs import recipe, splits
 
 from shoal.elastic import roster
@@ -163,6 +166,40 @@ def test_a_worker_that_is_asked_to_leave_does_so_after_its_step_also_when_it_is_
     (resized,) = run.of("resized")
     assert resized["workers"] == 2
     assert "asked to leave (SIGTERM)" in resized["why"]
+    assert not run.of("lost")
+
+
+class SlowInPlaces(torch.nn.Module):
+    """Takes its time in the process whose number is in a file."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        self.file = file
+        self.layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        path = Path(self.file)
+        if path.exists() and path.read_text() == str(os.getpid()):
+            time.sleep(0.03)
+        out: torch.Tensor = self.layers(input)
+        return out
+
+
+def test_a_slow_worker_is_named_and_its_shards_move_without_a_changed_bit(disturb, undisturbed, tmp_path):
+    file, long = tmp_path / "slow", recipe("mlp", steps=70)
+
+    def slow_down(path: Path) -> None:
+        file.write_text(str(roster.read(path)[1].pid))
+
+    make = partial(SlowInPlaces, str(file))
+    run = disturb(long, data=DATA, model=make, rebalance=True, progress=on_commit(12, slow_down))
+    assert run.result["weights_sha256"] == undisturbed(long, data=DATA, model=make)
+    slow = [event for event in run.of("slow") if event["why"].startswith("rank 1 ")]
+    assert slow
+    assert "ms a shard, where the middle one of the others takes" in slow[0]["why"]
+    assert slow[0]["step"] <= 12 + 40
+    assert run.of("rebalanced")
+    assert run.steps == list(range(1, 71))
     assert not run.of("lost")
 
 

@@ -85,6 +85,17 @@ def test_a_smaller_number_keeps_the_first_ranks_and_releases_the_others():
     assert of(m.Tell, made.on(m.Dead(1, ""), 1.2)) == [], "who was released is not lost"
 
 
+def test_shards_move_between_the_same_workers_after_a_step():
+    made = begun(2)
+    assert made.on(m.Rebalance(1, "slow"), 1.0) == [m.Ask(1)]
+    made.on(m.Left(0, 4, False), 1.1)
+    (form,) = of(m.Form, made.on(m.Left(1, 4, False), 1.2))
+    assert (form.epoch, form.seats, form.steps) == (2, (0, 1), (4, 4))
+    (told,) = of(m.Tell, made.on(m.Went(0, 2, 5), 1.5))
+    assert (told.event, told.why) == ("rebalanced", "slow")
+    assert made.on(m.Went(1, 2, 5), 1.5) == []
+
+
 def test_numbers_that_cannot_be_are_refused_and_change_nothing():
     made = begun(3, least=2)
     for workers in (1, 9):
