@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from shoal.cli.exit_codes import DONE
 from shoal.cli.output import json_line
 
-HELP = "train a running run on more or fewer workers, from its next step on; the bits stay as they are"
+HELP = "train a running run on more or fewer workers, from its next step on; same bits"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
