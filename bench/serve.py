@@ -149,6 +149,11 @@ class Server:
         command = [sys.executable, "-m", "shoal", "serve", *arguments, "--port", "0", "--json"]
         env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd, env=env)
+        go_ahead(self.process.pid)
+        while AHEAD and not below(self.process.pid) and self.process.poll() is None:
+            time.sleep(0.005)
+        for pid in below(self.process.pid):  # the parent is in a scheduling group of its own
+            go_ahead(pid)
         self.told = json.loads(self.process.stdout.readline())
         self.port = self.told["url"].rpartition(":")[2]
         self.pids = [self.process.pid, *below(self.process.pid)]
