@@ -4,8 +4,7 @@ Each block's buckets are asked for one block ahead, on the way forward and on th
 `gather_order`: that lets workers have passes of different numbers, and blocks that do not run in every one.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from shoal.comm.gathered_weights import GatheredWeights
 from shoal.comm.layout import Layout
 from shoal.comm.slices import Piece
 from shoal.errors import RunFailed, UserError
+from shoal.memory.blocks import find_blocks
 from shoal.train.gather_order import Order, order_of
 
 
@@ -31,7 +31,7 @@ class BlockWeights:
     def __init__(
         self,
         weights: GatheredWeights,
-        blocks: Mapping[str, nn.Module],
+        module: nn.Module,
         layout: Layout,
         passes: Callable[[], tuple[int, int]],
         *,
@@ -39,21 +39,18 @@ class BlockWeights:
     ) -> None:
         """``passes``: in the step under way, those of this worker, and the most that a worker of its group has."""
         self.weights, self.parameters, self._releases, self._passes_due = weights, weights.parameters, releases, passes
+        blocks = find_blocks(module)
         self.names = list(blocks)
         slots = {id(parameter): slot for slot, parameter in enumerate(weights.parameters)}
         own = [[slots[id(p)] for p in block.parameters() if id(p) in slots] for block in blocks.values()]
-        inside = {slot for members in own for slot in members}
-        ends = {b for slot in set(slots.values()) - inside for b in layout.buckets_of(slot)}
-        self.order: Order = order_of(
-            ends, [{b for slot in members for b in layout.buckets_of(slot)} for members in own]
-        )
+        ends = [slots[id(p)] for p in _outside(module, list(blocks.values())) if id(p) in slots]
+        self.order: Order = order_of(_buckets(layout, ends), [_buckets(layout, members) for members in own])
         self._settled = True  # everything is here, and stays
         self._open = self._back = False  # a pass is under way; it is on its way back
         self._issued = self._passes = 0  # buckets of the sweep that were asked for; passes of this step
         self._done: set[int] = set()  # blocks that have run in this sweep
         self._trained = [len(members) for members in own]
         self._left = list(self._trained)  # parameters of each block whose gradient this pass still owes
-        self._users = Counter(bucket for needs in self.order.needs for bucket in needs)
         self._contexts: list[Any] = []
         for index, block in enumerate(blocks.values()):
             block.register_forward_pre_hook(partial(self._before, index))
@@ -240,6 +237,19 @@ class BlockWeights:
             self._begin_pass()
             self._end_pass()
         self._passes = 0
+
+
+def _outside(module: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters of modules that are in no block, those that a block has too among them."""
+    if any(module is block for block in blocks):
+        return
+    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    for child in module.children():
+        yield from _outside(child, blocks)
+
+
+def _buckets(layout: Layout, slots: Sequence[int]) -> set[int]:
+    return {bucket for slot in slots for bucket in layout.buckets_of(slot)}
 
 
 def _computing_again() -> bool:

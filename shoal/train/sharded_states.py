@@ -20,7 +20,6 @@ from shoal.comm.slices import Piece, Sharing, pieces_of
 from shoal.comm.transport import make_exchange
 from shoal.data.ledger import Ledger
 from shoal.errors import UserError
-from shoal.memory.blocks import find_blocks
 from shoal.parallel.held import Held
 from shoal.parallel.pipeline.engine import Pipeline
 from shoal.recipe.plan import Plan
@@ -238,27 +237,29 @@ def sharded(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) 
         exchange.on_release = gradients.let_go
         states = HostStates(among, layout, parameters)
         return Sharded(held.pipeline, gradients, optimizer, shared, states, pieces, exchange)
+    from shoal.comm.distributed import DistributedGroup
     from shoal.comm.gathered_weights import GatheredWeights
     from shoal.comm.sliced import SlicedExchange
     from shoal.train.gathering import BlockWeights
     from shoal.train.sent_states import SentStates
 
     assert isinstance(exchange, SlicedExchange)
+    assert isinstance(among, DistributedGroup)
     if plan.states == "zero3" and held.pipeline is not None:
         raise UserError(
             "plan: states = 'zero3' between hosts needs whole blocks, and a pipeline cuts them: use states = 'zero2'."
         )
     ranks = sharing.groups()[group.rank // sharing.members]
-    gathered = GatheredWeights(among, group.rank, sharing, layout, parameters, exchange.count_gather)  # type: ignore[arg-type]
+    gathered = GatheredWeights(among, group.rank, sharing, layout, parameters, exchange.count_gather)
     weights = BlockWeights(
         gathered,
-        find_blocks(held.module),
+        held.module,
         layout,
         lambda: (exchange.most_passes([group.rank]), exchange.most_passes(ranks)),
         releases=plan.states == "zero3",
     )
     exchange.before_finish = weights.complete
-    sent = SentStates(among, layout, parameters, sharing)  # type: ignore[arg-type]
+    sent = SentStates(among, layout, parameters, sharing)
     return Sharded(held.pipeline, gradients, optimizer, weights, sent, pieces, exchange)
 
 

@@ -120,6 +120,9 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList([Block() for _ in range(4)])
         self.last = nn.Linear(300, 5)
         self.fault, self.step = fault, 0
+        if fault == "tied":
+            self.extra = nn.Linear(300, 300)
+            self.extra.weight = self.blocks[1].inner.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
@@ -131,7 +134,7 @@ class Net(nn.Module):
             x = x.detach()
         if self.step == 3 and self.fault == "nan":
             x = x + (self.last.weight[0] * 0.0).sqrt()  # the gradient of a root is infinite at 0
-        return self.last(x)
+        return self.last(self.extra(x) if self.fault == "tied" else x)
 
 
 def _own_loop(group, states: str, fault: str = "", runs: int = 1):
@@ -195,6 +198,12 @@ def test_what_would_read_parameters_that_are_not_there_is_refused(agent, joined,
 def test_a_block_whose_gradient_no_pass_asks_for_takes_part_in_the_gathers(agent, joined):
     one = agent.run(_own_loop, ("replicated", "not run"), workers=1)[0][0]
     for found, _ in agent.run(as_torchrun, (_own_loop, "zero3", "not run"), workers=2):
+        assert found == one
+
+
+def test_a_parameter_that_a_block_and_an_end_share_stays_for_the_step(agent, joined):
+    one = agent.run(_own_loop, ("replicated", "tied"), workers=1)[0][0]
+    for found, _ in agent.run(as_torchrun, (_own_loop, "zero3", "tied"), workers=2):
         assert found == one
 
 
