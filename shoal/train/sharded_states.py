@@ -82,9 +82,9 @@ def check(states: str, optimizer: torch.optim.Optimizer, module: nn.Module) -> N
             )
 
 
-def check_compiled(plan: Plan, group: Group) -> None:
-    """Raises UserError when a compiled model could not be trained with these states."""
-    if plan.states != "replicated" and not isinstance(group, HostGroup):
+def check_compiled(compiled: bool, plan: Plan, group: Group) -> None:
+    """Raises UserError when the model is compiled and cannot be trained with these states."""
+    if compiled and plan.states != "replicated" and not isinstance(group, HostGroup):
         raise UserError(
             f"plan: states = {plan.states!r} between hosts brings parameters in by hooks on blocks, which a compiled "
             f"model does not keep: leave model.compile out."

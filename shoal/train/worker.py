@@ -107,8 +107,7 @@ class Worker:
             raise UserError("plan: memory is saved in models that are not compiled: leave model.compile out.")
         if compile and self.plan.splits_model:
             raise UserError("plan: a model that is split over workers is not compiled: leave model.compile out.")
-        if compile:
-            sharded_states.check_compiled(self.plan, self.group)
+        sharded_states.check_compiled(compile, self.plan, self.group)
         self._held = place(module, self.plan, self.group, self.device, subject)
         self._made_contents = None
         self.memory.set_up(module, self._say_once, self._held.chunks)
