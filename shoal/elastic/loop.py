@@ -24,6 +24,7 @@ from shoal.recipe.plan import Plan
 from shoal.run.run import Run
 from shoal.run.tail import told_lately
 from shoal.train import checkpoint
+from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.loop import Loop, Order, settled
 from shoal.train.optimizers import make_optimizer
@@ -101,7 +102,7 @@ class _Life:
         """Nobody holds a state: from the newest checkpoint of the run, or from the start."""
         worker, order = self.worker, self.order
         again = bool(place.run) and (Path(place.run) / "recipe.toml").exists()
-        worker._share_weights(worker.held.module)
+        share_weights(worker.held.module, worker.group)
         recipe, why = settled(order.recipe, worker)
         origins = {**order.origins, "precision": why} if why else dict(order.origins)
         # the run was made by an epoch that was lost before it had begun, or all of its workers were lost later

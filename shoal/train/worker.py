@@ -22,12 +22,13 @@ from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher
 from shoal.data.source import Batch, Source
-from shoal.errors import RunFailed, UserError
+from shoal.errors import UserError
 from shoal.memory.keeping import KeptParameters, keep_parameters, keep_states
 from shoal.parallel.held import Held
 from shoal.parallel.place import Subject, place
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint, sharded_states
+from shoal.train.agreement import agreed_newest, share_weights
 from shoal.train.checksum import compare, parameter_checksum
 from shoal.train.contents import Contents
 from shoal.train.device import device_for
@@ -35,11 +36,9 @@ from shoal.train.gradients import StepFigures
 from shoal.train.memory import Memory, Work
 from shoal.train.reduction import Reduction
 from shoal.train.snapshot import BackgroundWriter, Written
-from shoal.train.state import model_tensors
 from shoal.train.step import Place, Step
 from shoal.train.synchrony import Told, Update, update_of
 from shoal.train.unsent import Unsent
-from shoal.train.weights import weights_sha256
 
 
 class Worker:
@@ -97,7 +96,7 @@ class Worker:
         if self._held is not None:
             raise UserError("worker.model was called twice: wrap several modules in one nn.ModuleDict.")
         module.to(self.device)
-        self._share_weights(module)
+        share_weights(module, self.group)
         if compile and self.plan.memory.changes_weights:
             key = self.plan.memory.changes_weights
             raise UserError(f"plan: {key} is for models that are not compiled: leave compile out.")
@@ -152,22 +151,6 @@ class Worker:
 
     def _say(self, line: str) -> None:
         print(f"shoal: rank {self.rank}: {line}", file=sys.stderr, flush=True)
-
-    def _share_weights(self, module: nn.Module) -> None:
-        """Rank 0's weights for all: a factory that draws from elsewhere than the seed would differ by worker."""
-        tensors = model_tensors(module)
-        digest = weights_sha256(tensors).encode()
-        digests = self.group.gather(digest)
-        if all(other == digests[0] for other in digests):
-            return
-        with torch.no_grad():
-            for _, tensor in sorted(tensors.items()):
-                raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) if tensor.numel() else None
-                sent = bytes(raw.numpy()) if self.rank == 0 and raw is not None else b""
-                first = self.group.gather(sent)[0]
-                if first:
-                    flat = torch.frombuffer(bytearray(first), dtype=tensor.dtype)
-                    tensor.copy_(flat.view(tensor.shape))
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimiser that ``step.commit`` runs, kept as the plan's memory says: go on with the one returned.
@@ -441,14 +424,7 @@ class Worker:
         """Go on from the newest whole checkpoint in ``folder``, if there is one; damaged ones are passed over.
 
         Called by every worker, after `model` and `optimizer`; raises RunFailed when workers see different ones."""
-        found, path, skipped = checkpoint.newest(Path(folder))
-        self.skipped = skipped
-        seen = self.group.gather(json.dumps(found.facts if found else None, sort_keys=True, default=str).encode())
-        if any(other != seen[0] for other in seen):
-            steps = ", ".join(f"rank {r}: {(json.loads(s) or {}).get('step', 'none')}" for r, s in enumerate(seen))
-            raise RunFailed(
-                f"the workers see different checkpoints in {str(folder)!r} ({steps}): is it a shared folder?"
-            )
+        found, path, self.skipped = agreed_newest(Path(folder), self.group)
         if found is None:
             return None
         self.restore(found)
