@@ -3,15 +3,14 @@
 docs/prove.md shows it in a test of one's own."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.comm.launch import Agent
 from shoal.errors import UserError
+from shoal.prove.folder import proof_folder
 from shoal.prove.place import place_of
 from shoal.prove.plans import label, of_families, standard_plans
 from shoal.recipe.plan import Plan
@@ -70,8 +69,7 @@ def prove(
     report = replace(recipe.report, checkpoint_every=0, evaluate_samples=recipe.batch, sample=False, tensorboard=False)
     short = replace(recipe, steps=steps, epochs=0, report=report)
     crew_of_its_own = nullcontext(agent) if agent else Agent(PRELOAD)
-    with crew_of_its_own as crew, tempfile.TemporaryDirectory(prefix="shoal-prove-") as name:
-        folder = Path(name)
+    with crew_of_its_own as crew, proof_folder() as folder:
         [settled] = crew.run(settle, (short,), workers=1, threads=short.threads)
         subject = Subject(settled, model, data)
         reference = launch_reference(crew, subject, folder, values=any(map(by_value, plans)))

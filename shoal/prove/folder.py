@@ -1,0 +1,33 @@
+"""The folder of a proof: gone at its end, and where the process was killed, with the next proof."""
+
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PREFIX, LOCK = "shoal-prove-", "lock"
+
+
+@contextmanager
+def proof_folder() -> Iterator[Path]:
+    """A new folder among the system's temporary ones, for as long as the context is open."""
+    _sweep(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, (Path(name) / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it does
+        lock.write("held\n")
+        lock.flush()
+        yield Path(name)
+
+
+def _sweep(place: Path) -> None:
+    """Remove folders whose process is gone. One whose lock is empty is in the making."""
+    for lock in place.glob(f"{PREFIX}*/{LOCK}"):
+        try:
+            with lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if lock.stat().st_size:
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:  # somebody's own, or at work
+            continue
