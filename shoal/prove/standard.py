@@ -98,7 +98,7 @@ EXACT: dict[str, tuple[Plan, ...]] = {
         over("breadth-first", 2, pipe=2),
         over(data=2, pipe=2),
         data(2, memory=MemoryPlan(recompute="full")),
-        data(2, memory=MemoryPlan(offload_activations="host")),
+        data(2, memory=MemoryPlan(offload_activations="disk")),
     ),
     "gpt": (
         data(3),
