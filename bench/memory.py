@@ -1,11 +1,12 @@
 """What saving memory costs: activation peak and step time of each way, beside training without, in turns.
 
-    python bench/memory.py [--rounds 10] [--layers 6] [--width 384]
+    python bench/memory.py [--rounds 12] [--layers 8] [--width 384]
 
 Every arm is Shoal's own worker (1 worker, 1 shard, AdamW, 1 thread) on one GPT of more than 10 million parameters. A
 round is a step of each arm, in an order that rotates; ratios are of medians. The activation peak is what the allocator
-counted in one micro-batch, forward and backward, beyond weights, gradients and optimiser states. The gradients of all
-arms are compared, bit by bit.
+counted in one micro-batch, forward and backward, beyond weights, gradients and optimiser states. `budget` is what
+memory.peak_bytes chooses where 0.70 of the activations are allowed. The weights of all arms are compared after two
+steps, bit by bit.
 """
 
 import argparse
@@ -63,6 +64,9 @@ class Arm:
         self.net, self.task, self.batch = build(spec, FACTS), task_for(spec, FACTS), batch
         worker.model(self.net)
         worker.optimizer(torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=True))
+        if memory.budget_bytes:
+            worker.prepare_memory(Tokens(), batch, lambda part: self.task.loss(self.net, part)[0])
+            worker.memory.gauge = None  # the arms share a process: what it holds says nothing of one of them
         self.steps = self._steps()
 
     def _steps(self) -> Iterator[str]:
@@ -77,8 +81,16 @@ class Arm:
         return rehearse(self.net, lambda: self.task.loss(self.net, Tokens().fetch(np.arange(self.batch), 0))[0], gauge)
 
 
+def budget_for(group, spec: ModelSpec, batch: int, share: float) -> MemoryPlan:
+    """One that leaves room for this share of the activations."""
+    (need,) = Arm(group, MemoryPlan(peak_bytes="1TiB"), spec, batch).worker.memory.predicted
+    both = need["activations"] + need["gradients"]  # with one micro-batch a step, gradients come while activations go
+    return MemoryPlan(peak_bytes=need["peak"] - int((1 - share) * both))
+
+
 def measure(group, memories: dict[str, MemoryPlan], spec: ModelSpec, batch: int, rounds: int) -> dict:
     gauge = gauge_for(torch.device("cpu"))
+    memories = {**memories, "budget": budget_for(group, spec, batch, GOALS["budget"][0])}
     arms = {name: Arm(group, memory, spec, batch) for name, memory in memories.items()}
     hashes = {name: [next(arm.steps), next(arm.steps)] for name, arm in arms.items()}
     assert len(set(map(tuple, hashes.values()))) == 1, f"the arms' weights differ: {hashes}"
@@ -92,6 +104,7 @@ def measure(group, memories: dict[str, MemoryPlan], spec: ModelSpec, batch: int,
         wall[name].append(time.perf_counter() - begun)
         core[name].append(time.thread_time() - used)
     return {
+        "chosen": arms["budget"].worker.memory.chosen.ways,
         "peaks": peaks,
         "wall": wall,
         "core": core,
@@ -101,21 +114,17 @@ def measure(group, memories: dict[str, MemoryPlan], spec: ModelSpec, batch: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--arms", nargs="*")
     args = parser.parse_args()
     spec = ModelSpec(kind="gpt", options={"layers": args.layers, "heads": 6, "width": args.width, "dropout": 0.0})
     memories = {
         "none": MemoryPlan(),
         "full": MemoryPlan(recompute="full"),
-        "selective": MemoryPlan(recompute="selective"),
         "disk": MemoryPlan(offload_activations="disk"),
-        "full + disk": MemoryPlan(recompute="full", offload_activations="disk"),
     }
-    memories = {n: m for n, m in memories.items() if not args.arms or n in ("none", *args.arms)}
     with Agent(PRELOAD) as agent:
         found = agent.run(measure, (memories, spec, args.batch, args.rounds), workers=1, threads=1)[0]
     out = {
@@ -127,7 +136,7 @@ def main() -> None:
         **found,
         "arms": {},
     }
-    print({key: out[key] for key in ("machine", "torch", "model", "batch", "parameters", "load_average")})
+    print({key: out[key] for key in ("machine", "torch", "model", "batch", "parameters", "chosen", "load_average")})
     base, base_core = (statistics.median(found[kind]["none"]) for kind in ("wall", "core"))
     for name in found["wall"]:
         step = statistics.median(found["wall"][name])
