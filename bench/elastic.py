@@ -219,9 +219,9 @@ def torchrun(folder: Path, restarts: int) -> dict[str, Any]:
     place = folder / "ddp"
     place.mkdir()
     (place / "job.py").write_text(DDP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORKERS), "--max-restarts", "99"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
     process = subprocess.Popen(
-        [*command, "--master-port", "29511", str(place / "job.py"), str(place)],
+        [*command, "--max-restarts", "99", str(place / "job.py"), str(place)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
