@@ -165,7 +165,7 @@ def test_no_schedule_of_cuts_deaths_and_losses_makes_two_agents_apply_different_
         rows = [net.applied[n] for n in living]
         assert all(row == rows[0] for row in rows), f"seed {seed}"
         assert len(rows[0]) > max(before[n] for n in living), f"nothing is committed any more (seed {seed})"
-    assert stuck < SCHEDULES / 10
+    assert stuck < SCHEDULES / 6, "most schedules leave a majority of those who count"
 
 
 def test_a_dead_leader_is_followed_by_another_within_two_seconds():
