@@ -2,10 +2,10 @@
 right, and the model says of hierarchy and of a second interface what the virtual clock says. No clock decides here."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from benches import bench
 from emulated_hosts import emulated_hosts, why_not
 
 from shoal.cluster.topology import Topology
@@ -14,8 +14,7 @@ from shoal.comm.collectives.cost import cost
 from shoal.comm.collectives.registry import build
 from shoal.comm.native import build as build_native
 
-sys.path.append(str(Path(__file__).parents[3] / "bench"))  # behind the folder of tests: both know a `serve`
-import hosts as bench
+hosts = bench("hosts")
 
 REASON = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -35,27 +34,27 @@ def two_hosts():
 
 
 def within_headers(sent: int, claimed: int) -> bool:
-    return claimed <= sent <= claimed * bench.HEADERS + CONTROL
+    return claimed <= sent <= claimed * hosts.HEADERS + CONTROL
 
 
 def test_two_levels_send_out_of_a_host_what_they_claim_and_gloos_ring_half_more(two_hosts):
     """The sums are compared in the ranks themselves: a wrong one would end them."""
     found = two_hosts.run("hosts:hierarchy", PLACES, places=list(PLACES), nbytes=NBYTES, segments=2, rounds=3)
     made = build("all_reduce", "two_level", 4, hosts=PLACES, segments=2)
-    claimed = bench.leaving_bytes(made, NBYTES, PLACES)
+    claimed = hosts.leaving_bytes(made, NBYTES, PLACES)
     assert claimed == NBYTES  # the whole tensor once: less cannot be
-    assert within_headers(bench.sent(found, "two_level", "eth0"), claimed)
-    ring = bench.leaving_bytes(build("all_reduce", "ring", 4), NBYTES, PLACES)
+    assert within_headers(hosts.sent(found, "two_level", "eth0"), claimed)
+    ring = hosts.leaving_bytes(build("all_reduce", "ring", 4), NBYTES, PLACES)
     assert ring == NBYTES * 3 // 2
-    assert within_headers(bench.sent(found, "gloo", "eth0"), ring)
-    assert bench.sent(found, "two_level", "eth1") < CONTROL
+    assert within_headers(hosts.sent(found, "gloo", "eth0"), ring)
+    assert hosts.sent(found, "two_level", "eth1") < CONTROL
 
 
 def test_the_hier_backend_sends_out_of_a_host_what_two_levels_do(two_hosts):
     if build_native.backend() is None:
         pytest.skip(f"hier is not here: {build_native.why_not(('backend',))}")
     found = two_hosts.run("hosts:by_hier", PLACES, places=list(PLACES), nbytes=NBYTES, rounds=3)
-    assert within_headers(bench.sent(found, "hier", "eth0"), NBYTES)
+    assert within_headers(hosts.sent(found, "hier", "eth0"), NBYTES)
 
 
 def test_two_interfaces_carry_the_shares_that_end_together(two_hosts):
@@ -63,9 +62,9 @@ def test_two_interfaces_carry_the_shares_that_end_together(two_hosts):
     parts, claimed = found[0]["parts"], found[0]["claimed"]
     assert sum(parts) == NBYTES
     for lane in range(2):
-        assert within_headers(bench.sent(found, "both", f"eth{lane}"), claimed[lane])
-        assert within_headers(bench.sent(found, f"eth{lane}", f"eth{lane}"), NBYTES)
-        assert bench.sent(found, f"eth{lane}", f"eth{1 - lane}") < CONTROL
+        assert within_headers(hosts.sent(found, "both", f"eth{lane}"), claimed[lane])
+        assert within_headers(hosts.sent(found, f"eth{lane}", f"eth{lane}"), NBYTES)
+        assert hosts.sent(found, f"eth{lane}", f"eth{1 - lane}") < CONTROL
     assert sum(claimed) == pytest.approx(NBYTES, rel=0.01)
 
 
@@ -81,13 +80,13 @@ def test_a_probe_finds_the_hosts_and_all_ranks_come_to_the_same_choice(two_hosts
 
 def test_the_model_says_what_pays_here_as_the_virtual_clock_does():
     nbytes = 16 << 20
-    one, two = bench.two_hosts(PLACES, (1.0,)), bench.two_hosts(PLACES, RATES)
+    one, two = hosts.two_hosts(PLACES, (1.0,)), hosts.two_hosts(PLACES, RATES)
     ring, levels = (build("all_reduce", name, 4, hosts=PLACES) for name in ("ring", "two_level"))
     assert cost(levels, nbytes, one).seconds < cost(ring, nbytes, one).seconds
     pipelined = choose("all_reduce", nbytes, one, only=("two_level",))
     gain = cost(ring, nbytes, one).seconds / pipelined.predicted_s
     assert 1.4 < gain < 1.5  # neighbours' ring sends 1.5 times the tensor out of a host; nothing sends less than once
-    in_turn = bench.two_hosts((0, 1, 0, 1), (1.0,))
+    in_turn = hosts.two_hosts((0, 1, 0, 1), (1.0,))
     assert cost(ring, nbytes, in_turn).seconds / choose("all_reduce", nbytes, in_turn).predicted_s > 2.5
     both = choose("all_reduce", nbytes, two)
     assert both.algorithm == "multipath"
