@@ -90,6 +90,12 @@ def process_state(pid: int) -> str:
     return names.get(letter, f"state {letter}")
 
 
+def killer_of(code: int) -> str:
+    """The signal that a process ended by, from its (negative) exit code."""
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"{name} (out of memory?)" if code == -signal.SIGKILL else name
+
+
 class Crew:
     """The forked workers of one job."""
 
@@ -161,9 +167,7 @@ class Crew:
         code = os.waitstatus_to_exitcode(status)
         at = self.board.read(rank)
         if code < 0:
-            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            self.fail(f"{self.position(rank)} was killed by {name}{hint} at {at}")
+            self.fail(f"{self.position(rank)} was killed by {killer_of(code)} at {at}")
         elif rank not in self.finished:
             self.fail(f"{self.position(rank)} exited with code {code} at {at}")
 
@@ -200,6 +204,20 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: its largest value
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def failure_of(error: BaseException) -> tuple[str, str, str]:
+    """What a worker says of the exception that ended it: kind, value and trace of `Said`."""
+    if isinstance(error, UserError):
+        return "user_error", str(error), ""
+    if isinstance(error, ShoalError):
+        line = str(error)
+    elif isinstance(error, SystemExit):
+        line = f"the program called exit({error.code})"
+    else:
+        text = " ".join(str(error).split())
+        line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return "failed", line, "".join(traceback.format_exception(error))
 
 
 @dataclass(frozen=True)
@@ -242,15 +260,8 @@ def _work(job: Job, rank: int, peers: list[socket.socket | None], pipe: socket.s
         code = 0
     except PeerLost as lost:
         say("lost", str(lost))
-    except UserError as error:
-        say("user_error", str(error))
-    except ShoalError as error:
-        say("failed", str(error), traceback.format_exc())
-    except SystemExit as leaving:
-        say("failed", f"the program called exit({leaving.code})", traceback.format_exc())
     except BaseException as error:
-        text = " ".join(str(error).split())
-        say("failed", f"{type(error).__name__}: {text}" if text else type(error).__name__, traceback.format_exc())
+        say(*failure_of(error))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

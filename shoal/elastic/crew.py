@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from shoal.comm.agent import STOP, Ended, Said, die_with_parent
+from shoal.comm.agent import STOP, Ended, Said, die_with_parent, killer_of
 from shoal.comm.arena import own_file
 from shoal.comm.heap import anonymous_file, heap_file
 from shoal.comm.status import StatusBoard
@@ -238,10 +238,8 @@ class ElasticCrew:
         code = os.waitstatus_to_exitcode(status)
         why = ""
         if code < 0:
-            known = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-            hint = " (out of memory?)" if code == -signal.SIGKILL and not process.fenced else ""
-            by = "by its agent, so that it cannot go on" if process.fenced else f"by {known}{hint}"
-            why = f"{name} was killed {by} at {at}"
+            by = "its agent, so that it cannot go on" if process.fenced else killer_of(code)
+            why = f"{name} was killed by {by} at {at}"
         elif not process.finished:
             why = f"{name} ended with exit code {code} at {at}"
         self._forget(seat)

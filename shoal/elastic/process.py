@@ -4,18 +4,16 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from shoal.comm.agent import Said, keep_freed_memory
+from shoal.comm.agent import Said, failure_of, keep_freed_memory
 from shoal.comm.mesh import PeerLost
 from shoal.comm.status import StatusBoard
 from shoal.elastic.faults import Fault
 from shoal.elastic.seat import Released, Seat
-from shoal.errors import ShoalError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +49,8 @@ def live(
         code = 0
     except PeerLost:
         code = 1  # the agent has gone
-    except UserError as error:
-        say("user_error", str(error))
-    except ShoalError as error:
-        say("failed", str(error), traceback.format_exc())
-    except SystemExit as leaving:
-        say("failed", f"the program called exit({leaving.code})", traceback.format_exc())
     except BaseException as error:
-        text = " ".join(str(error).split())
-        say("failed", f"{type(error).__name__}: {text}" if text else type(error).__name__, traceback.format_exc())
+        say(*failure_of(error))
     finally:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
