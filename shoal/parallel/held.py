@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,6 +67,20 @@ class Held:
     def replica(self) -> int:
         """Whose shards these are: the position along data and expert."""
         return self.plan.replica_of(self.group.rank)
+
+    def ranks(self, share: Share) -> tuple[int, ...]:
+        """The workers that sum a share, this one among them, as they are called in the run."""
+        return self.plan.axes.along(self.group.rank, *share.axes)
+
+    @cached_property
+    def ready_sizes(self) -> list[int]:
+        """Elements of each trained parameter of the whole, in the order in which gradients become ready."""
+        return list(self.sizes.values())[::-1]
+
+    def places(self, names: Iterable[str]) -> list[int]:
+        """Where trained parameters stand in `ready_sizes`."""
+        numbers = {name: number for number, name in enumerate(reversed(list(self.sizes)))}
+        return [numbers[name] for name in names]
 
     @property
     def chunks(self) -> dict[str, nn.Module] | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.stages import StageMessages, make_messages
-from shoal.parallel.held import Held
+from shoal.parallel.held import Cut, Held
 from shoal.parallel.layout.split import Split
 from shoal.parallel.tensor.whole import join_tensors, own_parts
 
@@ -30,9 +30,7 @@ class Whole:
         if any(held.coordinates.get(axis, 0) for axis in ("data", "context")):
             return {}
         for cut in reversed(held.cuts):
-            found = join_tensors(
-                found, _splits_of(found, cut.splits, parameter_of or {}, cut.collectives.rank), cut.collectives
-            )
+            found = join_tensors(found, _splits_of(found, cut, parameter_of, whole=False), cut.collectives)
             if cut.collectives.rank:
                 return {}  # the others join with nobody: the axes before this one have seen this worker
         if self._messages is None:
@@ -53,21 +51,19 @@ class Whole:
         """What this worker takes of whole tensors whose names it holds."""
         found = dict(whole)
         for cut in self.held.cuts:
-            splits = {}
-            for name, tensor in found.items():
-                split = cut.splits.get((parameter_of or {}).get(name, name))
-                if split is not None and tensor.dim() > split.dim and tensor.shape[split.dim] == split.full:
-                    splits[name] = split
-            found = own_parts(found, splits, cut.collectives.rank)
+            found = own_parts(found, _splits_of(found, cut, parameter_of, whole=True), cut.collectives.rank)
         return found
 
 
 def _splits_of(
-    tensors: Mapping[str, Tensor], splits: Mapping[str, Split], parameter_of: Mapping[str, str], rank: int
+    tensors: Mapping[str, Tensor], cut: Cut, parameter_of: Mapping[str, str] | None, *, whole: bool
 ) -> dict[str, Split]:
+    """How each tensor is cut that has the shape of a whole one, or of this worker's part; what has another is not."""
     found = {}
     for name, tensor in tensors.items():
-        split = splits.get(parameter_of.get(name, name))
-        if split is not None and tensor.dim() > split.dim and tensor.shape[split.dim] == split.sizes[rank]:
+        split = cut.splits.get((parameter_of or {}).get(name, name))
+        if split is None or tensor.dim() <= split.dim:
+            continue
+        if tensor.shape[split.dim] == (split.full if whole else split.sizes[cut.collectives.rank]):
             found[name] = split
     return found

@@ -114,7 +114,11 @@ class Plan:
 
     def replica_of(self, rank: int) -> int:
         """Whose shards a worker works on: its place in `owned`."""
-        return next(n for n, ranks in enumerate(self.axes.partition("pipe", "context", "tensor")) if rank in ranks)
+        coordinates, place = self.axes.coordinates(rank), 0
+        for axis, size in self.axes.sizes:
+            if axis in ("data", "expert"):
+                place = place * size + coordinates[axis]
+        return place
 
     @property
     def splits_model(self) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from shoal.comm.status import Phase
 from shoal.data.source import Batch, Source
 from shoal.models.task import Task
 from shoal.parallel.held import Held
+from shoal.parallel.pipeline.engine import Pipeline
 from shoal.train.precision import autocast
 
 LARGEST_BATCH = 256
@@ -38,36 +40,38 @@ def evaluate(
     count = min(samples or len(source), len(source))
     size = min(batch, LARGEST_BATCH)
     starts = range(0, count, size)
-    split = held is not None and held.plan.splits_model
-    replica, replicas = (held.replica, held.plan.replicas) if held and split else (group.rank, group.world)
-    rounds = range(replica, len(starts), replicas)
-    if held is not None and held.experts is not None:  # all replicas go along, also without a batch of their own
-        rounds = range(replica, -(-len(starts) // replicas) * replicas, replicas)
+    replica, replicas = (held.replica, held.plan.replicas) if held else (group.rank, group.world)
+    together = held is not None and held.experts is not None  # all replicas go along, also without a batch of their own
+    pipeline = held.pipeline if held else None
+    speaks = held is None or held.coordinates.get("tensor", 0) == 0  # along that axis all have the same sums
+
+    def fetch(number: int) -> Batch:
+        if number >= len(starts):
+            return {name: tensor[:0] for name, tensor in fetch(0).items()}
+        ids = np.arange(starts[number], min(starts[number] + size, count), dtype=np.int64)
+        return {name: tensor.to(device) for name, tensor in source.fetch(ids, 0).items()}
+
     mine: dict[int, dict[str, float]] = {}
-    with _evaluating(model, held), torch.no_grad(), autocast(precision, device):
-        for number in rounds:
+    with _evaluating(model, pipeline), torch.no_grad(), autocast(precision, device):
+        for first in range(0, len(starts), replicas):
+            number = first + replica
+            if number >= len(starts) and not together:
+                break
             group.report(Phase.evaluating)
-
-            def fetch(number: int = number) -> Batch:
-                start = starts[number] if number < len(starts) else 0
-                ids = np.arange(start, min(start + size, count), dtype=np.int64)
-                fetched = source.fetch(ids, 0) if number < len(starts) else source.fetch(ids[:1], 0)
-                return {k: (t if number < len(starts) else t[:0]).to(device) for k, t in fetched.items()}
-
-            pipeline = held.pipeline if held is not None else None
-            sums = pipeline.measure(number, task, fetch) if pipeline else task.measure(model, fetch())
-            # along axis tensor all have the same sums, along axis context each has its part
-            if sums is not None and number < len(starts) and (held is None or not held.coordinates.get("tensor", 0)):
+            if pipeline is not None:
+                sums = pipeline.measure(number, task, partial(fetch, number))
+            else:
+                sums = task.measure(model, fetch(number))
+            if sums is not None and speaks and number < len(starts):  # along axis context each has its part of them
                 mine[number] = {name: float(value) for name, value in sums.items()}
-        if held is not None and held.pipeline is not None:
-            held.pipeline.settle()
+        if pipeline is not None:
+            pipeline.settle()
     rows = [json.loads(row) for row in group.gather(json.dumps(mine).encode())]
     return task.summarise(_added([row[str(n)] for n in range(len(starts)) for row in rows if str(n) in row]))
 
 
 @contextmanager
-def _evaluating(model: nn.Module, held: Held | None) -> Iterator[None]:
-    pipeline = held.pipeline if held is not None else None
+def _evaluating(model: nn.Module, pipeline: Pipeline | None) -> Iterator[None]:
     modules = [model, *(stage.chunk.module for stage in pipeline.stages.values())] if pipeline else [model]
     training = [module.training for module in modules]
     for module in modules:

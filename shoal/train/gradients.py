@@ -331,6 +331,12 @@ class Gradients:
         return self.layout.elements * self.dtype.itemsize * sums
 
     @property
+    def checksums(self) -> list[float]:
+        """Of each worker's parameters, after `reduce`; 0.0 when not taken."""
+        found: list[float] = self.exchange.all_facts[:, _CHECKSUM].tolist()
+        return found
+
+    @property
     def buffers(self) -> list[torch.Tensor]:
         """The module's buffers, as real numbers, in the order of the flat layout."""
         return self._state

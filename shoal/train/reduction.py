@@ -38,7 +38,7 @@ class Reduction:
         self, share: Share, ownership: Sequence[range], shards: int, micro_batches: int, device: torch.device
     ) -> Gradients:
         held, plan = self.held, self.held.plan
-        ranks = plan.axes.along(held.group.rank, *share.axes)
+        ranks = held.ranks(share)
         copies = plan.axes.size("context")
         if self._row is not None and share.axes == ("data",):  # of experts, to whom a row of replicas sends its tokens
             owned, leaves = [range(place, place + 1) for place in range(len(ranks))], len(ranks)
@@ -65,9 +65,7 @@ class Reduction:
             return NormAlone()
         group, ranks = held.group, [share.group.rank for share in held.shares]
         if held.plan.exact:
-            numbers = {name: index for index, name in enumerate(reversed(list(held.sizes)))}
-            sizes = list(held.sizes.values())[::-1]
-            blocks = [blocks_held(sizes, [numbers[name] for name in each.names]) for each in self.sets]
+            blocks = [blocks_held(held.ready_sizes, held.places(each.names)) for each in self.sets]
             return NormOverStages(group, self.sets, blocks, ranks)
         counted = [[held.counts(name, share) for name in each.names]
                    for each, share in zip(self.sets, held.shares, strict=True)]  # fmt: skip
@@ -149,11 +147,10 @@ class Reduction:
         for gradients in self.sets:
             gradients.release()
 
-    def checksums(self) -> list[tuple[list[int], tuple[float, ...]]]:
+    def checksums(self) -> list[tuple[tuple[int, ...], list[float]]]:
         """Of each set, after `finish`: the ranks that hold the same parameters, and what each has."""
-        axes = self.held.plan.axes
         return [
-            (list(axes.along(self.held.group.rank, *share.axes)), gradients.figures(0.0).checksums)
+            (self.held.ranks(share), gradients.checksums)
             for gradients, share in zip(self.sets, self.held.shares, strict=True)
         ]
 
@@ -198,10 +195,7 @@ def _trained(held: Held, share: Share, plan: Plan) -> Trained:
     state = [Trained.real(buffer).numel() for buffer in share.buffers.values()]
     bucket_elements = plan.bucket_bytes // dtype.itemsize
     if plan.splits_model and plan.exact:  # each gradient lies in its blocks as it does in the whole model
-        numbers = {name: index for index, name in enumerate(reversed(list(held.sizes)))}
-        held_here = [numbers[name] for name in parameters]
-        sizes = list(held.sizes.values())[::-1]
-        layout = flat_layout(sizes, state, share.group.world, bucket_elements, held_here)
+        layout = flat_layout(held.ready_sizes, state, share.group.world, bucket_elements, held.places(parameters))
     else:
         layout = flat_layout([p.numel() for p in parameters.values()], state, share.group.world, bucket_elements)
     return Trained(parameters, share.buffers, layout, dtype)

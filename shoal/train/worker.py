@@ -308,9 +308,9 @@ class Worker:
     def compare_parameters(self) -> None:
         """Called by every worker. Raises RunFailed naming the ranks whose parameters are not those of the most."""
         self.settle()
-        held, axes = self.held, self.plan.axes
+        held = self.held
         mine = [
-            [axes.along(self.rank, *share.axes)[0], number, parameter_checksum(share.parameters.values())]
+            [held.ranks(share)[0], number, parameter_checksum(share.parameters.values())]
             for number, share in enumerate(held.shares)
         ]
         equal: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # those that should have the same
