@@ -1,12 +1,11 @@
-"""What the HTTP side and the parent of the model processes say to each other, over a socket pair of their own."""
+"""What the HTTP side and the parent of the model processes say to each other: frames over a socket pair of theirs."""
 
-import struct
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-LENGTH = struct.Struct("<I")
+from shoal.serve.frames import FrameReader
 
 
 class Start(msgspec.Struct, tag="start", frozen=True):
@@ -57,28 +56,13 @@ class Gone(msgspec.Struct, tag="gone", frozen=True):
 
 ToParent = Start | Fork | Kill
 FromParent = Ready | Broken | Forked | Gone
-encode = msgspec.msgpack.Encoder().encode
 
 
-def frame(message: ToParent | FromParent) -> bytes:
-    body = encode(message)
-    return LENGTH.pack(len(body)) + body
+def to_parent() -> FrameReader[ToParent]:
+    """What the parent reads with."""
+    return FrameReader(msgspec.msgpack.Decoder(list[ToParent]))
 
 
-class ControlReader:
-    """Bytes to messages; ours alone write to this socket, so that a fault in a frame may raise."""
-
-    def __init__(self, kind: Any) -> None:
-        self._decoder = msgspec.msgpack.Decoder(kind)
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[Any]:
-        self._buffer += data
-        messages = []
-        while len(self._buffer) >= LENGTH.size:
-            end = LENGTH.size + LENGTH.unpack_from(self._buffer)[0]
-            if len(self._buffer) < end:
-                break
-            messages.append(self._decoder.decode(bytes(self._buffer[LENGTH.size : end])))
-            del self._buffer[:end]
-        return messages
+def from_parent() -> FrameReader[FromParent]:
+    """What the HTTP side reads with."""
+    return FrameReader(msgspec.msgpack.Decoder(list[FromParent]))

@@ -18,7 +18,7 @@ class FrameError(Exception):
     """What came is not a frame: the peer is broken, and its connection of no more use."""
 
 
-def encode(messages: Sequence[ToEngine | FromEngine]) -> bytes:
+def encode(messages: Sequence[msgspec.Struct]) -> bytes:
     """One frame. Raises FrameError when it is longer than LIMIT_BYTES."""
     buffer = bytearray(_LENGTH.size)
     _encoder.encode_into(list(messages), buffer, _LENGTH.size)

@@ -18,7 +18,6 @@ from typing import Any
 
 from shoal.serve.control import (
     Broken,
-    ControlReader,
     Fork,
     Forked,
     FromParent,
@@ -26,9 +25,9 @@ from shoal.serve.control import (
     Kill,
     Ready,
     Start,
-    ToParent,
-    frame,
+    to_parent,
 )
+from shoal.serve.frames import encode
 
 MOST_FDS = 16  # that may come with one read
 
@@ -43,7 +42,7 @@ class Parent:
     def __init__(self, control: socket.socket, begun: float) -> None:
         self._control = control
         self._begun = begun
-        self._reader = ControlReader(ToParent)
+        self._reader = to_parent()
         self._fds: list[int] = []
         self._children: dict[int, int] = {}  # pid -> number
         self._loaded: Any = None
@@ -90,7 +89,7 @@ class Parent:
 
     def _say(self, message: FromParent) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # it has gone: the next read says so
-            self._control.sendall(frame(message))
+            self._control.sendall(encode([message]))
 
     def _start(self, order: Start) -> None:
         sys.path[:] = order.path

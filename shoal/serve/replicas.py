@@ -12,7 +12,6 @@ from typing import cast
 from shoal.errors import RunFailed, ShoalError, UserError
 from shoal.serve.control import (
     Broken,
-    ControlReader,
     Fork,
     Forked,
     FromParent,
@@ -20,7 +19,7 @@ from shoal.serve.control import (
     Kill,
     Ready,
     Start,
-    frame,
+    from_parent,
 )
 from shoal.serve.engine import FromEngine, ToEngine
 from shoal.serve.frames import FrameError, encode, from_engines
@@ -102,7 +101,7 @@ class Replicas:
         self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._control_reader = ControlReader(FromParent)
+        self._control_reader = from_parent()
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -119,9 +118,9 @@ class Replicas:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
         o = self.options
-        ours.sendall(frame(Start(o.target, o.task, o.dtype, o.name, o.engine_options(), tuple(sys.path))))
+        ours.sendall(encode([Start(o.target, o.task, o.dtype, o.name, o.engine_options(), tuple(sys.path))]))
         ours.setblocking(False)
-        self._control, self._control_reader = ours, ControlReader(FromParent)
+        self._control, self._control_reader = ours, from_parent()
         self._loop.add_reader(ours, self._read_control, ours)
 
     def _read_control(self, control: socket.socket) -> None:
@@ -181,7 +180,7 @@ class Replicas:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
             number = next(self._numbers)
             with suppress(BrokenPipeError, ConnectionResetError):  # the parent has died: its loss is heard anyway
-                socket.send_fds(self._control, [frame(Fork(number))], [theirs.fileno()])
+                socket.send_fds(self._control, [encode([Fork(number)])], [theirs.fileno()])
         ours.setblocking(False)
         link = Link(number, self._hear, self._lost)
         self.links[number] = link
@@ -237,7 +236,7 @@ class Replicas:
         """SIGKILL; the loss is heard as any other."""
         if self._control is not None:
             with suppress(BrokenPipeError, ConnectionResetError):
-                self._control.sendall(frame(Kill(number)))
+                self._control.sendall(encode([Kill(number)]))
 
     def end(self) -> None:
         """Ends all of them, at once."""
