@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from shoal.data.preprocess import Preprocessed
 from shoal.data.reference import resolve
@@ -22,10 +23,15 @@ SOURCES = {  # name -> the function that opens it: (DataSpec, seed) -> Splits
 }
 
 
-def open_data(spec: DataSpec, seed: int) -> Splits:
+def open_data(spec: DataSpec, seed: int, given: Any = None) -> Splits:
     """The splits of the source that ``spec`` names; ``seed`` chooses what is held out and keys random augmentation.
 
+    ``given`` stands in for it: Splits, or any map-style training set.
     Raises UserError for an unknown source or option, and for files that are missing or damaged."""
+    if given is not None:
+        from shoal.data.dataset import DatasetSource
+
+        return given if isinstance(given, Splits) else Splits(DatasetSource(given))
     if spec.source not in SOURCES:
         raise unknown_name("data source", spec.source, SOURCES)
     module, function = SOURCES[spec.source].split(":")

@@ -12,9 +12,7 @@ from typing import Any, cast
 import torch
 
 from shoal.comm.mesh import PeerLost
-from shoal.data.dataset import DatasetSource
 from shoal.data.registry import open_data
-from shoal.data.source import Splits
 from shoal.elastic import transfer
 from shoal.elastic.membership import FRESH
 from shoal.elastic.seat import Place, Released, Seat
@@ -59,11 +57,7 @@ class _Life:
             seed=recipe.seed,
             clip=recipe.clip,
         )
-        given = order.data
-        if given is None:
-            self.splits = open_data(recipe.data, recipe.seed)
-        else:
-            self.splits = given if isinstance(given, Splits) else Splits(DatasetSource(given))
+        self.splits = open_data(recipe.data, recipe.seed, order.data)
         if len(self.splits.train) == 0:
             raise UserError(f"the training data in {recipe.data.path!r} holds no sample.")
         seat.say("opened", None)

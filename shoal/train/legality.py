@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
 from shoal.data.registry import open_data
-from shoal.data.source import Splits
 from shoal.errors import UserError, unknown_name
 from shoal.models.registry import build
 from shoal.parallel.context.model import check_sequence
@@ -22,10 +20,7 @@ from shoal.recipe.recipe import Recipe
 
 def check_split(recipe: Recipe, plan: Plan, model: Callable[[], nn.Module] | None, data: Any) -> None:
     """Raises UserError, with the repair, for rules, cuts, experts and schedules that cannot be."""
-    if data is None:
-        splits = open_data(recipe.data, recipe.seed)
-    else:
-        splits = data if isinstance(data, Splits) else Splits(DatasetSource(data))
+    splits = open_data(recipe.data, recipe.seed, data)
     if len(splits.train) == 0:
         return  # which is said by those who read it
     with torch.device("meta"):

@@ -14,7 +14,6 @@ from torch import nn
 
 from shoal.comm.group import Group
 from shoal.comm.status import Phase
-from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
 from shoal.data.registry import open_data
 from shoal.data.source import Batch, Splits
@@ -116,12 +115,11 @@ def settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
 
 def _open(group: Group, order: Order) -> Splits:
     """Rank 0 first: what it prepares and caches, the others only map."""
-    if order.data is not None:
-        return order.data if isinstance(order.data, Splits) else Splits(DatasetSource(order.data))
-    if group.rank:
+    prepares = order.data is None
+    if prepares and group.rank:
         group.gather(b"")
-    splits = open_data(order.recipe.data, order.recipe.seed)
-    if group.rank == 0:
+    splits = open_data(order.recipe.data, order.recipe.seed, order.data)
+    if prepares and group.rank == 0:
         group.gather(b"")
     return splits
 
@@ -292,8 +290,8 @@ class Loop:
 
     def _tell_committed(self) -> None:
         """Steps that all workers have done; where they may be steps apart, that is known a little later."""
-        share, axes = self.worker.held.shares[0], self.worker.plan.axes
-        ranks = axes.along(self.worker.rank, *share.axes)
+        held = self.worker.held
+        ranks = held.ranks(held.shares[0])
         for number, figures, extra in self.worker.told():
             fields = self.untold.pop(number, None)
             if fields is None:
