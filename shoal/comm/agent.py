@@ -80,14 +80,25 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)  # it died before we could ask
 
 
-def process_state(pid: int) -> str:
+def process_fields(place: int | str) -> list[str]:
+    """What the kernel tells of a process or thread under /proc, from its state on; [] when it has gone."""
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            letter = stat.read().rsplit(")", 1)[1].split()[0]
+        with open(f"/proc/{place}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
+        return []
+
+
+def process_state(pid: int) -> str:
+    return in_words(process_fields(pid))
+
+
+def in_words(fields: list[str]) -> str:
+    """The state that `process_fields` begin with."""
+    if not fields:
         return "state unknown"
     names = {"T": "stopped by a signal", "D": "blocked in the kernel", "S": "asleep", "R": "computing", "Z": "dead"}
-    return names.get(letter, f"state {letter}")
+    return names.get(fields[0], f"state {fields[0]}")
 
 
 def killer_of(code: int) -> str:

@@ -68,7 +68,6 @@ class ElasticCrew:
         self.pace = Pace()
         self.shares: tuple[int, ...] = ()  # shards of each member
         self.failure: Ended | None = None
-        self.result: Any = None
         self.ended_s: float | None = None  # when the run got its result
         self.run_dir: Path | None = None
         self.log: EventLog | None = None
@@ -110,11 +109,8 @@ class ElasticCrew:
     def _turn(self) -> None:
         pipes = {process.pipe: seat for seat, process in self.processes.items()}
         orders = {process.orders: seat for seat, process in self.processes.items()}
-        ready = wait([*pipes, *orders, *([] if self.orphaned else [self.launcher])], timeout=POLL_S)
-        now = time.monotonic()
-        if now - self.looked_s > 10 * POLL_S:
-            self.awake_s = now  # this process was stopped too: what the clock says of others counts from here
-        self.looked_s = now
+        until_look = max(0.0, self.looked_s + POLL_S - time.monotonic())
+        ready = wait([*pipes, *orders, *([] if self.orphaned else [self.launcher])], timeout=until_look)
         for source in ready:
             if source is self.launcher:
                 self._hear_launcher()
@@ -122,6 +118,12 @@ class ElasticCrew:
                 self._hear(pipes[source])
             elif isinstance(source, socket.socket) and orders[source] in self.processes:
                 self._asked_to_leave(orders[source])
+        now = time.monotonic()
+        if now - self.looked_s < POLL_S:
+            return
+        if now - self.looked_s > 10 * POLL_S:
+            self.awake_s = now  # this process was stopped too: what the clock says of others counts from here
+        self.looked_s = now
         self._look()
         self._listen_to_wishes()
 
@@ -183,7 +185,7 @@ class ElasticCrew:
             case "result":
                 process.finished = True
                 if self.ended_s is None:
-                    self.ended_s, self.result = time.monotonic(), said.value
+                    self.ended_s = time.monotonic()
                     self.forward(Said(0, "result", said.value))
                 self._decide(m.Done(seat))
             case "user_error" | "failed":
