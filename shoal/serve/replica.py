@@ -1,6 +1,5 @@
 """A model process: reads requests from its socket, lets the engine work, and leaves when the socket closes."""
 
-import gc
 import os
 import select
 import signal
@@ -35,7 +34,6 @@ def run_replica(loaded: Loaded, options: Mapping[str, Any], link: socket.socket,
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         keep_freed_memory()
         torch.set_num_threads(options["threads"])
-        gc.enable()
         serve(loaded, options, link)
         code = 0
     except (FrameError, OSError, UserError) as error:

@@ -245,12 +245,6 @@ class Router:
                 told += [Refuse(id, 504, "was not answered within its time limit"), *self.cancel(id, now)]
         return told
 
-    def next_expiry(self) -> float | None:
-        """The earliest deadline of an open request."""
-        while self._deadlines and self._deadlines[0][1] not in self._requests:
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
-
     def stuck(self, now: float, after_s: float) -> Iterator[int]:
         """Processes that have had work and said nothing for longer than this: busy ones tell of every batch."""
         for number, replica in self.replicas.items():
