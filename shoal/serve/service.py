@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -24,6 +24,7 @@ from shoal.serve.scaling import Bounds, Scaler
 _encode = msgspec.msgpack.Encoder().encode
 STREAMS = 64  # generations that one model process may have, at least
 _MAY_DIFFER = {"name", "source"}  # facts that a newer model may have otherwise
+T = TypeVar("T")
 TICK_S = 0.5  # how often deadlines and stuck processes are looked at while requests are open
 
 
@@ -58,6 +59,14 @@ class _Asker:
 
 async def _first(*futures: "asyncio.Future[Any]") -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _unless(broken: "asyncio.Future[ShoalError]", waited: "asyncio.Future[T]") -> T:
+    """What is waited for. Raises what ``broken`` says if that comes before, or with it."""
+    await _first(waited, broken)
+    if broken.done():
+        raise broken.result()
+    return waited.result()
 
 
 class Service:
@@ -127,18 +136,14 @@ class Service:
     async def start(self) -> None:
         """Until the first model process can work. Raises the ShoalError that says why none can."""
         self.replicas.start()
-        for waited in (self.replicas.ready, self._first_up):
-            await _first(waited, self.broken)
-            if self.broken.done():
-                raise self.broken.result()
-            if waited is not self._first_up:
-                ready = self.replicas.ready.result()
-                self._model = Model(ready.facts)
-                if self._model.task == "text-generation":  # a step takes all that run, not one batch
-                    window = max(STREAMS, self._router.limits.window)
-                    self._router.limits = Limits(window=window, waiting=self.options.queue)
-                self.seconds = dict(ready.seconds)
-                self.weights_bytes = ready.weights_bytes
+        ready = await _unless(self.broken, self.replicas.ready)
+        self._model = Model(ready.facts)
+        if self._model.task == "text-generation":  # a step takes all that run, not one batch
+            window = max(STREAMS, self._router.limits.window)
+            self._router.limits = Limits(window=window, waiting=self.options.queue)
+        self.seconds = dict(ready.seconds)
+        self.weights_bytes = ready.weights_bytes
+        await _unless(self.broken, self._first_up)
         self.seconds["all"] = time.monotonic() - self._begun
         self._scale()
 
