@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 Kind = Literal["predict", "embed", "generate"]
+FIGURES_EVERY_S = 1.0  # between two Figures of an engine, at least
 
 
 class Request(msgspec.Struct, tag="request", array_like=True, frozen=True):
@@ -65,7 +66,7 @@ class Failed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
 class Figures(msgspec.Struct, tag="figures", array_like=True, frozen=True):
     """What /metrics shows of this process: name -> value now (a gauge) or since its start (a name in _total).
 
-    Told at most once a second, and only after work: an idle engine has no timer."""
+    Told at most every FIGURES_EVERY_S, and only after work: an idle engine has no timer."""
 
     values: Mapping[str, float]
 

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shoal.serve.batching import Batch, Batcher, Waiting, padded
-from shoal.serve.engine import Begun, Failed, Figures, FromEngine, Request, Result, Tell
+from shoal.serve.engine import FIGURES_EVERY_S, Begun, Failed, Figures, FromEngine, Request, Result, Tell
 from shoal.serve.forward import Forward, open_forward
 from shoal.serve.payloads import Inputs, Outputs, array
 
 ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the histogram of batch sizes
-FIGURES_EVERY_S = 1.0
 _inputs = msgspec.msgpack.Decoder(Inputs)
 _encode = msgspec.msgpack.Encoder().encode
 

@@ -7,13 +7,12 @@ from typing import Any
 import msgspec
 from torch import nn
 
-from shoal.serve.engine import Begun, Failed, Figures, FromEngine, Item, Request, Result, Tell
+from shoal.serve.engine import FIGURES_EVERY_S, Begun, Failed, Figures, FromEngine, Item, Request, Result, Tell
 from shoal.serve.generation.generator import Generator, Refused, Told
 from shoal.serve.generation.messages import Ask, Piece
 from shoal.serve.generation.opening import open_generator, pack_once
 from shoal.serve.generation.options import Options, options_from
 
-FIGURES_EVERY_S = 1.0
 _asks = msgspec.msgpack.Decoder(Ask)
 _pieces = msgspec.msgpack.Decoder(list[Piece])
 _encode = msgspec.msgpack.Encoder().encode
