@@ -108,7 +108,7 @@ async def _answer(
     first = await anext(deltas)  # what is refused is refused with its own status, not in the middle of a stream
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
     return HttpStream(
-        _events(first, deltas, form, usage if wants_usage else None), headers={"Cache-Control": "no-cache"}
+        _events(first, deltas, form, usage if wants_usage else None), headers={"Cache-Control": "no-store"}
     )
 
 

@@ -219,9 +219,7 @@ class Connection(asyncio.Protocol):
         """Whether the connection can be kept: a stream that broke off cannot be told from a whole one otherwise."""
         if self._transport is None:
             return False
-        self._transport.write(
-            self._head(answer, "Transfer-Encoding: chunked\r\nCache-Control: no-store\r\n", keep, headers)
-        )
+        self._transport.write(self._head(answer, "Transfer-Encoding: chunked\r\n", keep, headers))
         whole = False
         try:
             async for chunk in answer.chunks:
