@@ -35,7 +35,7 @@ class ServeOptions:
     invariant: bool = False  # every forward pass has one shape: the same bits in any company, at a full batch's price
     latency_ms: float = 0.0  # target from arrival to answer: a batch may wait for company so long; 0: it never waits
     queue: int = 256  # requests that wait beside those that the model processes have; who comes then gets 429
-    generation: Mapping[str, Any] = field(default_factory=dict)  # of text: see shoal.serve.generation.opening.Options
+    generation: Mapping[str, Any] = field(default_factory=dict)  # of text: see shoal.serve.generation.options.Options
     timeout_s: float = 30.0  # a request that is not answered by then gets 504
     body_bytes: int = 4 << 20  # of a request
     connections: int = 1024

@@ -9,7 +9,7 @@
 
 namespace generation {
 
-constexpr std::int64_t kBlock = 16;   // tokens of a cache block: shoal.serve.generation.blocks.BLOCK
+constexpr std::int64_t kBlock = 16;   // tokens of a cache block: shoal.serve.generation.step.BLOCK
 constexpr std::int64_t kPanel = 48;   // outputs of a weight panel: shoal.serve.generation.packing.PANEL
 
 struct Shape {
