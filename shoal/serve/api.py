@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from shoal.errors import ShoalError, UserError
+from shoal.errors import ShoalError, UserError, unknown_name
 from shoal.serve.options import ServeOptions
 
 MISSING = "serving needs httptools and msgspec: pip install 'shoal[serve]'"
@@ -226,7 +226,5 @@ def serve(target: str = "latest", *, http: bool = True, **options: Any) -> Serve
     known = {name for name in ServeOptions.__dataclass_fields__ if name != "target"}
     for name in options:
         if name not in known:
-            from shoal.errors import unknown_name
-
             raise unknown_name("option", name, known, "shoal.serve")
     return Server(ServeOptions(target=str(target), **{"port": 0, **options}), http)
