@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from process_trees import below, cpu_s
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from shoal.models.gpt import GPT, GPTConfig
@@ -36,28 +37,6 @@ def save_model(folder: Path, quick: bool) -> None:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     config = GPTConfig(layers=layers, heads=heads, width=width, vocab=vocab, context=1024, activation="gelu_tanh")
     save_folder(GPT(config).eval(), folder, backend.to_str())
-
-
-def tree(pid: int) -> list[int]:
-    out = [pid]
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            if parent == pid:
-                out += tree(int(entry.name))
-    return out
-
-
-def cpu_seconds(pids: list[int]) -> dict[int, float]:
-    ticks = os.sysconf("SC_CLK_TCK")
-    found = {}
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        found[pid] = (int(fields[11]) + int(fields[12])) / ticks
-    return found
 
 
 class Client:
@@ -118,11 +97,11 @@ async def load(port: int, pid: int, vocab: int, streams: int, seconds: float, lo
     clients = [Client(port, number, vocab, long, every, end) for number in range(streams)]
     tasks = [asyncio.create_task(client.run()) for client in clients]
     await asyncio.sleep(1.0)  # until all have begun
-    pids = tree(pid)
-    before, tokens, begun = cpu_seconds(pids), sum(c.tokens for c in clients), time.perf_counter()
+    pids = [pid, *below(pid)]
+    before, tokens, begun = {pid: cpu_s(pid) for pid in pids}, sum(c.tokens for c in clients), time.perf_counter()
     await asyncio.sleep(seconds)
     tokens, spent = sum(c.tokens for c in clients) - tokens, time.perf_counter() - begun
-    after = cpu_seconds(pids)
+    after = {pid: cpu_s(pid) for pid in pids}
     await asyncio.gather(*tasks)
     first = {kind: [t for c in clients for t in c.first[kind]] for kind in ("short", "long")}
     gaps = [gap for c in clients for gap in c.gaps]

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from process_trees import below, cpu_s
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "serve.json"
 BATCH, TOKENS, CLIENTS = 32, 32, 64
@@ -88,26 +90,6 @@ def proportional(pid: int) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
 
 
-def below(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                    found += [int(entry.name), *below(int(entry.name))]
-            except OSError:
-                continue
-    return found
-
-
-def cpu_s(pids: list[int]) -> float:
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
 def go_ahead(pid: int) -> None:
     if AHEAD:
         os.setpriority(os.PRIO_PROCESS, pid, -20)
@@ -164,9 +146,12 @@ class Server:
         for number, pid in enumerate(self.replicas):
             os.sched_setaffinity(pid, {cores[number % len(cores)]})
 
+    def cpu_s(self) -> float:
+        return sum(map(cpu_s, self.pids))
+
     def load(self, body: Path, clients: int, seconds: float) -> dict:
         command = [sys.executable, str(HERE / "http_load.py"), "127.0.0.1", self.port, "/predict", str(body)]
-        before = cpu_s(self.pids)
+        before = self.cpu_s()
         done = subprocess.run(
             [*NICE, "taskset", "-c", "1", *command, str(clients), str(seconds)],
             capture_output=True,
@@ -175,7 +160,7 @@ class Server:
         )
         told = json.loads(done.stdout)
         answers = sum(told["statuses"].values()) * (seconds + 0.5) / seconds  # its warm-up counts in the cpu time
-        return {**told, "cpu_ms": 1e3 * (cpu_s(self.pids) - before) / answers}
+        return {**told, "cpu_ms": 1e3 * (self.cpu_s() - before) / answers}
 
     def close(self) -> None:
         self.process.terminate()
@@ -216,9 +201,9 @@ def classification(dtype: str, folder: Path, body: Path, cwd: Path, rounds: int,
         for _ in range(max(2, rounds // 2)):
             overload.append(server.load(body, 512, seconds))
             pause(seconds)
-        idle = cpu_s(server.pids)
+        idle = server.cpu_s()
         time.sleep(5)
-        idle = (cpu_s(server.pids) - idle) / 5
+        idle = (server.cpu_s() - idle) / 5
         memory = {"server_pss": sum(map(proportional, server.pids)), "bare_pss": bares[-1]["pss"]}
 
     def middle(values: list[float]) -> float:
