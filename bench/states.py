@@ -31,6 +31,7 @@ from turns import turns
 from shoal.comm.distributed import DistributedGroup
 from shoal.comm.launch import Agent
 from shoal.memory.blocks import find_blocks
+from shoal.memory.optimizer_need import state_bytes
 from shoal.models.registry import build, task_for
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import ModelSpec
@@ -130,11 +131,10 @@ def shoal_arm(group, size: str, states: str) -> Arm:
     def held() -> dict[str, int]:
         if states != "replicated":
             return worker._update.held_bytes()
-        moments = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
         return {
             "parameters": sum(p.nbytes for p in net.parameters()),
             "gradients": sum(p.grad.nbytes for p in net.parameters()),
-            "optimizer": sum(m.nbytes for m in moments),
+            "optimizer": state_bytes(optimizer),
         }
 
     return Arm(steps(), held)

@@ -1,13 +1,14 @@
 """A budget of bytes, kept: which ways of keeping activations fit beside all else, found out before the first step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
 from shoal.errors import UserError
 from shoal.memory.choose import Candidate, candidates
 from shoal.memory.gauge import Gauge
+from shoal.memory.meter import sizes_of
 from shoal.memory.recompute import Block
 from shoal.memory.rehearsal import Loss, rehearse
 from shoal.memory.shortage import is_shortage
@@ -55,16 +56,7 @@ class Need:
 
     def fields(self) -> dict[str, int]:
         """For the event log."""
-        return {
-            "weights": self.weights,
-            "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "checkpoint": self.checkpoint,
-            "data": self.data,
-            "activations": self.activations,
-            "update": self.update,
-            "peak": self.peak,
-        }
+        return {**asdict(self), "peak": self.peak}
 
 
 @dataclass(frozen=True)
@@ -173,10 +165,7 @@ def _too_small(budget: int, need: Need, where: str, micro_batches: int) -> UserE
 
 def weight_bytes(module: nn.Module) -> int:
     """Of parameters and buffers; tied ones count once."""
-    tensors = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())
-    }
-    return sum(tensors.values())
+    return sum(sizes_of((*module.parameters(), *module.buffers())).values())
 
 
 def mebibytes(count: int) -> str:

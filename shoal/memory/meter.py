@@ -74,3 +74,8 @@ def storage_of(tensor: Tensor) -> int:
 
 def bytes_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
+
+
+def sizes_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each memory that these lie in: memory that several share is there once."""
+    return {storage_of(tensor): bytes_of(tensor) for tensor in tensors}

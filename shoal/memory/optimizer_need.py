@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from shoal.memory.gauge import Traced
-from shoal.memory.meter import bytes_of, storage_of
+from shoal.memory.meter import bytes_of, sizes_of
 
 
 def optimizer_need(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -19,8 +19,12 @@ def optimizer_need(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         states, update = _on_meta(optimizer)
     except Exception:  # an optimiser of somebody's own may do whatever it likes in its update
         return 2 * sum(bytes_of(p) for p in parameters), 0
-    there = {storage_of(t): bytes_of(t) for state in optimizer.state.values() for t in _tensors(state)}
-    return max(states, sum(there.values())), update
+    return max(states, sum(sizes_of(_tensors(optimizer)).values())), update
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of all tensors of its states, as they are now."""
+    return sum(tensor.nbytes for tensor in _tensors(optimizer))
 
 
 def _on_meta(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -45,5 +49,5 @@ def _on_meta(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     return gauge.live(), 0 if fused else gauge.peak() - gauge.live()
 
 
-def _tensors(state: Any) -> list[torch.Tensor]:
-    return [value for value in state.values() if isinstance(value, torch.Tensor)]
+def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from shoal.memory.gauge import Gauge
-from shoal.memory.meter import Hold, bytes_of, storage_of
+from shoal.memory.meter import Hold, sizes_of
 from shoal.memory.operations import draws, kind_of, makes_new, tensors_of
 from shoal.memory.recompute import Block, Pass
 from shoal.memory.rehearsal import Loss, rehearse
@@ -66,8 +66,8 @@ class _Survey:
         with _Observe() as operations:
             output = this.first(lambda tensor: seen.append((len(operations.done), tensor.detach())))
         done = operations.done[: seen[-1][0] if seen else 0]  # the pass done again stops at the last saved tensor
-        saved = {key: size for key, size in _sizes(t for _, t in seen).items() if key not in held}
-        outputs = _sizes(t for t in tree_leaves(output) if isinstance(t, Tensor))
+        saved = {key: size for key, size in sizes_of(t for _, t in seen).items() if key not in held}
+        outputs = sizes_of(t for t in tree_leaves(output) if isinstance(t, Tensor))
         dear = [each for each in done if each.kind not in CHEAP and each.results and not outputs.keys() & each.results]
         results = {key: size for each in dear for key, size in each.results.items() if key not in own | held}
         work = sum(each.work for each in done)
@@ -116,7 +116,7 @@ class _Observe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         kept = tensors_of(result) if makes_new(func) and not draws(func, args, kwargs) else []
         self._held += [tensor.detach() for tensor in kept]
-        self.done.append(_Done(kind_of(func), _work(func, args, kwargs, result), _sizes(kept)))
+        self.done.append(_Done(kind_of(func), _work(func, args, kwargs, result), sizes_of(kept)))
         return result
 
 
@@ -138,10 +138,6 @@ def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     weights = [t for t in given if t.dim() == 2]  # a fused recurrent layer: each is applied to every step of the input
     rows = math.prod(given[0].shape[:-1])
     return moved + 2 * rows * sum(t.numel() for t in weights if t is not given[0]) / FLOPS_A_BYTE
-
-
-def _sizes(tensors: Iterable[Tensor]) -> dict[int, int]:
-    return {storage_of(tensor): bytes_of(tensor) for tensor in tensors}
 
 
 def _twice(one: BlockCost, other: BlockCost) -> BlockCost:

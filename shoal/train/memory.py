@@ -21,7 +21,7 @@ from shoal.memory.blocks import find_blocks
 from shoal.memory.budget import Chosen, Need, Ways, keep_budget, weight_bytes
 from shoal.memory.explain import explained
 from shoal.memory.gauge import gauge_for
-from shoal.memory.optimizer_need import optimizer_need
+from shoal.memory.optimizer_need import optimizer_need, state_bytes
 from shoal.memory.places import Disk
 from shoal.memory.recompute import Block
 from shoal.memory.rehearsal import Loss
@@ -228,7 +228,6 @@ class Memory:
             parameter.grad = None
         batch = work.batch(self.device)
         need = work.need(batch, self.device)
-        there = sum(t.nbytes for state in work.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
 
         def part(number: int) -> Loss:
             return lambda: work.loss({k: t[: max(1, t.shape[0] // number)] if t.dim() else t for k, t in batch.items()})
@@ -240,7 +239,7 @@ class Memory:
                 part,
                 self.gauge or gauge_for(self.device),
                 need,
-                max(0, need.optimizer - there) + (need.checkpoint if position.step <= 1 else 0),
+                max(0, need.optimizer - state_bytes(work.optimizer)) + (need.checkpoint if position.step <= 1 else 0),
                 where=where,
                 micro_batches=work.micro_batches,
             )
