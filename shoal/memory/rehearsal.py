@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from shoal.memory.apply import device_of
 from shoal.memory.gauge import Gauge
+from shoal.parallel.pipeline.random_state import random_state, set_random_state
 
 Loss = Callable[[], Tensor]  # the forward pass of one micro-batch
 
@@ -26,9 +28,8 @@ def rehearse(module: nn.Module, loss: Loss, gauge: Gauge, *, keep_gradients: boo
 
 @contextlib.contextmanager
 def _undone(module: nn.Module, keep_gradients: bool) -> Iterator[None]:
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    host = torch.get_rng_state()
-    other = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    device = device_of(module)
+    state = random_state(device)
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     trained = [p for p in module.parameters() if p.requires_grad]
     hooks = []
@@ -44,9 +45,7 @@ def _undone(module: nn.Module, keep_gradients: bool) -> Iterator[None]:
         with torch.no_grad():
             for buffer, old in buffers:
                 buffer.copy_(old)
-        torch.set_rng_state(host)
-        if other is not None:
-            torch.cuda.set_rng_state(other, device)
+        set_random_state(state, device)
 
 
 def _drop(parameter: Tensor) -> None:
