@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from shoal.memory.narrow import REST
 from shoal.memory.quantised import blocks_of, decode, encode
 from shoal.memory.rounding import joined, split
-from shoal.memory.shelves import SMALLEST
-from shoal.memory.streamed import CODES, SCALES, SIGNED
+from shoal.memory.streamed import CODES, SCALES, SIGNED, quantisable
 from shoal.recipe.memory_plan import MemoryPlan
 
 
@@ -63,9 +62,7 @@ def _states(states: Mapping[str, Tensor], plan: MemoryPlan) -> tuple[dict[str, T
             decode(tensor.reshape(-1), scales, values, signed=SIGNED[key.removesuffix(CODES)])
             found[name] = values.view(tensor.shape)
             said["the checkpoint's 8-bit optimiser states go on in 32 bits."] = None
-        elif (
-            plan.optimizer_bits == 8 and key in SIGNED and tensor.numel() >= SMALLEST and tensor.dtype == torch.float32
-        ):
+        elif plan.optimizer_bits == 8 and quantisable(key, tensor.numel(), tensor.dtype):
             codes = torch.empty(tensor.numel(), dtype=torch.uint8)
             scales = torch.empty(blocks_of(tensor.numel()))
             encode(tensor.reshape(-1), codes, scales, signed=SIGNED[key])

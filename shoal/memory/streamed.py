@@ -52,6 +52,11 @@ def check_streamable(optimizer: torch.optim.Optimizer, key: str, *, quantised: b
         )
 
 
+def quantisable(key: str, elements: int, dtype: torch.dtype) -> bool:
+    """Whether a state of a parameter with so many elements has an 8-bit form that is worth it."""
+    return key in SIGNED and elements >= SMALLEST and dtype == torch.float32
+
+
 class Streamed(torch.optim.Optimizer):
     """Shares the groups of the optimiser that it wraps; ``state`` holds what is kept, as it is kept."""
 
@@ -213,7 +218,7 @@ class Streamed(torch.optim.Optimizer):
     # --- states -------------------------------------------------------------------------------------------------------
 
     def _quantises(self, key: str, elements: int, value: Tensor) -> bool:
-        return self._keeping.quantised and key in SIGNED and elements >= SMALLEST and value.dtype == torch.float32
+        return self._keeping.quantised and quantisable(key, elements, value.dtype)
 
     def _bring(self, kept: State, key: str, start: int, end: int, shape: torch.Size, parameter: nn.Parameter) -> Any:
         if key + CODES in kept:
