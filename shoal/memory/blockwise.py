@@ -39,7 +39,7 @@ class Blockwise:
         for number, block in enumerate(blocks.values()):
             block.register_forward_pre_hook(self._entered(number))
             block.register_forward_hook(self._left(number))
-            for parameter in parameters[list(blocks)[number]]:
+            for parameter in self._parameters[number]:
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(self._graded(number))  # type: ignore[no-untyped-call]
 

@@ -7,7 +7,7 @@ A forward pass finds float32 in their places, made when a block begins and let g
 bfloat16 as it is. So embeddings and residual sums keep their digits, and nothing in the model needs to know.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Literal
@@ -35,23 +35,14 @@ class _Widened(torch.autograd.Function):
         return gradients[0]
 
 
-def narrowed_names(module: nn.Module) -> list[str]:
-    """The parameters that bfloat16 is for."""
-    return [
-        name
-        for name, p in module.named_parameters()
-        if p.requires_grad and p.dim() >= 2 and p.dtype in (torch.float32, torch.bfloat16)
-    ]
-
-
 @torch.no_grad()
 def narrow(module: nn.Module, rounding: Rounding, blocks: tuple[str, ...] = ()) -> dict[nn.Parameter, Tensor | None]:
     """Keep the module's matrices in bfloat16, in place; each with the 16 bits that rounding takes off, if compensated.
 
     ``blocks``: modules that bring in their own weights, as ``find_blocks`` takes them; the rest of the model is one."""
-    names = set(narrowed_names(module))
-    parameters = {p: name for name, p in module.named_parameters() if name in names}
-    _widen_in_forward(module, parameters, blocks)
+    kinds = (torch.float32, torch.bfloat16)
+    parameters = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2 and p.dtype in kinds]
+    _widen_in_forward(module, set(parameters), blocks)
     rests: dict[nn.Parameter, Tensor | None] = {}
     for parameter in parameters:
         rest = None
@@ -66,7 +57,7 @@ def narrow(module: nn.Module, rounding: Rounding, blocks: tuple[str, ...] = ()) 
     return rests
 
 
-def _widen_in_forward(module: nn.Module, parameters: Mapping[nn.Parameter, str], patterns: tuple[str, ...]) -> None:
+def _widen_in_forward(module: nn.Module, parameters: Collection[nn.Parameter], patterns: tuple[str, ...]) -> None:
     inner = find_blocks(module, patterns)
     owned = {id(m): block for block in inner.values() for m in block.modules()}
     units: dict[int, list[tuple[nn.Module, str]]] = {}
