@@ -58,10 +58,9 @@ class GatheredWeights:
             parameter.data = view.copy_(parameter)
 
     def piece(self, piece: Piece) -> Tensor:
-        """The memory of a piece, flat; in the parameter's shape when it is all of it."""
+        """See `Piece.of`."""
         parameter = self.parameters[piece.slot]
-        flat = self._pages[parameter.dtype].tensor[piece.place : piece.place + piece.length]
-        return flat.view(parameter.shape) if piece.length == parameter.numel() else flat
+        return piece.of(self._pages[parameter.dtype].tensor, parameter.shape)
 
     def start(self, bucket: int) -> None:
         """Begin to bring in what others own of a bucket that is not here."""

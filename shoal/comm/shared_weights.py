@@ -64,10 +64,9 @@ class SharedWeights:
         return list(flats.values())
 
     def piece(self, piece: Piece) -> Tensor:
-        """The memory of a piece, flat; in the parameter's shape when it is all of it."""
+        """See `Piece.of`."""
         parameter = self.parameters[piece.slot]
-        flat = self._flats[parameter.dtype][piece.place : piece.place + piece.length]
-        return flat.view(parameter.shape) if piece.length == parameter.numel() else flat
+        return piece.of(self._flats[parameter.dtype], parameter.shape)
 
     def updated(self) -> None:
         """The own slices hold the new weights."""

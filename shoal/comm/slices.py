@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from shoal.comm.layout import Layout
 
 
@@ -18,6 +21,11 @@ class Piece:
     @property
     def length(self) -> int:
         return self.stop - self.start
+
+    def of(self, flat: Tensor, shape: torch.Size) -> Tensor:
+        """Its memory in a flat buffer of parameters, flat; in the parameter's shape when it is all of it."""
+        part = flat[self.place : self.place + self.length]
+        return part.view(shape) if self.length == shape.numel() else part
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ docs/sharded_states.md says what each stage holds where. The bits are those of e
 optimisers that are allowed here treat each element by itself.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,13 +12,14 @@ from torch import Tensor, nn
 
 from shoal.comm.exchange import Exchange, Terms
 from shoal.comm.group import Group, HostGroup
-from shoal.comm.server.optimizer import ELEMENTWISE
+from shoal.comm.server.optimizer import ELEMENTWISE, build
 from shoal.comm.shared_weights import SharedWeights
 from shoal.comm.sliced_heap import SlicedHeapExchange
 from shoal.comm.slices import Piece, Sharing, pieces_of
 from shoal.comm.transport import make_exchange
 from shoal.data.ledger import Ledger
 from shoal.errors import UserError
+from shoal.memory.optimizer_need import state_bytes
 from shoal.parallel.held import Held
 from shoal.parallel.pipeline.engine import Pipeline
 from shoal.recipe.plan import Plan
@@ -115,26 +115,20 @@ class Sharded(Everywhere):
         self.equal = weights.shared
         self.parts = [weights.piece(piece) for piece in pieces]
         slot_of = {id(parameter): slot for slot, parameter in enumerate(gradients.parameters)}
-        groups = [[slot_of[id(p)] for p in g["params"] if id(p) in slot_of] for g in optimizer.param_groups]
+        groups = [{slot_of[id(p)] for p in g["params"] if id(p) in slot_of} for g in optimizer.param_groups]
         self._groups: list[int] = []  # which of the user's groups each of the inner one's is
         self._inner = self._make(groups)
         self._written: list[int] = []
 
-    def _make(self, groups: Sequence[Sequence[int]]) -> torch.optim.Optimizer | None:
+    def _make(self, groups: Sequence[set[int]]) -> torch.optim.Optimizer | None:
         """The optimiser over the own pieces; None when there are none."""
-        filled = []
-        for index, (slots, group) in enumerate(zip(groups, self.optimizer.param_groups, strict=True)):
-            own = [part for piece, part in zip(self.pieces, self.parts, strict=True) if piece.slot in set(slots)]
-            if own:
-                filled.append({"params": own, **settings(group)})
-                self._groups.append(index)
-        if not filled:
-            return None
-        known = set(inspect.signature(type(self.optimizer)).parameters)
-        made: torch.optim.Optimizer = type(self.optimizer)(
-            filled, **{key: value for key, value in self.optimizer.defaults.items() if key in known}
-        )
-        made.state.clear()  # some begin with states; they are taken from the user's
+        parts = list(zip(self.pieces, self.parts, strict=True))
+        owns = [[part for piece, part in parts if piece.slot in slots] for slots in groups]
+        self._groups = [index for index, own in enumerate(owns) if own]
+        options = [settings(group) for group in self.optimizer.param_groups]
+        made = build(type(self.optimizer).__name__, self.optimizer.defaults, options, owns)
+        if made is not None:
+            made.state.clear()  # some begin with states; they are taken from the user's
         return made
 
     # --- states -----------------------------------------------------------------------------------------------
@@ -218,8 +212,7 @@ class Sharded(Everywhere):
         """What this worker holds between two steps, by kind, counted: pages that are there, tensors that are allocated.
 
         Of memory that workers share, its part."""
-        states = [] if self._inner is None else [v for s in self._inner.state.values() for v in s.values()]
-        own = sum(value.nbytes for value in states if isinstance(value, Tensor))
+        own = state_bytes(self._inner) if self._inner is not None else 0
         return {**self.weights.held_bytes(), **self._slices.held_bytes(), "optimizer": own}
 
 
