@@ -28,7 +28,6 @@ def test_sharded_states_under_torchrun_give_the_bits_of_the_local_launcher(mark,
             f"states={states}",
             "--set",
             "bucket_bytes=1",
-            "--json",
         )
         joined = trained(torchrun(mark, folder, 2, *command, "--json", "--run-dir", states), folder)
         assert joined["weights_sha256"] == local["weights_sha256"]
