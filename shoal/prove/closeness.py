@@ -21,6 +21,7 @@ from torch import Tensor
 from shoal.errors import UserError
 from shoal.prove.fingerprint import GRADIENT, LOSS, MODEL, Difference
 
+COMPARED = (GRADIENT, MODEL)  # kinds of tensors, in this order
 SMALL = 0.01  # of the largest weight: below, a tensor's own size is no measure
 
 
@@ -53,7 +54,7 @@ def file_of(folder: Path, step: int) -> Path:
 
 def check_room(folder: Path, tensors: Mapping[str, Tensor], steps: int) -> None:
     """Raises UserError when what `keep` will write in all steps does not fit on the disk."""
-    needed = steps * sum(t.nbytes for name, t in tensors.items() if name.partition("/")[0] in (GRADIENT, MODEL))
+    needed = steps * sum(tensor.nbytes for tensor in _of_kinds(tensors, COMPARED).values())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -64,12 +65,17 @@ def check_room(folder: Path, tensors: Mapping[str, Tensor], steps: int) -> None:
 
 def keep(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
     """The reference's gradients and weights after a step."""
-    kept = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-        if name.partition("/")[0] in (GRADIENT, MODEL)
-    }
-    save_file(kept, file_of(folder, step))
+    save(file_of(folder, step), _of_kinds(tensors, COMPARED))
+
+
+def save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Each has memory of its own in the file, whatever they share."""
+    copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    save_file(copies, file)
+
+
+def _of_kinds(tensors: Mapping[str, Tensor], kinds: Sequence[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.partition("/")[0] in kinds}
 
 
 @torch.no_grad()
@@ -79,12 +85,12 @@ def deviations(
     tensors: Mapping[str, Tensor],
     wanted: Sequence[float],
     losses: Sequence[float],
-    kinds: Sequence[str] = (GRADIENT, MODEL),
+    kinds: Sequence[str] = COMPARED,
 ) -> Deviations:
     """``tensors``: a run's gradients and weights after the step, whole; ``losses`` of its shards, and those wanted."""
-    expected = {n: t for n, t in load_file(file_of(folder, step)).items() if n.partition("/")[0] in kinds}
+    expected = _of_kinds(load_file(file_of(folder, step)), kinds)
     apart = tensor_deviations(expected, tensors)
-    return Deviations(step, apart, tuple(map(relative, wanted, losses, map(_size, wanted))))
+    return Deviations(step, apart, tuple(map(relative, wanted, losses)))
 
 
 def tensor_deviations(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, float]:
@@ -93,8 +99,7 @@ def tensor_deviations(expected: Mapping[str, Tensor], found: Mapping[str, Tensor
     whole = math.hypot(*(float(torch.linalg.vector_norm(t.double())) for t in gradients.values())) or 1.0
     least = SMALL * max((_largest(t) for n, t in expected.items() if n.startswith(f"{MODEL}/")), default=1.0)
     sizes: dict[str, float] = {}
-    kinds = (GRADIENT, MODEL)
-    for name in dict.fromkeys(n for n in (*found, *expected) if n.partition("/")[0] in kinds):
+    for name in _of_kinds({**found, **expected}, COMPARED):
         wanted, have = expected.get(name), found.get(name)
         if wanted is None or have is None or wanted.shape != have.shape:
             sizes[name] = math.inf
@@ -107,15 +112,12 @@ def tensor_deviations(expected: Mapping[str, Tensor], found: Mapping[str, Tensor
             else:
                 scale = max(_largest(wanted), least) or 1.0
                 sizes[name] = _finite(_largest(apart) / scale)
-    return {name: sizes[name] for kind in kinds for name in sizes if name.startswith(f"{kind}/")}
+    return {name: sizes[name] for kind in COMPARED for name in sizes if name.startswith(f"{kind}/")}
 
 
-def relative(wanted: float, found: float, scale: float) -> float:
-    return _finite(abs(wanted - found) / scale)
-
-
-def _size(number: float) -> float:
-    return abs(number) or 1.0
+def relative(wanted: float, found: float) -> float:
+    """A deviation from a number, relative to it; from 0.0, as it is."""
+    return _finite(abs(wanted - found) / (abs(wanted) or 1.0))
 
 
 def _largest(tensor: Tensor) -> float:

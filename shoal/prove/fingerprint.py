@@ -82,8 +82,8 @@ def tensor_print(tensor: Tensor) -> TensorPrint:
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     for piece in byte_pieces(tensor):
         digest.update(piece)
-    norm = torch.linalg.vector_norm(tensor.detach().double())
-    return TensorPrint(digest.hexdigest(), float(norm), along(tensor))
+    wide = tensor.detach().double()
+    return TensorPrint(digest.hexdigest(), float(torch.linalg.vector_norm(wide)), along(wide))
 
 
 @torch.no_grad()

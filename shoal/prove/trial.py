@@ -9,19 +9,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shoal.comm.group import Group
 from shoal.comm.launch import Agent
 from shoal.comm.status import Phase
-from shoal.data.dataset import DatasetSource
 from shoal.data.registry import open_data
-from shoal.data.source import Splits
 from shoal.errors import RunFailed, UserError
 from shoal.models.registry import build, task_for
 from shoal.parallel.whole import Whole
-from shoal.prove.closeness import Deviations, check_room, deviations, keep
+from shoal.prove.closeness import Deviations, check_room, deviations, keep, save
 from shoal.prove.fingerprint import GRADIENT, MODEL, StepPrint, gradients_of, step_print, training_tensors
 from shoal.prove.reference import PlainLoop
 from shoal.recipe.plan import Plan
@@ -90,10 +87,7 @@ def run_reference(group: Group, subject: Subject, folder: Path, values: bool) ->
     """In a process of its own: the plain loop. Leaves its last tensors in ``folder``; with ``values`` every step's."""
     group.report(Phase.building)
     recipe, data = subject.recipe, subject.data
-    if data is None:
-        splits = open_data(recipe.data, recipe.seed)
-    else:
-        splits = data if isinstance(data, Splits) else Splits(DatasetSource(data))
+    splits = open_data(recipe.data, recipe.seed, data)
     torch.manual_seed(recipe.seed)
     module = subject.model() if subject.model else build(recipe.model, splits.train.facts)
     task = task_for(recipe.model, splits.train.facts)
@@ -109,10 +103,7 @@ def run_reference(group: Group, subject: Subject, folder: Path, values: bool) ->
         shares = {f"{GRADIENT}/{name}": share for name, share in zip(loop.names, step.shares, strict=True)}
         group.emit(replace(step_print(step.number, step.losses, tensors), shares=shares))
     tensors = training_tensors(module, optimizer)
-    save_file(
-        {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-        folder / FINAL,
-    )
+    save(folder / FINAL, tensors)
     return Ended(
         weights_sha256(model_tensors(module)),
         wide=any(p.dtype == torch.float64 for p in module.parameters()),
@@ -157,7 +148,7 @@ def run_and_compare(group: Group, order: Order, folder: Path, losses: Sequence[S
         return whole | {f"{MODEL}/{name}": tensor for name, tensor in worker.weights().items()}
 
     result = run_recipe(group, replace(order, observe=observe))
-    if plan.splits_model and not plan.exact:
+    if not plan.exact:  # the end counts where every bit must be the same
         return Ended(result["weights_sha256"])
     error, tensor = largest_error(held, folder / FINAL, parts=plan.splits_model)
     return Ended(result["weights_sha256"], error, tensor)

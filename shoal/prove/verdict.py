@@ -8,8 +8,16 @@ from typing import Any
 
 from shoal.prove.closeness import Deviation, first_beyond, of_kinds, relative
 from shoal.prove.diagnosis import Evidence, looks_like
-from shoal.prove.fingerprint import KINDS, LOSS, MODEL, OPTIMIZER, Difference, StepPrint, first_difference
-from shoal.prove.fingerprint import first_disagreement as apart
+from shoal.prove.fingerprint import (
+    KINDS,
+    LOSS,
+    MODEL,
+    OPTIMIZER,
+    Difference,
+    StepPrint,
+    first_difference,
+    first_disagreement,
+)
 from shoal.prove.plans import label
 from shoal.prove.trial import Trial, by_value
 from shoal.recipe.plan import Plan
@@ -89,9 +97,8 @@ def _exact(plan: Plan, trial: Trial, reference: Trial) -> Found:
 
 
 def _near(plan: Plan, trial: Trial, tolerance: float, weights: bool) -> Found:
-    parted = apart(
-        _replicas(plan), trial.prints, _kinds(plan)
-    )  # workers that hold the same agree to the bit in every mode
+    # workers that hold the same agree to the bit in every mode
+    parted = first_disagreement(_replicas(plan), trial.prints, _kinds(plan))
     found = of_kinds([whole.deviations for whole in trial.whole], weights=weights)
     worst = max(found, key=lambda deviation: deviation.size, default=None)
     beyond = first_beyond(found, tolerance, len(trial.prints))
@@ -113,7 +120,7 @@ def _lossy(trial: Trial, reference: Sequence[StepPrint], tolerance: float) -> Fo
     gradient has touched its weights) are the reference's, and all are finite. The error is the largest of a loss."""
     parted = first_difference(trial.prints[0], trial.prints)
     losses = [
-        Deviation(expected.step, LOSS, relative(a, b, abs(a) or 1.0), (shard,))
+        Deviation(expected.step, LOSS, relative(a, b), (shard,))
         for expected, found in zip(reference, trial.prints[0], strict=False)
         for shard, (a, b) in enumerate(zip(expected.losses, found.losses, strict=True))
     ]
