@@ -104,7 +104,6 @@ class Seat:
         say: Callable[[str, Any], None],
         faults: Sequence[Fault] = (),
     ) -> None:
-        self.number = number
         self.say = say
         self._orders = orders
         self.report = SeatReporter(number % ROWS, os.getpid(), board)
@@ -125,13 +124,15 @@ class Seat:
     def alone(self) -> HostGroup:
         """A group of this worker only, to build the model in."""
         self._heap = heap_file()
-        mesh = Mesh(0, [None], self.report)
-        return HostGroup(0, 1, mesh, Heap(self._heap), self._arenas, self.report, self._emit)
+        return self._group_of(0, [None], self._heap, self._arenas)
 
     def nobody(self) -> HostGroup:
         """A group of this worker only, to load a state in: others are elsewhere, and it has no memory to share."""
-        mesh = Mesh(0, [None], self.report)
-        return HostGroup(0, 1, mesh, Heap(-1), self._arenas, self.report, self._emit)
+        return self._group_of(0, [None], -1, self._arenas)
+
+    def _group_of(self, rank: int, peers: list[socket.socket | None], heap: int, arenas: Arenas) -> HostGroup:
+        mesh = Mesh(rank, peers, self.report)
+        return HostGroup(rank, len(peers), mesh, Heap(heap), arenas, self.report, self._emit)
 
     def ready(self) -> None:
         """The model is built; the memory of `alone` has been let go."""
@@ -153,9 +154,7 @@ class Seat:
                 os.close(file)
             del files[:world]
         peers = [socket.socket(fileno=file) for file in files]
-        row: list[socket.socket | None] = [*peers[:rank], None, *peers[rank:]]
-        mesh = Mesh(rank, row, self.report)
-        self._group = HostGroup(rank, world, mesh, Heap(self._heap), arenas, self.report, self._emit)
+        self._group = self._group_of(rank, [*peers[:rank], None, *peers[rank:]], self._heap, arenas)
         self._epoch = order["epoch"]
         self.report.member, self.report.rank = True, rank
         return Place(

@@ -17,6 +17,7 @@ from itertools import count
 from typing import NamedTuple
 
 from shoal.elastic import membership as m
+from shoal.elastic.pace import evenly
 
 SENDING_S = (0.0, 0.0005)  # from the decision to say something to the moment when a word leaves
 WORD_S = (0.0001, 0.003)  # how long it is on its way
@@ -343,10 +344,9 @@ class Simulation:
         if worker.step >= self.steps:
             self._finish(worker)
             return
-        step, world = worker.step + 1, len(worker.form.seats)
+        step = worker.step + 1
         shards: list[int] = []
-        for rank in range(world):
-            size = self.shards // world + (rank < self.shards % world)
+        for size in evenly(len(worker.form.seats), self.shards):
             shards += range(len(shards), len(shards) + size)
         worker.state.append((step, tuple(shards)))
         if worker.rank == 0:
