@@ -9,25 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from shoal.comm.mesh import PeerLost
-from shoal.data.registry import open_data
 from shoal.elastic import transfer
 from shoal.elastic.membership import FRESH
 from shoal.elastic.seat import Place, Released, Seat
-from shoal.errors import UserError
-from shoal.models.registry import build, task_for
+from shoal.models.registry import task_for
 from shoal.recipe.plan import Plan
 from shoal.run.run import Run
 from shoal.run.tail import told_lately
 from shoal.train import checkpoint
 from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
-from shoal.train.loop import Loop, Order, settled
+from shoal.train.loop import Loop, Order, made_model, open_splits, settled, worker_of
 from shoal.train.optimizers import make_optimizer
 from shoal.train.step import Step
-from shoal.train.worker import Worker
 
 REMEMBERED = 8  # committed steps that every worker could still tell of, should rank 0 not have told them
 
@@ -49,20 +44,10 @@ class _Life:
         self.seat, self.order = seat, order
         recipe = order.recipe
         group = seat.alone()
-        self.worker = Worker(
-            group,
-            plan_of(order.plan, (recipe.shards,)),
-            shards=recipe.shards,
-            micro_batches=recipe.micro_batches,
-            seed=recipe.seed,
-            clip=recipe.clip,
-        )
-        self.splits = open_data(recipe.data, recipe.seed, order.data)
-        if len(self.splits.train) == 0:
-            raise UserError(f"the training data in {recipe.data.path!r} holds no sample.")
+        self.worker = worker_of(group, plan_of(order.plan, (recipe.shards,)), recipe)
+        self.splits = open_splits(group, order)
         seat.say("opened", None)
-        torch.manual_seed(recipe.seed)
-        made = order.model() if order.model else build(recipe.model, self.splits.train.facts)
+        made = made_model(order, self.splits)
         self.task = task_for(recipe.model, self.splits.train.facts)
         self.model = self.worker.model(made, compile=recipe.model.compile)
         self.worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
@@ -279,7 +264,7 @@ class ElasticLoop(Loop):
         assert figures is not None
         self.loss = figures.loss
         self.samples += step.samples
-        found = self.worker.communication() if self.log else None
+        beside = self._beside(step, rate, seconds)
         for number, _, extra in self.worker.told():
             self.recent.append(
                 {
@@ -288,13 +273,7 @@ class ElasticLoop(Loop):
                     "grad_norm": figures.norm,
                     "targets": int(figures.targets),
                     "waited": dict(enumerate(figures.waited)),
-                    "epoch": step.epoch,
-                    "index": step.index,
-                    "lr": rate,
-                    "samples": step.samples,
-                    "seconds": seconds,
-                    "parts": step.parts,
-                    **({"comm": found} if found else {}),
+                    **beside,
                     **extra,
                 }
             )

@@ -52,19 +52,10 @@ class Order:
 def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     """Train to the end, or until asked to stop; the result, on every worker."""
     group.report(Phase.building)
-    worker = Worker(
-        group,
-        order.plan,
-        shards=order.recipe.shards,
-        micro_batches=order.recipe.micro_batches,
-        seed=order.recipe.seed,
-        clip=order.recipe.clip,
-    )
+    worker = worker_of(group, order.plan, order.recipe)
     recipe, why = settled(order.recipe, worker)
-    splits = _open(group, order)
-    if len(splits.train) == 0:
-        raise UserError(f"the training data in {recipe.data.path!r} holds no sample.")
-    made = _made(order, splits)
+    splits = open_splits(group, order)
+    made = made_model(order, splits)
     task = task_for(recipe.model, splits.train.facts)
     subject = _subject(recipe, splits, task, worker.device) if order.plan.splits_model else None
     model = worker.model(made, compile=recipe.model.compile, subject=subject)
@@ -78,7 +69,18 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
         return Loop(worker, order, run, splits, task, model).train()
 
 
-def _made(order: Order, splits: Splits) -> nn.Module:
+def worker_of(group: Group, plan: Plan, recipe: Recipe) -> Worker:
+    return Worker(
+        group,
+        plan,
+        shards=recipe.shards,
+        micro_batches=recipe.micro_batches,
+        seed=recipe.seed,
+        clip=recipe.clip,
+    )
+
+
+def made_model(order: Order, splits: Splits) -> nn.Module:
     """The whole model with its first weights."""
     torch.manual_seed(order.recipe.seed)
     return order.model() if order.model else build(order.recipe.model, splits.train.facts)
@@ -113,14 +115,16 @@ def settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
     return replace(recipe, precision=precision), why
 
 
-def _open(group: Group, order: Order) -> Splits:
-    """Rank 0 first: what it prepares and caches, the others only map."""
+def open_splits(group: Group, order: Order) -> Splits:
+    """Rank 0 first: what it prepares and caches, the others only map. Raises UserError when there is no sample."""
     prepares = order.data is None
     if prepares and group.rank:
         group.gather(b"")
     splits = open_data(order.recipe.data, order.recipe.seed, order.data)
     if prepares and group.rank == 0:
         group.gather(b"")
+    if len(splits.train) == 0:
+        raise UserError(f"the training data in {order.recipe.data.path!r} holds no sample.")
     return splits
 
 
@@ -275,18 +279,22 @@ class Loop:
         self.loss = figures.loss
         self.samples += step.samples
         if self.log:
-            found = self.worker.communication()
-            self.untold[step.number] = {
-                "epoch": step.epoch,
-                "index": step.index,
-                "lr": rate,
-                "samples": step.samples,
-                "seconds": seconds,
-                "parts": step.parts,
-                **({"comm": found} if found else {}),
-                **({"memory": took} if (took := self.worker.memory.take_told()) else {}),
-            }
+            self.untold[step.number] = self._beside(step, rate, seconds)
             self._tell_committed()
+
+    def _beside(self, step: Step, rate: float, seconds: float) -> dict[str, Any]:
+        """What is told of a committed step beside its figures; of communication, on rank 0 only."""
+        found = self.worker.communication() if self.log else None
+        return {
+            "epoch": step.epoch,
+            "index": step.index,
+            "lr": rate,
+            "samples": step.samples,
+            "seconds": seconds,
+            "parts": step.parts,
+            **({"comm": found} if found else {}),
+            **({"memory": took} if (took := self.worker.memory.take_told()) else {}),
+        }
 
     def _tell_committed(self) -> None:
         """Steps that all workers have done; where they may be steps apart, that is known a little later."""
@@ -418,7 +426,7 @@ class Loop:
         if self.worker.plan.splits_model:
             weights = self.worker.weights()
             if self.worker.rank == 0:
-                model = _made(self.order, self.splits).to(self.worker.device)
+                model = made_model(self.order, self.splits).to(self.worker.device)
                 model.load_state_dict(weights, strict=False)
         if self.worker.rank == 0:
             text = sample_text(model, self.splits.train.facts, self.recipe)
