@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data_parallel import FACTS, Synthetic
 from turns import turns
 
 from shoal.comm.launch import Agent
@@ -39,38 +40,22 @@ GOALS = {
     "budget": (0.70, 1.05),
     "disk": (None, 1.10),
 }  # activation peak, time; of training without
-FACTS = {"vocab": 256, "context": 128}
-
-
-class Tokens:
-    """Samples that cost nothing to load: the same for every arm."""
-
-    facts, fingerprint = FACTS, "synthetic"
-
-    def __init__(self) -> None:
-        self.tokens = torch.randint(256, (512, 129), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def fetch(self, ids: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
-        return {"tokens": self.tokens[torch.tensor(ids)]}
 
 
 class Arm:
     def __init__(self, group, memory: MemoryPlan, spec: ModelSpec, batch: int) -> None:
         self.worker = worker = Worker(group, Plan(memory=memory, device="cpu"), shards=1)
         torch.manual_seed(0)
-        self.net, self.task, self.batch = build(spec, FACTS), task_for(spec, FACTS), batch
+        self.net, self.task, self.batch = build(spec, FACTS["gpt"]), task_for(spec, FACTS["gpt"]), batch
         worker.model(self.net)
         worker.optimizer(torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=True))
         if memory.budget_bytes:
-            worker.prepare_memory(Tokens(), batch, lambda part: self.task.loss(self.net, part)[0])
+            worker.prepare_memory(Synthetic("gpt"), batch, lambda part: self.task.loss(self.net, part)[0])
             worker.memory.gauge = None  # the arms share a process: what it holds says nothing of one of them
         self.steps = self._steps()
 
     def _steps(self) -> Iterator[str]:
-        for step in self.worker.steps(Tokens(), batch=self.batch, steps=10**6):
+        for step in self.worker.steps(Synthetic("gpt"), batch=self.batch, steps=10**6):
             for batch in step:
                 loss, count = self.task.loss(self.net, batch)
                 step.backward(loss, count)
@@ -78,7 +63,9 @@ class Arm:
             yield self.worker.weights_sha256 if step.number <= 2 else ""
 
     def peak(self, gauge) -> int:
-        return rehearse(self.net, lambda: self.task.loss(self.net, Tokens().fetch(np.arange(self.batch), 0))[0], gauge)
+        return rehearse(
+            self.net, lambda: self.task.loss(self.net, Synthetic("gpt").fetch(np.arange(self.batch), 0))[0], gauge
+        )
 
 
 def budget_for(group, spec: ModelSpec, batch: int, share: float) -> MemoryPlan:

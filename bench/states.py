@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data_parallel import FACTS, Synthetic, free_port
 from torch import nn
 from turns import turns
 
@@ -45,27 +45,12 @@ OPTIONS = {
     "10M": {"layers": 6, "heads": 6, "width": 384, "dropout": 0.0},
     "tiny": {"layers": 2, "heads": 2, "width": 64, "dropout": 0.0},
 }
-FACTS = {"vocab": 256, "context": 128}
-
-
-class Synthetic:
-    """Samples that cost nothing to load: the same for every arm."""
-
-    def __init__(self) -> None:
-        self.tokens = torch.randint(256, (512, 129), generator=torch.Generator().manual_seed(0))
-        self.fingerprint = "synthetic"
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def fetch(self, ids: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
-        return {"tokens": self.tokens[torch.tensor(ids)]}
 
 
 def make(size: str) -> tuple[nn.Module, object]:
     torch.manual_seed(0)
     spec = ModelSpec(kind="gpt", options=OPTIONS[size])
-    return build(spec, FACTS), task_for(spec, FACTS)
+    return build(spec, FACTS["gpt"]), task_for(spec, FACTS["gpt"])
 
 
 def adamw(net: nn.Module) -> torch.optim.Optimizer:
@@ -88,7 +73,7 @@ def fsdp_arm(group, size: str) -> Arm:
     for block in find_blocks(net).values():
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    optimizer, source = adamw(net), Synthetic()
+    optimizer, source = adamw(net), Synthetic("gpt")
 
     def steps() -> Iterator[None]:
         for step in range(10**9):
@@ -121,7 +106,7 @@ def shoal_arm(group, size: str, states: str) -> Arm:
     optimizer = worker.optimizer(adamw(net))
 
     def steps() -> Iterator[None]:
-        for step in worker.steps(Synthetic(), batch=EACH * group.world, steps=10**9):
+        for step in worker.steps(Synthetic("gpt"), batch=EACH * group.world, steps=10**9):
             for batch in step:
                 loss, count = task.loss(called, batch)
                 step.backward(loss, count)
@@ -140,8 +125,10 @@ def shoal_arm(group, size: str, states: str) -> Arm:
     return Arm(steps(), held)
 
 
-def measure(group, size: str, rounds: int, steps: int, store: str) -> dict:
-    os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=store)
+def measure(group, size: str, rounds: int, steps: int, store: int) -> dict:
+    os.environ.update(
+        RANK=str(group.rank), WORLD_SIZE=str(group.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store)
+    )
     joined = DistributedGroup(120.0, accelerator=False)
     arms = {
         CONTROL: fsdp_arm(joined, size),
@@ -199,12 +186,6 @@ def summary(ranks: list[dict], parameters: int) -> dict[str, dict]:
 def medians(runs: list[dict]) -> dict[str, dict[str, float]]:
     keys = ("step_ms", "ratio", "cpu_ratio", "states_over_ideal")
     return {name: {key: statistics.median(run[name][key] for run in runs) for key in keys} for name in runs[0]}
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def main() -> None:
