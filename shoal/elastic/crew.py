@@ -7,24 +7,23 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from shoal.comm.agent import STOP, Ended, Said, die_with_parent, killer_of
-from shoal.comm.arena import own_file
+from shoal.comm.agent import STOP, Ended, Said, killer_of
 from shoal.comm.heap import anonymous_file, heap_file
 from shoal.comm.status import StatusBoard
 from shoal.elastic import membership as m
 from shoal.elastic import roster
+from shoal.elastic.forks import Forks
 from shoal.elastic.kernel import look
 from shoal.elastic.pace import Pace, evenly
-from shoal.elastic.process import Program, live
-from shoal.elastic.seat import DRAINS, ROWS, send_order
+from shoal.elastic.process import Program
+from shoal.elastic.record import Record
+from shoal.elastic.seat import DRAINS, ROWS
 from shoal.elastic.watch import Watch
-from shoal.run.events import EventLog
 
 POLL_S = 0.1  # between two looks at positions and at wanted.json
 END_S = 10.0  # how long workers may take to leave once the run has its result
@@ -44,17 +43,6 @@ class ElasticJob(Program):
         return ElasticCrew(self, launcher, forward).run()
 
 
-@dataclass
-class _Process:
-    pid: int
-    pipe: Connection  # what it says
-    orders: socket.socket  # what it is told, and a byte back when it is asked to leave
-    arena: list[int]
-    name: str = "a new worker"
-    finished: bool = False  # it said that it ends
-    fenced: bool = False  # it was killed as a suspect
-
-
 class ElasticCrew:
     def __init__(self, job: ElasticJob, launcher: Connection, forward: Callable[[Any], None]) -> None:
         self.job, self.launcher, self._forward = job, launcher, forward
@@ -63,15 +51,13 @@ class ElasticCrew:
         self.board_file = anonymous_file(StatusBoard.SIZE)
         self.board = StatusBoard(self.board_file, ROWS)
         self.membership = m.Membership(job.workers, job.least, job.shards)
-        self.processes: dict[int, _Process] = {}
+        self.processes = Forks(job, self.board, self._close_own)
+        self.record = Record(lambda event: self.forward(Said(0, "event", event)))
         self.watch = Watch(job.hang_after_s)
         self.pace = Pace()
         self.shares: tuple[int, ...] = ()  # shards of each member
         self.failure: Ended | None = None
         self.ended_s: float | None = None  # when the run got its result
-        self.run_dir: Path | None = None
-        self.log: EventLog | None = None
-        self.untold: list[dict[str, Any]] = []  # events from before the run directory was known
         self.noticed: set[int] = set()  # faults of a rehearsal
         self.wish = 0  # the number of the last wish that was heard
         self.begun = 0  # the step that was under way when the last epoch broke
@@ -88,15 +74,8 @@ class ElasticCrew:
             while self.failure is None and not self._over():
                 self._turn()
         finally:
-            for seat in list(self.processes):
-                self._kill(seat)
-            for seat in list(self.processes):
-                os.waitpid(self.processes[seat].pid, 0)
-                self._forget(seat)
-            if self.run_dir:
-                roster.write(self.run_dir, [])
-            if self.log:
-                self.log.close()
+            self.processes.end_all()
+            self.record.end()
             os.close(self.board_file)
             signal.signal(signal.SIGTERM, asked_before)
         return self.failure or Ended("")
@@ -244,16 +223,9 @@ class ElasticCrew:
             why = f"{name} was killed by {by} at {at}"
         elif not process.finished:
             why = f"{name} ended with exit code {code} at {at}"
-        self._forget(seat)
+        self.processes.forget(seat)
         self._decide(m.Dead(seat, why))
         self._write_roster()
-
-    def _forget(self, seat: int) -> None:
-        process = self.processes.pop(seat)
-        process.pipe.close()
-        process.orders.close()
-        for file in process.arena:
-            os.close(file)
 
     # --- what is seen -----------------------------------------------------------------------------------------
 
@@ -271,9 +243,9 @@ class ElasticCrew:
             self._decide(m.Suspect(seat, f"{self._name(seat)}: {evidence}"))
 
     def _listen_to_wishes(self) -> None:
-        if self.run_dir is None:
+        if self.record.run_dir is None:
             return
-        wanted = roster.wanted_of(self.run_dir)
+        wanted = roster.wanted_of(self.record.run_dir)
         if wanted.number <= self.wish:
             return
         self.wish = wanted.number
@@ -293,22 +265,18 @@ class ElasticCrew:
 
     def _know(self, path: Path) -> None:
         """The run directory has a name; it may not be there yet."""
-        if self.run_dir is None:
+        if self.record.run_dir is None:
             self.wish = roster.wanted_of(path).number  # older wishes are not for this process
-        self.run_dir = path
+        self.record.run_dir = path
         self._write_roster()
 
     def _write_roster(self) -> None:
-        if self.run_dir is None or not self.run_dir.is_dir():
-            return
         pids = [self.processes[s].pid if s in self.processes else None for s in self.membership.members]
-        entries = roster.entries(pids, self.shares, self.host, self.membership.epoch)
-        roster.write(self.run_dir, entries)
-        self._tell_what_waits()
+        self.record.write_roster(roster.entries(pids, self.shares, self.host, self.membership.epoch))
 
     def _tell(self, tell: m.Tell) -> None:
         who = [{"pid": self.processes[s].pid, "rank": self._rank(s)} for s in tell.seats if s in self.processes]
-        self.untold.append(
+        self.record.tell(
             {
                 "event": tell.event,
                 "step": max(self.step, self.membership.step, 0),
@@ -322,7 +290,6 @@ class ElasticCrew:
                 **dict(tell.more),
             }
         )
-        self._tell_what_waits()
 
     def _noticed(self, tell: m.Tell) -> dict[str, Any]:
         """In a rehearsal: how long ago the fault that was noticed had happened."""
@@ -337,30 +304,18 @@ class ElasticCrew:
     def _rank(self, seat: int) -> int | None:
         return self.membership.members.index(seat) if seat in self.membership.members else None
 
-    def _tell_what_waits(self) -> None:
-        if self.run_dir is None or not self.run_dir.is_dir():
-            return
-        with suppress(OSError):  # a full disk costs the log, not the training
-            self.log = self.log or EventLog(self.run_dir / "events.jsonl")
-            for told in self.untold:
-                fields = dict(told)
-                self.log.write(fields.pop("event"), **fields)
-        for told in self.untold:
-            self.forward(Said(0, "event", {"time": time.time(), **told, "run_dir": str(self.run_dir)}))
-        self.untold.clear()
-
     # --- what is done -----------------------------------------------------------------------------------------
 
     def _do(self, instructions: list[m.Instruction]) -> None:
         for instruction in instructions:
             match instruction:
                 case m.Fork(seat):
-                    self._fork(seat)
+                    self.processes.fork(seat)
                 case m.Kill(seat):
                     self.processes[seat].fenced = True
-                    self._kill(seat)
+                    self.processes.kill(seat)
                 case m.Release(seat):
-                    self._order(seat, {"kind": "release"}, [])
+                    self.processes.order(seat, {"kind": "release"}, [])
                 case m.Break():
                     members = [seat % ROWS for seat in self.membership.members]
                     self.begun = max((self.board.read(row).step for row in members), default=0)
@@ -375,14 +330,6 @@ class ElasticCrew:
                     self.fail(why)
                 case m.Finish():
                     pass  # those who are still at it end by themselves
-
-    def _kill(self, seat: int) -> None:
-        with suppress(KeyError, ProcessLookupError):
-            os.kill(self.processes[seat].pid, signal.SIGKILL)
-
-    def _order(self, seat: int, order: dict[str, Any], files: list[int]) -> None:
-        with suppress(KeyError, OSError):  # who has gone is told by its pipe
-            send_order(self.processes[seat].orders, order, files)
 
     def _form(self, form: m.Form) -> None:
         """Sockets and memory of the epoch, which nobody of an older one has."""
@@ -414,35 +361,17 @@ class ElasticCrew:
                 "cold": form.cold,
                 "donor": form.donor,
                 "shares": self.shares,
-                "run": str(self.run_dir or ""),
+                "run": str(self.record.run_dir or ""),
                 "arenas": bool(shared),
             }
-            self._order(seat, order, [heap, *shared, *mine])
+            self.processes.order(seat, order, [heap, *shared, *mine])
         for left, right in pairs.values():
             left.close()
             right.close()
         os.close(heap)
         self._write_roster()
 
-    def _fork(self, seat: int) -> None:
-        ours, theirs = socket.socketpair()
-        orders, ordered = socket.socketpair()
-        arena = own_file()
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            die_with_parent(parent)
-            self.launcher.close()
-            ours.close()
-            orders.close()
-            for process in self.processes.values():
-                process.pipe.close()
-                process.orders.close()
-                for file in process.arena:
-                    os.close(file)
-            if self.log:
-                self.log.close()
-            live(self.job, seat, Connection(theirs.detach()), ordered, arena, self.board)
-        theirs.close()
-        ordered.close()
-        self.processes[seat] = _Process(pid, Connection(ours.detach()), orders, arena)
+    def _close_own(self) -> None:
+        """In a forked worker: what is its agent's alone."""
+        self.launcher.close()
+        self.record.close_log()
