@@ -69,6 +69,9 @@ class StatusBoard:
         self.workers = workers
         self._page = mmap.mmap(file, self.SIZE)
 
+    def close(self) -> None:
+        self._page.close()
+
     def write(self, position: Position) -> None:
         p = position
         row = (p.step, int(p.phase), p.shard, p.peer, int(p.since_s * 1e9), p.pid)

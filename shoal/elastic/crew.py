@@ -76,8 +76,9 @@ class ElasticCrew:
         finally:
             self.processes.end_all()
             self.record.end()
-            os.close(self.board_file)
             signal.signal(signal.SIGTERM, asked_before)
+            self.board.close()
+            os.close(self.board_file)
         return self.failure or Ended("")
 
     def _over(self) -> bool:
