@@ -25,6 +25,10 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool = False
 
 
+class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+
+
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What both have in common. None is as if a field were left out."""
 
@@ -80,7 +84,7 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
     metadata: dict[str, str] | None = None  # not looked at
     store: bool | None = None  # nothing is stored
-    response_format: dict[str, Any] | None = None
+    response_format: TextFormat | None = None
 
 
 B = TypeVar("B", CompletionBody, ChatBody)
@@ -162,7 +166,6 @@ def ask_of(body: Body, tokens: list[int], ends: list[int], vocab: int, context: 
         logprobs = (body.top_logprobs or 0) if body.logprobs else -1
         refused = {
             "top_logprobs": body.top_logprobs is not None and not body.logprobs,
-            "response_format": body.response_format not in (None, {"type": "text"}),
         }
     for name, is_refused in refused.items():
         if is_refused:

@@ -21,7 +21,7 @@ def _operation(body: type[msgspec.Struct], summary: str, example: dict[str, Any]
                     "description": 'the answer; with "stream": true, its pieces as server-sent events',
                     "content": {
                         "application/json": {"schema": _ANSWER},
-                        "text/event-stream": {"schema": {"type": "string"}},
+                        "text/event-stream": {},
                     },
                 },
                 "default": {

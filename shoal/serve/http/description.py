@@ -27,7 +27,7 @@ _PREDICTIONS: Mapping[str, Any] = {
         "required": ["answer", "score", "start", "end"],
         "properties": {
             "answer": {"type": "string", "description": "a piece of the context; empty: there is no answer"},
-            "score": {"type": "number"},
+            "score": {"type": ["number", "null"], "description": "null with an empty answer"},
             "start": {"type": "integer", "description": "first character of the context"},
             "end": {"type": "integer", "description": "one past the last"},
         },
@@ -52,6 +52,7 @@ _ERRORS = {
 
 
 def describe(model: Model, intake: Intake | None, paths: set[str]) -> dict[str, Any]:
+    named = {"enum": [model.name, None]}  # null: as if it were left out
     described: dict[str, Any] = {
         "/health/live": _get("The process answers", "text/plain"),
         "/health/ready": _get("A model process is ready to work", "text/plain"),
@@ -61,7 +62,8 @@ def describe(model: Model, intake: Intake | None, paths: set[str]) -> dict[str, 
     if intake is not None:
         body = {
             "type": "object",
-            "properties": {**intake.fields, "model": {"type": "string"}},
+            "properties": {**intake.fields, "model": named},
+            "oneOf": [{"required": list(names)} for names in intake.alternatives],
             "example": dict(intake.example),
         }
         answer = {
@@ -76,7 +78,9 @@ def describe(model: Model, intake: Intake | None, paths: set[str]) -> dict[str, 
         content |= {kind: {"schema": {"type": "string", "format": "binary"}} for kind in (NPY[0], SAFETENSORS[0])}
         described["/predict"] = _post(f"Predict: {model.task}", content, answer)
     if "/v1/embeddings" in paths:
-        described["/v1/embeddings"] = _post("Embeddings, as OpenAI's", _EMBEDDINGS, {"type": "object"})
+        described["/v1/embeddings"] = _post(
+            "Embeddings, as OpenAI's", _embeddings(intake.fields["input"] if intake else {}, named), {"type": "object"}
+        )
     if intake is None:
         described |= import_module("shoal.serve.generation.routes").PATHS
     if "/v1/reload" in paths:
@@ -105,19 +109,15 @@ def describe(model: Model, intake: Intake | None, paths: set[str]) -> dict[str, 
     }
 
 
-_EMBEDDINGS = {
-    "application/json": {
-        "schema": {
-            "type": "object",
-            "required": ["input"],
-            "properties": {
-                "input": {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
-                "model": {"type": "string"},
-                "encoding_format": {"enum": ["float", "base64"]},
-            },
-        }
+def _embeddings(given: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    properties = {
+        "input": given,
+        "model": named,
+        "encoding_format": {"enum": ["float", "base64", None]},
+        "dimensions": {"type": "null", "description": "this model's vectors have one size"},
+        "user": {"description": "not looked at"},
     }
-}
+    return {"application/json": {"schema": {"type": "object", "required": ["input"], "properties": properties}}}
 
 
 def _responses(success: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,12 +68,12 @@ class Predict:
         """As OpenAI's: {"input": text, texts, ids or lists of ids, "encoding_format": "float" | "base64"}."""
         body = read_json(request.body)
         check_model(body, service)
-        form = body.get("encoding_format") or "float"
+        form = "float" if body.get("encoding_format") is None else body["encoding_format"]
         if form not in ("float", "base64"):
             raise HttpError(400, "'encoding_format' must be 'float' or 'base64'", param="encoding_format")
         if "input" not in body:
             raise HttpError(400, "'input' is missing", param="input")
-        if body.get("dimensions"):
+        if body.get("dimensions") is not None:
             raise HttpError(400, "this model's vectors have one size: leave 'dimensions' out", param="dimensions")
         samples = self._intake.read({"input": body["input"]})
         made = [self._intake.inputs(sample) for sample in samples]

@@ -27,13 +27,25 @@ class Asked:
 
 
 class Answers:
-    fields: Mapping[str, Any] = {"question": {"type": "string"}, "context": {"type": "string"}}
+    _TEXT: Mapping[str, Any] = {"type": "string", "pattern": r"\S"}
+    _ONE: Mapping[str, Any] = {
+        "type": "object",
+        "properties": {"question": _TEXT, "context": _TEXT},
+        "required": ["question", "context"],
+    }
+    fields: Mapping[str, Any] = {
+        **_ONE["properties"],
+        "inputs": {"oneOf": [_ONE, {"type": "array", "items": _ONE, "minItems": 1}]},
+    }
+    alternatives: tuple[tuple[str, ...], ...] = (("question", "context"), ("inputs",))
     example: Mapping[str, Any] = {"question": "Who answers?", "context": "The model answers the question."}
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self._texts = Texts(facts)
 
     def read(self, body: Mapping[str, Any]) -> list[Any]:
+        if {"inputs", "question", "context"} <= body.keys():
+            raise HttpError(400, "the body must have 'question' and 'context', or 'inputs'", param="inputs")
         asked = several(body["inputs"], dict, "inputs") if "inputs" in body else [body]
         for one in asked:
             for name in ("question", "context"):

@@ -32,6 +32,7 @@ class ImageClasses(Classes):
             pixels = {**nested, "description": f"pixel values 0 to 255, nested as {list(self.shape)}"}
             image = {"type": "string", "contentEncoding": "base64", "description": f"a file: {', '.join(FORMATS)}"}
             self.fields = {"image": image, "pixels": pixels, "input": nested}
+        self.alternatives: tuple[tuple[str, ...], ...] = tuple((name,) for name in self.fields)
 
     def read(self, body: Mapping[str, Any]) -> list[Any]:
         name, value = field(body, tuple(self.fields))
@@ -93,6 +94,7 @@ class NumberClasses(Classes):
             row = {"type": "object", "required": self._columns}
             self.fields = {"rows": {"oneOf": [row, {"type": "array", "items": row}]}, **self.fields}
             self.example = {"rows": dict.fromkeys(self._columns, 0.0)}
+        self.alternatives: tuple[tuple[str, ...], ...] = tuple((name,) for name in self.fields)
 
     def read(self, body: Mapping[str, Any]) -> list[Any]:
         name, value = field(body, tuple(self.fields))

@@ -17,6 +17,7 @@ class Intake(Protocol):
     """One task's way in and out. Everything raises HttpError 400 for what cannot be used."""
 
     fields: Mapping[str, Any]  # of the JSON body, as JSON schemas: for the description and the page
+    alternatives: tuple[tuple[str, ...], ...]  # a body has the fields of exactly one of these
     example: Mapping[str, Any]  # a body that works
 
     def read(self, body: Mapping[str, Any]) -> list[Any]:
@@ -53,6 +54,8 @@ def numbers(value: Any, name: str, dtype: str = "float32") -> NDArray[Any]:
         given = np.asarray(value)
         if given.dtype.kind not in "biuf":
             raise ValueError("not only numbers")
+        if not given.size:
+            raise HttpError(400, f"{name!r} holds no number", param=name)
         with np.errstate(over="ignore"):  # what becomes infinite is refused below
             made = given.astype(dtype)
     except (ValueError, TypeError, OverflowError):

@@ -20,8 +20,9 @@ _WHOLE = {"tokens": "int64", "types": "int64", "mask": "bool"}  # all other JSON
 class Tensors:
     fields: Mapping[str, Any] = {
         "input": {"type": "array", "description": "numbers, nested; the first dim is the sample"},
-        "inputs": {"type": "object", "description": "several of these by name"},
+        "inputs": {"type": "object", "minProperties": 1, "description": "several of these by name"},
     }
+    alternatives: tuple[tuple[str, ...], ...] = (("input",), ("inputs",))
     example: Mapping[str, Any] = {"input": [[0.0]]}
 
     def __init__(self, facts: Mapping[str, Any], most_rows: int) -> None:

@@ -10,6 +10,7 @@ from shoal.serve.http.messages import HttpError
 from shoal.serve.intake.task import Classes, field, several
 from shoal.serve.payloads import Array, Inputs, Outputs
 
+NAMES = "text", "input", "inputs"  # of one field: who asks may call it as they are used to
 CHARACTERS_A_TOKEN = 64  # what of a text lies beyond so many for each token of the context is not even tokenised
 
 
@@ -36,9 +37,11 @@ class Texts:
 
 
 class TextClasses(Classes):
-    fields: Mapping[str, Any] = {
-        "text": {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    _TEXTS: Mapping[str, Any] = {
+        "oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
     }
+    fields: Mapping[str, Any] = {"text": _TEXTS, "input": _TEXTS, "inputs": _TEXTS}
+    alternatives: tuple[tuple[str, ...], ...] = tuple((name,) for name in NAMES)
     example: Mapping[str, Any] = {"text": "a line of text"}
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
@@ -46,7 +49,7 @@ class TextClasses(Classes):
         self._texts = Texts(facts)
 
     def read(self, body: Mapping[str, Any]) -> list[Any]:
-        name, value = field(body, ("text", "input", "inputs"))
+        name, value = field(body, NAMES)
         return several(value, str, name)
 
     def inputs(self, sample: Any) -> list[Inputs]:
@@ -54,28 +57,30 @@ class TextClasses(Classes):
 
 
 class Vectors:
-    fields: Mapping[str, Any] = TextClasses.fields
+    alternatives = TextClasses.alternatives
     example: Mapping[str, Any] = TextClasses.example
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self._texts = Texts(facts)
+        id = {"type": "integer", "minimum": 0, "exclusiveMaximum": self._texts.vocab}
+        ids = {"type": "array", "items": id, "minItems": 1, "maxItems": self._texts.context}
+        several = {"type": "array", "items": {"anyOf": [{"type": "string"}, ids]}, "minItems": 1}
+        self.fields: Mapping[str, Any] = {name: {"anyOf": [{"type": "string"}, several, ids]} for name in NAMES}
 
     def read(self, body: Mapping[str, Any]) -> list[Any]:
         """Strings, or lists of token ids as OpenAI's clients may send them."""
-        name, value = field(body, ("text", "input", "inputs"))
-        if isinstance(value, list) and value and isinstance(value[0], int):
+        name, value = field(body, NAMES)
+        if isinstance(value, list) and value and isinstance(value[0], int | float):
             value = [value]
-        samples = several(value, (str, list), name)
-        for one in samples:
-            if isinstance(one, list):
-                self._check(one)
-        return samples
+        return [one if isinstance(one, str) else self._ids(one) for one in several(value, (str, list), name)]
 
-    def _check(self, ids: list[Any]) -> None:
+    def _ids(self, given: list[Any]) -> list[int]:
+        ids = [int(id) if isinstance(id, float) and id.is_integer() else id for id in given]  # JSON's 7.0 is whole
         if not 1 <= len(ids) <= self._texts.context:
             raise HttpError(400, f"{len(ids)} tokens: between 1 and {self._texts.context} fit the model", param="input")
         if not all(type(id) is int and 0 <= id < self._texts.vocab for id in ids):
             raise HttpError(400, f"token ids must be whole numbers below {self._texts.vocab}", param="input")
+        return ids
 
     def inputs(self, sample: Any) -> list[Inputs]:
         return [self._texts.framed(sample) if isinstance(sample, str) else self._texts.from_ids(sample)]
