@@ -130,7 +130,7 @@ def _named(args: Namespace) -> list[tuple[str, str, Any]]:
     if hasattr(args, "mesh"):
         given += [
             ("--workers", "mesh.data", args.workers),
-            *(("--mesh", f"mesh.{axis}", size) for axis, size in _mesh(args.mesh)),
+            *(("--mesh", f"mesh.{axis}", size) for axis, size in mesh_sizes(args.mesh)),
             ("--placement", "placement", whole_numbers("--placement", args.placement) if args.placement else None),
             ("--fast", "sync", "fast" if args.fast else None),
             ("--device", "device", args.device),
@@ -144,7 +144,8 @@ def _named(args: Namespace) -> list[tuple[str, str, Any]]:
     return [(flag, key, value) for flag, key, value in given if value is not None]
 
 
-def _mesh(text: str | None) -> list[tuple[str, int]]:
+def mesh_sizes(text: str | None) -> list[tuple[str, int]]:
+    """ "data=2,pipe=2" -> [("data", 2), ("pipe", 2)]. Raises UserError."""
     sizes = []
     for part in text.split(",") if text else ():
         axis, equals, size = part.partition("=")

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from shoal.cli.output import count, json_line
+from shoal.cli.recipe_arguments import mesh_sizes
 from shoal.errors import UserError
 
 HELP = "a run, a checkpoint or a Hugging Face folder, over HTTP"
@@ -24,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--task", help="instead of the one that the target was made for")
     parser.add_argument("--name", help="the model's name, for clients")
     parser.add_argument("--dtype", help="float32 or bfloat16")
+    parser.add_argument("--mesh", metavar="pipe=N,tensor=N", help="split the model over so many processes a replica")
     parser.add_argument("--replicas", type=int, help="model processes, which share one copy of the weights")
     parser.add_argument(
         "--min-replicas", type=int, help="when nothing is asked; 0: none, and the first request wakes one"
@@ -72,6 +74,8 @@ def run(args: Namespace) -> int:
     }
     from_environment = os.environ.get("SHOAL_API_KEYS", "").split(",")
     given["api_keys"] = _keys("--api-keys", args.api_keys) or tuple(filter(None, map(str.strip, from_environment)))
+    if args.mesh is not None:
+        given["mesh"] = dict(mesh_sizes(args.mesh))
     given["admin_keys"] = _keys("--admin-keys", args.admin_keys)
     if args.generation:
         from shoal.serve.generation.options import options_from_pairs
@@ -101,8 +105,10 @@ def _keys(option: str, path: str | None) -> tuple[str, ...]:
 def _lines(told: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in told["seconds"].items() if name != "all")
     size = count(told["parameters"])
+    each = "".join(f", {axis} {size}" for axis, size in told["mesh"].items())
+    who = f"group(s) of{each[1:]}" if each else "model process(es)"
     return (
-        f"{told['model']}: {told['task']}, {size} parameters, {told['dtype']}, {told['replicas']} model process(es)\n"
+        f"{told['model']}: {told['task']}, {size} parameters, {told['dtype']}, {told['replicas']} {who}\n"
         f"ready in {told['seconds']['all']:.2f} s ({parts})\n"
         f"{told['url']}  (try it there; {told['url']}/docs describes it; Ctrl-C ends)"
     )

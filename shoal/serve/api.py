@@ -91,6 +91,7 @@ class _Serving:
             "parameters": service.model.facts["parameters"],
             "dtype": self.options.dtype,
             "replicas": self.options.replicas,
+            "mesh": dict(self.options.mesh),
             "seconds": service.seconds,
             "pid": os.getpid(),
         }

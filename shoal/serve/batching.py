@@ -70,6 +70,11 @@ class Batcher:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def rows(self) -> int:
+        """Of all that waits."""
+        return self._rows
+
     def add(self, one: Waiting) -> None:
         """Raises ValueError for more rows than a batch takes, and for an id that is there already."""
         if not 1 <= one.rows <= self.most_rows:

@@ -15,12 +15,13 @@ class Start(msgspec.Struct, tag="start", frozen=True):
     task: str
     dtype: str
     name: str
+    mesh: Mapping[str, int]  # axis -> processes of a group; {}: whole models
     options: Mapping[str, Any]  # what engines are told
     path: tuple[str, ...]  # sys.path, so that a user's own modules are found
 
 
 class Fork(msgspec.Struct, tag="fork", frozen=True):
-    """One more model process. Its end of the link travels with the message (SCM_RIGHTS)."""
+    """One more model process, or group of them. Its end of the link travels with the message (SCM_RIGHTS)."""
 
     number: int
 
@@ -44,18 +45,15 @@ class Broken(msgspec.Struct, tag="broken", frozen=True):
     user_error: bool
 
 
-class Forked(msgspec.Struct, tag="forked", frozen=True):
-    number: int
-    pid: int
-
-
 class Gone(msgspec.Struct, tag="gone", frozen=True):
+    """All processes of a group have ended: those that are left are killed when one has."""
+
     number: int
-    status: int  # as os.waitstatus_to_exitcode says: negative: the signal
+    status: int  # of the first one, as os.waitstatus_to_exitcode says: negative: the signal
 
 
 ToParent = Start | Fork | Kill
-FromParent = Ready | Broken | Forked | Gone
+FromParent = Ready | Broken | Gone
 
 
 def to_parent() -> FrameReader[ToParent]:

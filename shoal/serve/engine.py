@@ -15,6 +15,7 @@ client has already seen as ``reached``; the new engine goes on after the last of
 """
 
 from collections.abc import Mapping, Sequence
+from socket import socket
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -98,6 +99,15 @@ class Engine(Protocol):
         """One turn: one batch, or one step of all running generations. Tells what came of it."""
 
 
+class GroupEngine(Engine, Protocol):
+    """The engine of a leader: it computes a part, and others of its group the rest."""
+
+    sockets: Sequence[socket]  # readable when somebody of the group has said something
+
+    def hear(self) -> None:
+        """Takes in what the others have done, without waiting. Raises PeerLost. Called ahead of every wait."""
+
+
 class EngineModule(Protocol):
     """``shoal.serve.single_pass`` and ``shoal.serve.generation.engine``."""
 
@@ -106,3 +116,24 @@ class EngineModule(Protocol):
 
     def open_engine(self, model: Any, facts: Mapping[str, Any], options: Mapping[str, Any], tell: Tell) -> Engine:
         """In a model process."""
+
+
+class Split(Protocol):
+    """A model that was made ready for groups, in the parent of the model processes."""
+
+    bytes: int  # of the weights of all places, once
+
+
+class GroupModule(Protocol):
+    """``shoal.serve.groups.single_pass`` and ``shoal.serve.groups.generation``."""
+
+    def split(self, model: Any, plan: Any, facts: Mapping[str, Any], options: Mapping[str, Any]) -> Split:
+        """Once, in the parent. Raises UserError for what cannot be split as the plan says."""
+
+    def open_leader(
+        self, split: Any, seat: Any, facts: Mapping[str, Any], options: Mapping[str, Any], tell: Tell
+    ) -> GroupEngine:
+        """In the process of a group that has the link to the HTTP side."""
+
+    def follow(self, split: Any, seat: Any, facts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        """The whole life of each of the others. Raises PeerLost at its end."""

@@ -6,6 +6,7 @@ from ipaddress import ip_address
 from typing import Any, Literal
 
 from shoal.errors import UserError, unknown_name
+from shoal.serve.groups.mesh import plan_of
 
 TASKS = (
     "image-classification",
@@ -27,6 +28,7 @@ class ServeOptions:
     port: int = 8000  # 0: any free one
     dtype: Literal["float32", "bfloat16"] = "float32"
     replicas: int = 1  # model processes; they share one copy of the weights
+    mesh: Mapping[str, int] = field(default_factory=dict)  # axis -> processes that hold one model together: a replica
     min_replicas: int = -1  # when nothing is asked: 0: none, the first request wakes one; -1: replicas
     max_replicas: int = 0  # when much is asked; 0: replicas
     calm_s: float = 60.0  # fewer model processes are kept once fewer would have done for so long
@@ -68,6 +70,7 @@ class ServeOptions:
             raise UserError(
                 f"serve: {self.least} to {self.most} model processes, {self.replicas} at the start: put them in order."
             )
+        plan_of(self.mesh)
         for name in ("latency_ms", "queue", "drain_s", "idle_timeout_s", "calm_s"):
             if getattr(self, name) < 0:
                 raise UserError(f"serve: {name} must not be negative, got {getattr(self, name)}.")
@@ -85,6 +88,11 @@ class ServeOptions:
             raise UserError(
                 f"serve: {self.host!r} can be reached from other machines: name a file with API keys (--api-keys FILE)."
             )
+
+    @property
+    def at_once(self) -> int:
+        """Samples that a replica can work on at a time: a batch at each of its stages."""
+        return self.batch * self.mesh.get("pipe", 1)
 
     @property
     def least(self) -> int:

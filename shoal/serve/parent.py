@@ -13,13 +13,13 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from shoal.serve.control import (
     Broken,
     Fork,
-    Forked,
     FromParent,
     Gone,
     Kill,
@@ -44,8 +44,11 @@ class Parent:
         self._begun = begun
         self._reader = to_parent()
         self._fds: list[int] = []
-        self._children: dict[int, int] = {}  # pid -> number
+        self._children: dict[int, int] = {}  # pid -> number; those of a group have one number
+        self._first_end: dict[int, int] = {}  # number -> how the first process of a group ended
         self._loaded: Any = None
+        self._split: Any = None  # None: whole models
+        self._plan: Any = None
         self._options: dict[str, Any] = {}
 
     def run(self) -> None:
@@ -99,7 +102,8 @@ class Parent:
             import torch
 
             from shoal.comm.agent import die_with_parent
-            from shoal.serve.replica import engine_module
+            from shoal.serve.groups.mesh import plan_of
+            from shoal.serve.replica import engine_module, group_module
             from shoal.serve.target import load
             from shoal.serve.weights import share_weights
 
@@ -109,9 +113,14 @@ class Parent:
             imported = time.monotonic()
             self._loaded = load(order.target, order.task, order.dtype, order.name)
             loaded = time.monotonic()
-            weights = share_weights(self._loaded.model)
-            engine = import_module(engine_module(self._loaded.facts["task"]))
-            engine.prepare(self._loaded.model, order.options)
+            model, facts = self._loaded.model, self._loaded.facts
+            self._plan = plan_of(order.mesh)
+            if self._plan.splits_model:
+                self._split = import_module(group_module(facts["task"])).split(model, self._plan, facts, order.options)
+                weights = self._split.bytes
+            else:
+                weights = share_weights(model)
+                import_module(engine_module(facts["task"])).prepare(model, order.options)
         except ShoalError as error:
             self._say(Broken(str(error), isinstance(error, UserError)))
             return
@@ -131,17 +140,27 @@ class Parent:
         self._say(Ready(self._loaded.facts, seconds, weights))
 
     def _fork(self, number: int, link: int) -> None:
-        from shoal.serve.replica import run_replica
+        from shoal.serve.groups.links import Links
+        from shoal.serve.replica import run_replica, serve_model, take_seat
 
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            signal.set_wakeup_fd(-1)
-            self._control.close()
-            run_replica(self._loaded, self._options, socket.socket(fileno=link), parent)
+        parent, world = os.getpid(), self._plan.workers
+        links = Links(world) if world > 1 else None
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                self._control.close()
+                asks = socket.socket(fileno=link)
+                facts, options = self._loaded.facts, self._options
+                if links is None:
+                    life = partial(serve_model, self._loaded.model, facts, options, asks)
+                else:
+                    life = partial(take_seat, self._split, self._plan, facts, options, links.taken(rank), asks)
+                run_replica(life, options["threads"], parent)
+            self._children[pid] = number
         os.close(link)
-        self._children[pid] = number
-        self._say(Forked(number, pid))
+        if links:
+            links.close()
 
     def _reap(self) -> None:
         while self._children:
@@ -149,5 +168,12 @@ class Parent:
             if not pid:
                 return
             number = self._children.pop(pid, None)
-            if number is not None:
-                self._say(Gone(number, os.waitstatus_to_exitcode(status)))
+            if number is None:
+                continue
+            first = self._first_end.setdefault(number, os.waitstatus_to_exitcode(status))
+            left = [other for other, its in self._children.items() if its == number]
+            for other in left:  # a group ends as one
+                os.kill(other, signal.SIGKILL)
+            if not left:
+                del self._first_end[number]
+                self._say(Gone(number, first))

@@ -5,17 +5,33 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from shoal.comm.agent import die_with_parent, keep_freed_memory
-from shoal.errors import UserError
-from shoal.serve.engine import Begun, Cancel, Engine, FromEngine, Request
+from shoal.comm.group import HostGroup
+from shoal.comm.mesh import PeerLost
+from shoal.errors import ShoalError
+from shoal.recipe.plan import Plan
+from shoal.serve.engine import (
+    Begun,
+    Cancel,
+    Engine,
+    EngineModule,
+    FromEngine,
+    GroupEngine,
+    GroupModule,
+    Request,
+    Split,
+    Tell,
+)
 from shoal.serve.frames import FrameError, encode, from_http_side
-from shoal.serve.target import Loaded
+from shoal.serve.groups.seat import Seat
 
 READ_BYTES = 1 << 20
 
@@ -24,7 +40,11 @@ def engine_module(task: str) -> str:
     return "shoal.serve.generation.engine" if task == "text-generation" else "shoal.serve.single_pass"
 
 
-def run_replica(loaded: Loaded, options: Mapping[str, Any], link: socket.socket, parent: int) -> NoReturn:
+def group_module(task: str) -> str:
+    return "shoal.serve.groups.generation" if task == "text-generation" else "shoal.serve.groups.single_pass"
+
+
+def run_replica(life: Callable[[], None], threads: int, parent: int) -> NoReturn:
     """The whole life of a forked model process. Never returns."""
     code = 1
     try:
@@ -33,33 +53,59 @@ def run_replica(loaded: Loaded, options: Mapping[str, Any], link: socket.socket,
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         keep_freed_memory()
-        torch.set_num_threads(options["threads"])
-        serve(loaded, options, link)
+        torch.set_num_threads(threads)
+        life()
         code = 0
-    except (FrameError, OSError, UserError) as error:
+    except (FrameError, OSError, ShoalError) as error:
         print(f"shoal: a model process ends: {type(error).__name__}: {error}", flush=True)
     finally:
         os._exit(code)
 
 
-def serve(loaded: Loaded, options: Mapping[str, Any], link: socket.socket) -> None:
+def serve_model(model: nn.Module, facts: Mapping[str, Any], options: Mapping[str, Any], link: socket.socket) -> None:
+    """A whole model in this process."""
+    module: EngineModule = import_module(engine_module(facts["task"]))
+    serve(lambda tell: module.open_engine(model, facts, options, tell), link)
+
+
+def take_seat(
+    split: Split,
+    plan: Plan,
+    facts: Mapping[str, Any],
+    options: Mapping[str, Any],
+    group: HostGroup,
+    link: socket.socket,
+) -> None:
+    """A part of a model in this process; the leader of the group alone has the link to the HTTP side."""
+    module: GroupModule = import_module(group_module(facts["task"]))
+    seat = Seat(plan, group)
+    if seat.leads:
+        serve(lambda tell: module.open_leader(split, seat, facts, options, tell), link)
+        return
+    link.close()
+    with suppress(PeerLost):  # the group has ended
+        module.follow(split, seat, facts, options)
+
+
+def serve(open_engine: Callable[[Tell], Engine | GroupEngine], link: socket.socket) -> None:
     """Until the other end closes. Raises what the engine raises: it is for the engine to answer for its requests."""
 
     def tell(messages: Sequence[FromEngine]) -> None:
         link.sendall(encode(messages))
 
-    engine: Engine = import_module(engine_module(loaded.facts["task"])).open_engine(
-        loaded.model, loaded.facts, options, tell
-    )
+    engine = open_engine(tell)
+    hear: Callable[[], None] = getattr(engine, "hear", _nobody)
     tell([Begun(())])  # it can work
     reader = from_http_side()
     poll = select.poll()
-    poll.register(link, select.POLLIN)
+    for each in (link, *getattr(engine, "sockets", ())):
+        poll.register(each, select.POLLIN)
     while True:
+        hear()
         now = time.monotonic()
         due = engine.next_at(now)
         wait_ms = None if due is None else max(0.0, (due - now) * 1000)
-        if poll.poll(wait_ms):
+        if link.fileno() in {file for file, _ in poll.poll(wait_ms)}:
             data = link.recv(READ_BYTES)
             if not data:
                 return
@@ -75,3 +121,7 @@ def serve(loaded: Loaded, options: Mapping[str, Any], link: socket.socket) -> No
         due = engine.next_at(now)
         if due is not None and due <= now:
             engine.work(now)
+
+
+def _nobody() -> None:
+    """A whole model's process hears of no other."""

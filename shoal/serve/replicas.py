@@ -13,7 +13,6 @@ from shoal.errors import RunFailed, ShoalError, UserError
 from shoal.serve.control import (
     Broken,
     Fork,
-    Forked,
     FromParent,
     Gone,
     Kill,
@@ -90,7 +89,6 @@ class Replicas:
         self.leaving = leaving
         self.wanted = options.replicas
         self.links: dict[int, Link] = {}
-        self.pids: dict[int, int] = {}
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.broken: asyncio.Future[ShoalError] = asyncio.get_running_loop().create_future()
         self._hear_model, self._lost_model = hear, lost
@@ -118,7 +116,9 @@ class Replicas:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
         o = self.options
-        ours.sendall(encode([Start(o.target, o.task, o.dtype, o.name, o.engine_options(), tuple(sys.path))]))
+        ours.sendall(
+            encode([Start(o.target, o.task, o.dtype, o.name, dict(o.mesh), o.engine_options(), tuple(sys.path))])
+        )
         ours.setblocking(False)
         self._control, self._control_reader = ours, from_parent()
         self._loop.add_reader(ours, self._read_control, ours)
@@ -151,10 +151,7 @@ class Replicas:
                 self.scale(self.wanted)
             case Broken():
                 self._break(UserError(message.why) if message.user_error else ShoalError(message.why))
-            case Forked():
-                self.pids[message.number] = message.pid
             case Gone():
-                self.pids.pop(message.number, None)
                 self._early_deaths += message.number not in self._lived
                 self._lived.discard(message.number)
                 if self._early_deaths >= MOST_EARLY_DEATHS:

@@ -80,7 +80,7 @@ class Service:
         self.weights_bytes = 0
         self._loop = asyncio.get_running_loop()
         self._begun = time.monotonic()
-        self._router = Router(Limits(window=2 * options.batch, waiting=options.queue))
+        self._router = Router(Limits(window=2 * options.at_once, waiting=options.queue))
         self._askers: dict[int, _Asker] = {}
         self._next = 0
         self._tick: asyncio.TimerHandle | None = None
@@ -100,7 +100,7 @@ class Service:
         self._asleep_since_asked = 0.0  # when the first request came to a server without model processes
         self._scale_timer: asyncio.TimerHandle | None = None
         if options.least < options.most:
-            bounds = Bounds(least=options.least, most=options.most, each=options.batch, calm_s=options.calm_s)
+            bounds = Bounds(least=options.least, most=options.most, each=options.at_once, calm_s=options.calm_s)
             self._scaler = Scaler(bounds, options.replicas, time.monotonic())
 
     @property
@@ -387,6 +387,7 @@ class Service:
             "requests_waiting": len(self._router.line),
             "replicas": len(self._router.replicas),
             "replicas_wanted": self.replicas.wanted,
+            **{f"mesh_{axis}": size for axis, size in self.options.mesh.items()},
             "ready": float(self.is_ready),
             "weights_bytes": self.weights_bytes,
             **{f"start_{part}_seconds": seconds for part, seconds in self.seconds.items()},

@@ -20,15 +20,14 @@ _inputs = msgspec.msgpack.Decoder(Inputs)
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class SinglePass:
-    """``invariant``: every forward pass of samples of one (padded) length has one shape, with a mask and as many rows
+class BatchEngine:
+    """What waits, in batches, and what is told of it; not what computes them.
+
+    ``invariant``: every forward pass of samples of one (padded) length has one shape, with a mask and as many rows
     as a batch can have. In what order a matmul sums depends on its shape, not on what stands in the other rows."""
 
-    def __init__(
-        self, forward: Forward, pad: int, batcher: Batcher, context: int, tell: Tell, invariant: bool = False
-    ) -> None:
+    def __init__(self, pad: int, batcher: Batcher, context: int, tell: Tell, invariant: bool = False) -> None:
         self._invariant = invariant
-        self._forward = forward
         self._pad = pad
         self._batcher = batcher
         self._context = context
@@ -76,27 +75,22 @@ class SinglePass:
     def next_at(self, now: float) -> float | None:
         due = self._batcher.next_at(now)
         if self._untold:  # the last figures before it falls idle; then there is nothing to wake up for
-            told = self._told_at + FIGURES_EVERY_S
-            return told if due is None else min(due, told)
+            return self._figures_at() if due is None else min(due, self._figures_at())
         return due
 
-    def work(self, now: float) -> None:
+    def _figures_at(self) -> float:
+        return self._told_at + FIGURES_EVERY_S
+
+    def _taken(self, now: float) -> Batch | None:
+        """The batch that leaves now, without those that come too late; None when none has to leave."""
         batch = self._batcher.take(now)
-        if batch is None:
-            self._tell_figures()
-            return
-        late = [id for id in batch.ids if self._open[id][0].deadline < now]
-        if late:
-            self._tell([Failed(id, 504, "not begun before its time was over") for id in late])
-            for id in late:
-                del self._open[id]
-            batch = self._without(batch, late)
-        if batch.ids:
-            self._tell([Begun(batch.ids)])
-            self._untold = True
-            self._tell(self._answers(batch))
-        self._rest()
-        self._tell_figures()
+        late = [id for id in batch.ids if self._open[id][0].deadline < now] if batch else []
+        if batch is None or not late:
+            return batch
+        self._tell([Failed(id, 504, "not begun before its time was over") for id in late])
+        for id in late:
+            del self._open[id]
+        return self._without(batch, late)
 
     def _without(self, batch: Batch, late: list[int]) -> Batch:
         ids = tuple(id for id in batch.ids if id not in late)
@@ -104,40 +98,12 @@ class SinglePass:
         rows = sum(one.rows for one in inputs)
         return Batch(ids, rows, batch.length, sum(one.rows * (one.length or 1) for one in inputs))
 
-    def _answers(self, batch: Batch) -> list[FromEngine]:
-        pairs = [self._open.pop(id) for id in batch.ids]
-        requests, inputs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        begun = time.monotonic()
-        try:
-            fixed = self._batcher.most_rows if self._invariant else 0
-            outputs = self._forward(_joined(inputs, batch, self._pad, fixed))
-        except Exception as error:  # a model's own code may raise anything
-            return self._one_by_one(requests, inputs, batch, error)
-        seconds = time.monotonic() - begun
-        self._batcher.time.seen(batch.rows * (batch.length or 1), seconds)
-        self._count(batch, seconds)
-        answers: list[FromEngine] = []
-        row = 0
-        for request, one in zip(requests, inputs, strict=True):
-            mine = {name: array(_cut(a[row : row + one.rows], one, batch)) for name, a in outputs.items()}
-            answers.append(Result(request.id, msgspec.Raw(_encode(Outputs(mine)))))
-            row += one.rows
-        return answers
+    def _tensors(self, inputs: list[Inputs], batch: Batch) -> dict[str, Tensor]:
+        return _joined(inputs, batch, self._pad, self._batcher.most_rows if self._invariant else 0)
 
-    def _one_by_one(
-        self, requests: list[Request], inputs: list[Inputs], batch: Batch, error: Exception
-    ) -> list[FromEngine]:
-        """What one request breaks must not harm those that happened to share its batch."""
-        if len(requests) == 1:
-            self._counts["failed_total"] += 1
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            return [Failed(requests[0].id, 500, f"the model failed on this input: {text}")]
-        answers: list[FromEngine] = []
-        for request, one in zip(requests, inputs, strict=True):
-            self._open[request.id] = request, one
-            alone = Batch((request.id,), one.rows, padded(one.length), one.rows * (one.length or 1))
-            answers += self._answers(alone)
-        return answers
+    def _failed(self, id: int, why: str) -> Failed:
+        self._counts["failed_total"] += 1
+        return Failed(id, 500, f"the model failed on this input: {' '.join(why.split())[:200]}")
 
     def _count(self, batch: Batch, seconds: float) -> None:
         counts = self._counts
@@ -162,6 +128,54 @@ class SinglePass:
         busy = self._counts["busy_seconds_total"] + (now - self._began_busy if self._open else 0.0)
         share = self._counts["forward_seconds_total"] / busy if busy > 0 else 0.0
         self._tell([Figures({**self._counts, "busy_seconds_total": busy, "share_of_bare_forward": share})])
+
+
+class SinglePass(BatchEngine):
+    """One batch after the other, in this process."""
+
+    def __init__(
+        self, forward: Forward, pad: int, batcher: Batcher, context: int, tell: Tell, invariant: bool = False
+    ) -> None:
+        super().__init__(pad, batcher, context, tell, invariant)
+        self._forward = forward
+
+    def work(self, now: float) -> None:
+        batch = self._taken(now)
+        if batch is None:
+            self._tell_figures()
+            return
+        if batch.ids:
+            self._tell([Begun(batch.ids)])
+            self._untold = True
+            self._tell(self._answers(batch))
+        self._rest()
+        self._tell_figures()
+
+    def _answers(self, batch: Batch) -> list[FromEngine]:
+        pairs = [self._open.pop(id) for id in batch.ids]
+        requests, inputs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        begun = time.monotonic()
+        try:
+            outputs = self._forward(self._tensors(inputs, batch))
+        except Exception as error:  # a model's own code may raise anything
+            return self._one_by_one(requests, inputs, batch, error)
+        seconds = time.monotonic() - begun
+        self._batcher.time.seen(batch.rows * (batch.length or 1), seconds)
+        self._count(batch, seconds)
+        return results(requests, inputs, batch, outputs)
+
+    def _one_by_one(
+        self, requests: list[Request], inputs: list[Inputs], batch: Batch, error: Exception
+    ) -> list[FromEngine]:
+        """What one request breaks must not harm those that happened to share its batch."""
+        if len(requests) == 1:
+            return [self._failed(requests[0].id, f"{type(error).__name__}: {error}")]
+        answers: list[FromEngine] = []
+        for request, one in zip(requests, inputs, strict=True):
+            self._open[request.id] = request, one
+            alone = Batch((request.id,), one.rows, padded(one.length), one.rows * (one.length or 1))
+            answers += self._answers(alone)
+        return answers
 
 
 def _group(inputs: Inputs) -> Hashable:
@@ -201,6 +215,19 @@ def _joined(inputs: list[Inputs], batch: Batch, pad: int, fixed: int = 0) -> dic
     if missing > 0:
         return {name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in joined.items()}
     return joined
+
+
+def results(
+    requests: list[Request], inputs: list[Inputs], batch: Batch, outputs: Mapping[str, NDArray[Any]]
+) -> list[FromEngine]:
+    """The batch's outputs, each request's own rows of them."""
+    answers: list[FromEngine] = []
+    row = 0
+    for request, one in zip(requests, inputs, strict=True):
+        mine = {name: array(_cut(a[row : row + one.rows], one, batch)) for name, a in outputs.items()}
+        answers.append(Result(request.id, msgspec.Raw(_encode(Outputs(mine)))))
+        row += one.rows
+    return answers
 
 
 def _cut(rows: NDArray[Any], one: Inputs, batch: Batch) -> NDArray[Any]:

@@ -79,9 +79,19 @@ class HostMessages:
         self._tidy()
         return self._unasked.until(origin, key, self._next)
 
+    def take(self, origin: int, key: Key) -> dict[str, Any] | None:
+        """As `receive`, without waiting: None when it has not come yet. Raises PeerLost."""
+        self._tidy()
+        found = self._unasked.kept(origin, key)
+        while found is None and (message := self._mesh.take(origin, _WORDS, self._heard[origin])) is not None:
+            got, values = self._opened(origin, message)
+            if got == key:
+                return values
+            self._unasked.keep(origin, got, values)
+        return found
+
     def _next(self, origin: int) -> tuple[Key, dict[str, Any]]:
         expected = self._heard[origin]
-        self._heard[origin] += 1
         message = self._mesh.take(origin, _WORDS, expected)
         if message is None:
             asked = self._clock()
@@ -89,6 +99,10 @@ class HostMessages:
             stood = self._clock() - asked
             self._receives.wait(origin, stood)
             self.waited_s += stood
+        return self._opened(origin, message)
+
+    def _opened(self, origin: int, message: bytes) -> tuple[Key, dict[str, Any]]:
+        self._heard[origin] += 1
         number, length = _NUMBERS.unpack_from(message)
         start = _NUMBERS.size + length
         head = Head.decode(memoryview(message)[_NUMBERS.size : start])

@@ -42,14 +42,21 @@ class Unasked:
     def until(self, origin: int, key: Key, following: Following) -> dict[str, Any]:
         """The values of the message that is asked for: kept from before, or brought by ``following``, which gives
         what rank ``origin`` sent next. What comes before it is kept."""
-        found = self._kept.pop((origin, key), None)
+        found = self.kept(origin, key)
         while found is None:
             got, values = following(origin)
             if got == key:
                 found = values
             else:
-                self._kept[origin, got] = values
+                self.keep(origin, got, values)
         return found
+
+    def kept(self, origin: int, key: Key) -> dict[str, Any] | None:
+        """The values of a message that came before it was asked for, once."""
+        return self._kept.pop((origin, key), None)
+
+    def keep(self, origin: int, key: Key, values: dict[str, Any]) -> None:
+        self._kept[origin, key] = values
 
     def check_none(self) -> None:
         if self._kept:

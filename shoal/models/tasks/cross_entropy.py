@@ -11,11 +11,15 @@ IGNORED = -100  # a target that does not count
 
 
 class PartOfLogits(ABC):
-    """Logits [..., classes] of which this worker has some classes only; the rest is never brought together."""
+    """Logits [..., classes] of which this worker has some classes only; a loss never brings the rest together."""
 
     @abstractmethod
     def cross_entropy(self, target: Tensor) -> Tensor:
         """As of the whole logits and int [...]: the scalar sum of the losses in nats."""
+
+    @abstractmethod
+    def whole(self) -> Tensor:
+        """The logits [..., V], without a history: all workers that have a part of them call it."""
 
     @abstractmethod
     def argmax(self) -> Tensor:

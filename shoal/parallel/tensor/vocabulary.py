@@ -22,6 +22,9 @@ class VocabularyPart(PartOfLogits):
         loss: Tensor = _CrossEntropy.apply(flat, target.reshape(-1), first, self.collectives)  # type: ignore[no-untyped-call]
         return loss
 
+    def whole(self) -> Tensor:
+        return self.collectives.all_gather(self.local, -1, self.split.sizes)
+
     @torch.no_grad()
     def argmax(self) -> Tensor:
         """The first of equal ones, as torch chooses."""
