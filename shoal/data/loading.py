@@ -50,6 +50,10 @@ class Prefetcher(Generic[Key]):
     ) -> None:
         self.close()
 
+    def again(self, work: Iterable[tuple[Key, Ids, int]]) -> "Prefetcher[Key]":
+        """Other batches of the same source, fetched in line."""
+        return Prefetcher(self._source, work, 0, 0)
+
     def close(self) -> None:
         """Ends the threads; a fetch under way is waited for. Batches not yet given are dropped."""
         with self._changed:

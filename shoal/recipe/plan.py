@@ -126,6 +126,12 @@ class Plan:
         return self.workers > self.axes.size("data")
 
     @property
+    def alike(self) -> bool:
+        """Every worker holds the whole model and its states, and makes the same update of them."""
+        replicated = self.states == "replicated" and not self.splits_model
+        return replicated and self.sync in ("exact", "fast") and not self.compresses
+
+    @property
     def exact(self) -> bool:
         """The plan keeps every bit: sums inside of a tensor operation are not split, and nothing is lossy."""
         split = any(self.axes.size(axis) > 1 for axis in ("expert", "context", "tensor"))

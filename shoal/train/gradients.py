@@ -1,5 +1,6 @@
 """From backward passes to one mean gradient: accumulate in tree order, reduce while the last pass still runs."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,11 +9,13 @@ import torch
 from torch import nn
 
 from shoal.comm.exchange import Exchange, Placement
+from shoal.comm.group import Group
 from shoal.comm.layout import Layout
 from shoal.comm.tree import Accumulate, Accumulation, tree_sum
 from shoal.errors import UserError
+from shoal.train.checksum import parameter_checksum
 
-_STOP, _CHECKSUM, _WAITED, _CHANGE, _FIRED = 0, 1, 2, 3, 4  # places in a row of facts; per-leaf sums and counts follow
+_STOP, _CHECKSUM, _WAITED, _CHANGE, _TOUCHED, _FIRED = range(6)  # in a row of facts; then sums and counts by leaf
 _TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is
 
 ExchangeFactory = Callable[[Layout, int, Callable[[torch.Tensor], tuple[float, float]], torch.dtype], Exchange]
@@ -98,14 +101,30 @@ class Gradients:
         self._used: list[bool] = []  # parameters that any pass of the step has reached
         self._open: list[int] = []
         self._done = self._leaf_ends = self._posted = 0
-        self._leaf = -1
+        self._leaf = self._opened = -1
         self._begun_state: list[torch.Tensor] = []
+        self._votes = self._careful = False
+        self._left: float | None = None  # the checksum of the parameters as the last update left them
+        self.spoilt: list[tuple[int, str]] = []  # (leaf, parameter), of a careful step
 
     # --- one step ---------------------------------------------------------------------------------------------
 
-    def begin(self, passes: tuple[int, ...], *, stop: bool, checksum: float, change: bool = False) -> None:
-        """Start a step in which leaf i has ``passes[i]`` backward passes, over all workers."""
-        self._passes = passes
+    def begin(
+        self,
+        passes: tuple[int, ...],
+        *,
+        stop: bool,
+        checksum: float,
+        change: bool = False,
+        votes: bool = False,
+        careful: bool = False,
+    ) -> None:
+        """Start a step in which leaf i has ``passes[i]`` backward passes, over all workers.
+
+        ``votes``: the checksum is taken when the last pass has used the parameters: whatever has changed them up to
+        then is found in this step. ``careful``: look at the gradient of each pass for what is not finite."""
+        self._passes, self._votes, self._careful = passes, votes, careful
+        self.spoilt = []
         self._begun_state = [b.clone() for b in self._state]
         self._program = self._placement.accumulation(passes)
         self._state_program = self._placement.accumulation(tuple(min(1, p) for p in passes))
@@ -150,9 +169,10 @@ class Gradients:
         """Before the first forward pass of a leaf: buffers start from the step's first state."""
         if leaf != self._leaf:
             self._leaf = leaf
-            self._restore_state()
+            self.undo()
 
-    def _restore_state(self) -> None:
+    def undo(self) -> None:
+        """Buffers are as they were when the step began."""
         with torch.no_grad():
             for buffer, begun in zip(self._state, self._begun_state, strict=True):
                 buffer.copy_(begun)
@@ -162,6 +182,7 @@ class Gradients:
 
         ``waited_s`` is how long this worker has waited for data in the step so far."""
         base = _FIRED + len(self.parameters)
+        self._opened = leaf
         self.exchange.facts[_WAITED] = waited_s
         self.exchange.facts[base + leaf] += value
         self.exchange.facts[base + self.leaves + leaf] += count
@@ -214,6 +235,8 @@ class Gradients:
         if gradient.is_sparse:
             raise UserError(f"parameter {self.names[index]!r} has a sparse gradient: use a dense one (sparse=False).")
         self._used[index] = True
+        if self._careful and not bool(gradient.isfinite().all()):
+            self.spoilt.append((self._opened, self.names[index]))
         with torch.no_grad():
             if now.first:
                 self._adopt(index, now.buffer, gradient)
@@ -262,12 +285,39 @@ class Gradients:
             if self._posted == len(self._open) - 1:
                 used = self.exchange.facts[_FIRED : _FIRED + len(self._used)]
                 used.copy_(torch.tensor(self._used, dtype=torch.float64))
+                self._vote()
             self.exchange.post()
             self._posted += 1
         if self._posted > before:
             self.exchange.advance()
 
+    def _vote(self) -> None:
+        if self._votes:
+            found = parameter_checksum(self.parameters)
+            self.exchange.facts[_CHECKSUM] = found
+            self.exchange.facts[_TOUCHED] = float(self._left is not None and self._left != found)
+
+    def remember(self) -> None:
+        """Keep what an update has left: of two workers that differ, the one whose parameters changed since is wrong."""
+        self._left = parameter_checksum(self.parameters)
+
     # --- its end ----------------------------------------------------------------------------------------------
+
+    def origins(self, group: Group) -> set[int]:
+        """After `reduce`, before `hang`: the ranks whose own partial sums hold what is not finite. Called by all.
+
+        A sum that another one has been added to, which is not finite, says nothing of its own worker."""
+        mine = [
+            each
+            for each in range(len(self.exchange.partials))
+            if not all(bool(views[each].isfinite().all()) for views in self._at)
+        ]
+        rows = [json.loads(row) for row in group.gather(json.dumps(mine).encode())]
+        operands = [(rank, each) for rank, count in enumerate(self._placement.partials(self._passes))
+                    for each in range(count)]  # fmt: skip
+        spoilt = {number for number, (rank, each) in enumerate(operands) if each in rows[rank]}
+        added = {add.into for add in self._placement.adds(self._passes) if add.other in spoilt}
+        return {operands[number][0] for number in spoilt - added}
 
     def reduce(self) -> torch.Tensor:
         """Wait for the global mean gradient; the sums of squares of its blocks, as `Exchange.finish` gives them."""
@@ -300,7 +350,7 @@ class Gradients:
             elif copy:
                 mean = mean.clone()
             parameter.grad = None if index in unused else mean.to(parameter.grad_dtype or parameter.dtype)
-        self._restore_state()
+        self.undo()
         for index, buffer in enumerate(self._state, start=len(self.parameters)):
             change = self.exchange.result_of(index).view(buffer.shape)
             if buffer.dtype == torch.bool:
@@ -317,7 +367,7 @@ class Gradients:
             parameter.grad = None
         self._at = []
         if self._begun_state:
-            self._restore_state()
+            self.undo()
 
     def unused(self) -> list[int]:
         """The parameters that no pass of the finished step has reached, by number."""
@@ -341,6 +391,11 @@ class Gradients:
         """The module's buffers, as real numbers, in the order of the flat layout."""
         return self._state
 
+    @property
+    def kept(self) -> list[bool]:
+        """Of each worker: whether it has seen no change of its parameters since its own last update."""
+        return [not touched for touched in self.exchange.all_facts[:, _TOUCHED].tolist()]
+
     def let_go(self, slots: Sequence[int]) -> None:
         """Nobody will read these slots of this worker's partial sums any more in this step: ZeRO-2 frees them."""
         for slot in slots:
@@ -356,9 +411,9 @@ class Gradients:
             assert isinstance(self.exchange, SlicedExchange | SlicedHeapExchange)
             found = self.exchange.not_finite()
             return self.names[max(found)] if found else ""
-        for name, parameter in zip(self.names[::-1], self.parameters[::-1], strict=True):
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-                return name
+        for index in reversed(range(len(self.names))):
+            if not bool(self.exchange.result_of(index).isfinite().all()):
+                return self.names[index]
         return ""
 
     def _denominators(self, facts: torch.Tensor) -> tuple[float, float]:

@@ -14,24 +14,23 @@ from torch import nn
 
 from shoal.comm.group import Group
 from shoal.comm.status import Phase
-from shoal.data.ledger import Ledger
 from shoal.data.registry import open_data
-from shoal.data.source import Batch, Splits
+from shoal.data.source import Splits
 from shoal.errors import UserError
 from shoal.models.registry import build, task_for
 from shoal.models.task import Task
-from shoal.parallel.place import Subject
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
 from shoal.run.tensorboard import TensorBoardLog
 from shoal.train.evaluation import evaluate
+from shoal.train.first_batch import prepare_memory, subject_of
+from shoal.train.not_finite import NotFinite
 from shoal.train.optimizers import make_optimizer
 from shoal.train.precision import autocast, measure_precision
 from shoal.train.sampling import sample_text
 from shoal.train.schedules import learning_rate
 from shoal.train.step import Step
-from shoal.train.streams import enter_stream
 from shoal.train.worker import Worker
 
 
@@ -57,14 +56,14 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     splits = open_splits(group, order)
     made = made_model(order, splits)
     task = task_for(recipe.model, splits.train.facts)
-    subject = _subject(recipe, splits, task, worker.device) if order.plan.splits_model else None
+    subject = subject_of(recipe, splits, task, worker.device) if order.plan.splits_model else None
     model = worker.model(made, compile=recipe.model.compile, subject=subject)
     task = worker.held.task or task
     worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
     origins = {**order.origins, "precision": why} if why else dict(order.origins)
     order = replace(order, recipe=recipe, origins=origins)
     with worker.memory.explaining():
-        _prepare_memory(worker, recipe, splits, task, model)
+        prepare_memory(worker, recipe, splits, task, model)
         run = _agree_on_run(group, order)
         return Loop(worker, order, run, splits, task, model).train()
 
@@ -84,23 +83,6 @@ def made_model(order: Order, splits: Splits) -> nn.Module:
     """The whole model with its first weights."""
     torch.manual_seed(order.recipe.seed)
     return order.model() if order.model else build(order.recipe.model, splits.train.facts)
-
-
-def _subject(recipe: Recipe, splits: Splits, task: Task, device: torch.device) -> Subject:
-    """With the first micro-batch of the run."""
-    ledger = Ledger(len(splits.train), recipe.batch, recipe.shards, recipe.micro_batches, recipe.seed)
-    fetched = splits.train.fetch(ledger.shard(0, 0)[0], 0)
-    return Subject(task, {name: tensor.to(device) for name, tensor in fetched.items()})
-
-
-def _prepare_memory(worker: Worker, recipe: Recipe, splits: Splits, task: Task, model: nn.Module) -> None:
-    def loss(batch: Batch) -> torch.Tensor:
-        enter_stream(recipe.seed, 0, worker.shards[0], 0)
-        with autocast(recipe.precision, worker.device):
-            return task.loss(model, batch)[0]
-
-    if not worker.plan.splits_model:
-        worker.prepare_memory(splits.train, recipe.batch, loss, saves=True)
 
 
 def settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
@@ -210,12 +192,30 @@ class Loop:
         rate = learning_rate(self.recipe, step.number, self.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        with autocast(self.recipe.precision, self.worker.device):  # around all: each weight is cast once a step
-            step.run(self.model, self.task)
-        step.commit(wait=self.order.observe is not None)
+        try:
+            self._try(step)
+        except NotFinite as found:
+            self._replay(step, found)
         if self.order.observe:
             self.order.observe(self.worker, step)
         return rate
+
+    def _try(self, step: Step) -> None:
+        with autocast(self.recipe.precision, self.worker.device):  # around all: each weight is cast once a step
+            step.run(self.model, self.task)
+        step.commit(wait=self.order.observe is not None)
+
+    def _replay(self, step: Step, first: NotFinite) -> None:
+        """A fault of the moment does not come twice. Raises NotFinite when it does."""
+        if not self.worker.plan.alike:
+            raise first
+        begun = time.perf_counter()
+        step.again()
+        try:
+            self._try(step)
+        except NotFinite as second:
+            raise second.again() from first
+        self.tell("replayed", step=step.number, why=str(first), cost_s=time.perf_counter() - begun)
 
     def _after_first(self) -> None:
         """What can be done only once the optimiser has its state and a resumed run has been accepted."""

@@ -73,13 +73,16 @@ class Reduction:
 
     # --- one step ---------------------------------------------------------------------------------------------
 
-    def begin(self, passes: tuple[int, ...], *, stop: bool, change: bool, check: bool) -> None:
-        """``check``: compare the parameters of workers that hold the same ones."""
+    def begin(
+        self, passes: tuple[int, ...], *, stop: bool, change: bool, check: bool, votes: bool, careful: bool
+    ) -> None:
+        """``check``: compare the parameters of workers that hold the same ones as they are now; ``votes``: as they are
+        after the last pass. ``careful``: find the shard of a gradient that is not finite."""
         for gradients, share in zip(self.sets, self.held.shares, strict=True):
             checksum = parameter_checksum(share.parameters.values()) if check else 0.0
             of_experts = self._row is not None and share.axes == ("data",)
             own = self._row.passes(passes) if self._row is not None and of_experts else passes
-            gradients.begin(own, stop=stop, change=change, checksum=checksum)
+            gradients.begin(own, stop=stop, change=change, checksum=checksum, votes=votes, careful=careful)
 
     def enter_leaf(self, leaf: int, chunk: int = 0) -> None:
         """Before a forward pass of a leaf: buffers start from the step's first state."""
@@ -121,18 +124,26 @@ class Reduction:
 
     # --- its end ----------------------------------------------------------------------------------------------
 
-    def finish(self, clip: float = 0.0, *, keep_gradients: bool = True) -> StepFigures:
-        """Wait for the global mean gradient and hang it on the parameters, clipped to the global norm ``clip``.
-
-        ``keep_gradients``: the optimiser is known not to write to p.grad; else every worker gets a copy of its own."""
+    def finish(self) -> StepFigures:
+        """Wait for the global mean gradient; `hang` is what comes next, or `undo`."""
         self._check_buffers()
         squares = [gradients.reduce() for gradients in self.sets]
         found = self.first.figures(0.0)
         norm, stop = self._norm(squares, found.stop)
+        return replace(found, norm=norm, stop=stop)
+
+    def hang(self, norm: float, clip: float = 0.0, *, keep_gradients: bool = True) -> None:
+        """Hang the gradient, whose norm is ``norm``, on the parameters, clipped to the global norm ``clip``.
+
+        ``keep_gradients``: the optimiser is known not to write to p.grad; else every worker gets a copy of its own."""
         factor = clip / norm if clip and norm > clip else 1.0
         for gradients in self.sets:
             gradients.hang(factor, keep_gradients=keep_gradients)
-        return replace(found, norm=norm, stop=stop)
+
+    def undo(self) -> None:
+        """Instead of `hang`: the step can begin again."""
+        for gradients in self.sets:
+            gradients.undo()
 
     def _check_buffers(self) -> None:
         for name, buffer in self.held.module.named_buffers():
@@ -147,10 +158,10 @@ class Reduction:
         for gradients in self.sets:
             gradients.release()
 
-    def checksums(self) -> list[tuple[tuple[int, ...], list[float]]]:
-        """Of each set, after `finish`: the ranks that hold the same parameters, and what each has."""
+    def checksums(self) -> list[tuple[tuple[int, ...], list[float], list[bool]]]:
+        """Of each set, after `finish`: the ranks that hold the same parameters, what each has, whether it kept it."""
         return [
-            (self.held.ranks(share), gradients.checksums)
+            (self.held.ranks(share), gradients.checksums, gradients.kept)
             for gradients, share in zip(self.sets, self.held.shares, strict=True)
         ]
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,10 +13,11 @@ from shoal.comm.status import Phase
 from shoal.data.ledger import Ledger
 from shoal.data.loading import Prefetcher
 from shoal.data.source import Batch
-from shoal.errors import RunFailed, UserError
+from shoal.errors import UserError
 from shoal.models.task import Task
 from shoal.train.checksum import compare
 from shoal.train.gradients import StepFigures, writes_gradients
+from shoal.train.not_finite import NotFinite, Spoilt, all_spoilt
 from shoal.train.reduction import Reduction
 from shoal.train.stages import StageWork
 from shoal.train.streams import enter_stream
@@ -24,7 +25,7 @@ from shoal.train.streams import enter_stream
 if TYPE_CHECKING:
     from shoal.train.synchrony import Update
 
-COMPARE_EVERY = 50  # steps between two comparisons of all workers' parameters
+COMPARE_EVERY = 50  # steps between two comparisons of parameters, where workers hold parts or servers whole ones
 Place = tuple[int, int, int]  # step, shard, micro-batch
 
 
@@ -68,15 +69,40 @@ class Step:
         self._ledger, self._zero_based, self._batches = ledger, number, batches
         self._on_commit = on_commit
         self._report = crew.group.report
-        self._report(Phase.loading, step=self.number)
         self._passes = ledger.passes(number)
-        check = number % COMPARE_EVERY == 0 and update.equal
-        if check:
-            update.arrive()
-        reduction.begin(self._passes, stop=crew.group.stop_asked, change=self._report.change_asked, check=check)
+        self._alike = reduction.held.plan.alike
+        self._spoilt: list[Spoilt] = []
         self._place: Place | None = None
         self._of_others = False  # the pass is for the tokens that others send to this worker's experts
+        self._begin()
+
+    def _begin(self, *, careful: bool = False) -> None:
+        self._careful = careful
+        self._report(Phase.loading, step=self.number)
+        check = self._zero_based % COMPARE_EVERY == 0 and self._update.equal and not self._alike
+        if check:
+            self._update.arrive()
+        self._reduction.begin(
+            self._passes,
+            stop=self._crew.group.stop_asked,
+            change=self._report.change_asked,
+            check=check,
+            votes=self._alike and self._crew.group.world > 1,
+            careful=careful,
+        )
         self._mark = time.perf_counter()
+
+    def again(self) -> None:
+        """Start over after `commit` has raised NotFinite; called by all workers."""
+        self._reduction.undo()
+        self._spoilt = []
+        work = [
+            ((self._zero_based, shard, micro), ids, self.epoch)
+            for shard in self._crew.shards
+            for micro, ids in enumerate(self._ledger.shard(self._zero_based, shard))
+        ]
+        self._batches = self._batches.again(work)
+        self._begin(careful=True)
 
     def __iter__(self) -> Iterator[Batch]:
         mine = sum(self._passes[shard] for shard in self._crew.shards)
@@ -138,11 +164,13 @@ class Step:
         return {name: tensor.to(self._crew.device, non_blocking=True) for name, tensor in batch.items()}
 
     def check_loss(self, value: float, shard: int, micro: int) -> None:
-        """Raises RunFailed naming shard and sample ids when it is not finite."""
+        """Raises NotFinite naming shard and sample ids when it is not finite; `commit` does, where all hear of it."""
         if not math.isfinite(value):
             ids = self._ledger.shard(self._zero_based, shard)[micro].tolist()
-            shown = ", ".join(map(str, ids[:32])) + (f", ... ({len(ids)} in all)" if len(ids) > 32 else "")
-            raise RunFailed(f"loss is {value} at step {self.number}, shard {shard}, sample ids {shown}")
+            found = Spoilt(self._crew.group.rank, (shard,), tuple(ids), value)
+            if not self._alike:
+                raise NotFinite(self.number, value, "", [found])
+            self._spoilt.append(found)
 
     @property
     def shard(self) -> int:
@@ -155,7 +183,7 @@ class Step:
         """Back-propagate a micro-batch's ``loss``, the SUM over its ``count`` samples or target tokens.
 
         The mean is taken over the whole step: that is what makes the result independent of the split.
-        Raises RunFailed naming shard and sample ids when the loss is not finite."""
+        Raises NotFinite naming shard and sample ids when the loss is not finite, or leaves that to `commit`."""
         run = loss.backward
         with torch.autocast(self._crew.device.type, enabled=False):  # the caller's, if any, is for forward passes
             if self._of_others:
@@ -180,16 +208,21 @@ class Step:
     def commit(self, *, wait: bool = True) -> StepFigures:
         """Wait for the global mean gradient, clip it, update the weights: the step has then happened on all workers.
 
+        Raises NotFinite, a RunFailed, when loss or gradient is not, and Diverged when workers' parameters are not the
+        same ones: nothing has been updated then.
         ``wait=False``: weights that come from servers may still be on their way; the next step waits for them."""
         self._report(Phase.exchanging)
         self._lap("backward")
         self._update.arrive()  # a worker without a sample in this step has not waited yet
         trusted = not writes_gradients(self._update.optimizer)
-        self.figures = figures = self._reduction.finish(self._crew.clip, keep_gradients=trusted)
-        self._lap("exchange")
+        self.figures = figures = self._reduction.finish()
         self._check(figures)
+        self._reduction.hang(figures.norm, self._crew.clip, keep_gradients=trusted)
+        self._lap("exchange")
         self._report(Phase.updating)
         self._update.step(self.number, figures)
+        if self._alike and self._crew.group.world == 2:
+            self._reduction.first.remember()
         if wait:
             self._update.arrive()
         self.committed = True
@@ -198,14 +231,33 @@ class Step:
         return figures
 
     def _check(self, figures: StepFigures) -> None:
-        if not math.isfinite(figures.norm):
-            raise RunFailed(
-                f"the gradient is not finite at step {self.number} although the loss is ({figures.loss:.6g}): "
-                f"{self._reduction.first_not_finite()}"
-            )
-        for ranks, checksums in self._reduction.checksums():
+        for ranks, checksums, kept in self._reduction.checksums():
             if len(checksums) == len(ranks):  # workers that go their own ways know of themselves alone
-                compare(ranks, checksums, f"before step {self.number}")
+                compare(ranks, checksums, f"in step {self.number}", kept)
+        if math.isfinite(figures.norm) and math.isfinite(figures.loss):
+            return
+        parameter = self._reduction.first_not_finite()
+        found: list[Spoilt] = []
+        if self._alike:
+            of_loss = not math.isfinite(figures.loss)  # the same on all workers
+            found = all_spoilt(self._crew.group, self._spoilt if of_loss else self._spoilt_gradients())
+        raise NotFinite(self.number, figures.loss, parameter, found)
+
+    def _spoilt_gradients(self) -> list[Spoilt]:
+        """Of this worker: exactly in a step that is done again, as far as partial sums tell in the first try."""
+        gradients, group = self._reduction.first, self._crew.group
+        if self._careful:
+            shards = sorted({leaf for leaf, _ in gradients.spoilt})
+            return [Spoilt(group.rank, (shard,), self._ids([shard])) for shard in shards]
+        if group.rank not in gradients.origins(group):
+            return []
+        own = [shard for shard in self._crew.shards if self._passes[shard]]
+        return [Spoilt(group.rank, tuple(own), self._ids(own))]
+
+    def _ids(self, shards: Sequence[int]) -> tuple[int, ...]:
+        return tuple(
+            int(each) for shard in shards for ids in self._ledger.shard(self._zero_based, shard) for each in ids
+        )
 
     def _lap(self, part: str) -> None:
         now = time.perf_counter()

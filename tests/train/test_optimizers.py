@@ -231,5 +231,5 @@ def _drifting(group, order):
 def test_a_worker_whose_parameters_differ_is_named(agent, run, tmp_path):
     plan = Plan(mesh={"data": 3}, device="cpu")
     order = Order(CUSTOM, plan, run_dir=tmp_path / "new", model=Buffered, data=splits("mlp", 48))
-    with pytest.raises(RunFailed, match="parameters differ after step 6: rank 2 disagrees with the others"):
+    with pytest.raises(RunFailed, match="parameters differ in step 4: rank 2 disagrees with the others"):
         agent.run(_drifting, (order,), workers=3)
