@@ -39,9 +39,12 @@ def check_elastic(plan: Plan, shards: int, least: int) -> None:
         what = f"sync = {plan.sync!r}" if plan.sync != "exact" else f"compression = {plan.compression!r}"
         raise UserError(f"plan: {what} is not elastic yet: leave it out, or leave --elastic out.")
     held = replace(plan.memory, recompute="none", recompute_every=2, recompute_operations=CHEAP, blocks=())
-    if plan.states != "replicated" or held != MemoryPlan():
-        what = f"states = {plan.states!r}" if plan.states != "replicated" else "what its [memory] asks for"
-        raise UserError(f"plan: {what} is not elastic yet, but for memory.recompute: leave it or --elastic out.")
+    if plan.state_group:
+        raise UserError(f"plan: state_group = {plan.state_group} is not elastic yet: leave it or --elastic out.")
+    if held != MemoryPlan():
+        raise UserError(
+            "plan: what its [memory] asks for is not elastic yet, but for memory.recompute: leave it or --elastic out."
+        )
     if plan.placement:
         raise UserError("--elastic deals the shards out evenly over those who are there: leave --placement out.")
     if not 1 <= least <= plan.workers:

@@ -49,6 +49,7 @@ class ElasticCrew:
         self.orphaned = False  # the launcher was killed
         self.host = socket.gethostname()
         self.board_file = anonymous_file(StatusBoard.SIZE)
+        self.mirror = heap_file()  # what workers hold alone lies here too: see `shoal.elastic.mirror`
         self.board = StatusBoard(self.board_file, ROWS)
         self.membership = m.Membership(job.workers, job.least, job.shards)
         self.processes = Forks(job, self.board, self._close_own)
@@ -79,6 +80,7 @@ class ElasticCrew:
             signal.signal(signal.SIGTERM, asked_before)
             self.board.close()
             os.close(self.board_file)
+            os.close(self.mirror)
         return self.failure or Ended("")
 
     def _over(self) -> bool:
@@ -365,7 +367,7 @@ class ElasticCrew:
                 "run": str(self.record.run_dir or ""),
                 "arenas": bool(shared),
             }
-            self.processes.order(seat, order, [heap, *shared, *mine])
+            self.processes.order(seat, order, [heap, self.mirror, *shared, *mine])
         for left, right in pairs.values():
             left.close()
             right.close()

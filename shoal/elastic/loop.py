@@ -12,6 +12,7 @@ from typing import Any, cast
 from shoal.comm.mesh import PeerLost
 from shoal.elastic import transfer
 from shoal.elastic.membership import FRESH
+from shoal.elastic.mirror import Mirror
 from shoal.elastic.seat import Place, Released, Seat
 from shoal.models.registry import task_for
 from shoal.recipe.plan import Plan
@@ -20,11 +21,17 @@ from shoal.run.tail import told_lately
 from shoal.train import checkpoint
 from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
+from shoal.train.held_parts import HeldParts
 from shoal.train.loop import Loop, Order, made_model, open_splits, settled, worker_of
 from shoal.train.optimizers import make_optimizer
 from shoal.train.step import Step
 
 REMEMBERED = 8  # committed steps that every worker could still tell of, should rank 0 not have told them
+
+
+def holds_apart(plan: Plan) -> bool:
+    """Whether workers hold what no other one does: it is mirrored after each step."""
+    return plan.states != "replicated"
 
 
 def plan_of(plan: Plan, shares: tuple[int, ...]) -> Plan:
@@ -53,6 +60,7 @@ class _Life:
         self.worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
         self.worker.leave()
         self.loop: ElasticLoop | None = None
+        self.mirror: Mirror | None = None
 
     def live(self) -> dict[str, Any]:
         self.seat.ready()
@@ -63,6 +71,8 @@ class _Life:
                 self.worker.close()  # a checkpoint that is being written is finished
                 raise
             try:
+                if holds_apart(self.order.plan) and self.mirror is None:
+                    self.mirror = Mirror(self.seat.mirror)
                 stand = None if place.cold else self._hand_over(place)
                 self.worker.join(place.group, plan_of(self.order.plan, place.shares))
                 loop = self._begun(place) if place.cold else self._taken_over(place, stand)
@@ -73,13 +83,24 @@ class _Life:
                 pass  # the agent knows why, and who is left
             self.worker.leave()
             self.seat.hang_up()
-            held = self.loop
-            self.seat.left(self.worker.step if held else FRESH, bool(held and held.due))
+            self.seat.left(*self._held())
             gc.collect()  # what the epoch's memory hangs on goes round in circles: it would stay for a while
+
+    def _held(self) -> tuple[int, bool]:
+        """The newest step that can be gone on from, as far as this worker knows; whether what follows it is to be done.
+
+        Where workers hold slices, a step that one of them did not end is taken back by all."""
+        if self.loop is None:
+            return FRESH, False
+        step = self.worker.step
+        held = step if self.mirror is None else min(step, self.mirror.newest)
+        return held, self.loop.due and held == step
 
     def _begun(self, place: Place) -> "ElasticLoop":
         """Nobody holds a state: from the newest checkpoint of the run, or from the start."""
         worker, order = self.worker, self.order
+        if self.mirror is not None and worker.rank == 0:
+            self.mirror.clear()
         again = bool(place.run) and (Path(place.run) / "recipe.toml").exists()
         share_weights(worker.held.module, worker.group)
         recipe, why = settled(order.recipe, worker)
@@ -93,6 +114,7 @@ class _Life:
         loop = ElasticLoop(worker, order, run, self.splits, self.task, self.model)
         loop.begin(first=place.epoch == 1, lenient=again)
         worker.group.gather(b"")  # all have taken the checkpoint, or none counts as holding anything
+        loop.enter(self.mirror, FRESH)
         self.loop = loop
         return loop
 
@@ -113,6 +135,8 @@ class _Life:
 
         Each worker is alone with this: for `Worker`, nobody else is there before `join`."""
         self.worker.group, mesh = self.seat.nobody(), place.group.mesh
+        if self.mirror is not None:
+            return self._restored(self.mirror.read(max(place.steps)))
         if mesh.rank == place.donor and place.takers:
             assert self.loop is not None
             state = self.loop.state()
@@ -120,7 +144,9 @@ class _Life:
                 transfer.send(mesh, taker, state)
         if mesh.rank not in place.takers:
             return None
-        state = transfer.receive(mesh, place.donor)
+        return self._restored(transfer.receive(mesh, place.donor))
+
+    def _restored(self, state: Checkpoint) -> Mapping[str, Any]:
         self.worker.restore(state)
         self.worker._resumed = None  # the same recipe made both: there is nothing to compare
         stand: Mapping[str, Any] = state.facts["loop"]
@@ -137,6 +163,7 @@ class _Life:
         if stand is not None:
             loop.stand(stand)
         loop.due = place.due
+        loop.enter(self.mirror, max(place.steps))
         loop.take_rank()
         return loop
 
@@ -154,6 +181,8 @@ class ElasticLoop(Loop):
         self.last_of_epoch = False
         self.began_s = time.perf_counter()  # the same clock in all processes of a host
         self.result: dict[str, Any] | None = None
+        self.mirror: Mirror | None = None
+        self.parts: HeldParts | None = None  # of the epoch
 
     def begin(self, *, first: bool, lenient: bool) -> None:
         """``lenient``: where there is no checkpoint, training starts over."""
@@ -169,9 +198,35 @@ class ElasticLoop(Loop):
 
     # --- handing on -------------------------------------------------------------------------------------------
 
+    def enter(self, mirror: Mirror | None, step: int) -> None:
+        """An epoch begins, from a step that ``mirror`` holds."""
+        self.mirror, self.parts = mirror, None
+        if mirror is not None:
+            mirror.enter(self.worker.rank, self.worker.world, step)
+
     def state(self) -> Checkpoint:
         """All that another worker needs to be in this one's place."""
-        stand = {
+        return Checkpoint(self.worker.tensors(), {**self.worker.facts(), "loop": self._stand()})
+
+    def _reflect(self) -> None:
+        """Mirror what this worker holds after the step that it has just done."""
+        worker = self.worker
+        if self.mirror is None:
+            return
+        if self.parts is None:
+            assert worker._update is not None
+            self.parts = HeldParts(worker.held, worker._update, self._optimizer)
+        facts = {
+            "step": worker.step,
+            "optimizer": self.parts.facts(),
+            "kept": {name: thing.state_dict() for name, thing in worker._kept.items()},
+            "aliases": self.parts.aliases,
+            "loop": self._stand() if worker.rank == 0 else {},
+        }
+        self.mirror.write(worker.step, self.parts.tensors(), facts)
+
+    def _stand(self) -> dict[str, Any]:
+        return {
             "best": self.best,
             "samples": self.samples,
             "loss": self.loss,
@@ -182,7 +237,6 @@ class ElasticLoop(Loop):
             "precision": self.recipe.precision,
             "recent": list(self.recent),
         }
-        return Checkpoint(self.worker.tensors(), {**self.worker.facts(), "loop": stand})
 
     def stand(self, facts: Mapping[str, Any]) -> None:
         """The inverse of `state`, but for weights and optimiser."""
@@ -193,18 +247,20 @@ class ElasticLoop(Loop):
 
     def take_rank(self) -> None:
         """Rank 0 keeps the log: it begins, or ends, with the rank."""
-        if self.worker.rank != 0:
-            if self.log:
-                self.log.close()
-                self.log = None
-            return
-        if self.log is None:
+        lost = False
+        if self.worker.rank != 0 and self.log:
+            self.log.close()
+            self.log = None
+        elif self.worker.rank == 0 and self.log is None:
             self.told = told_lately(self.run.path / "events.jsonl")
             self.told_up_to = max((step for event, step in self.told if event == "committed"), default=0)
             self.log = self.run.open_log()
             self._tell_committed()
-            if self._save_was_lost():
-                self._save(self.worker.step, best=False, final=False)
+            lost = self._save_was_lost()
+        if self.mirror is not None:  # nobody has everything that a checkpoint holds
+            lost = bool(self.worker.group.gather(b"1" if lost else b"")[0])
+        if lost:
+            self._save(self.worker.step, best=False, final=False)
 
     def _save_was_lost(self) -> bool:
         """Whether the checkpoint that was due last is not there: it was in the hands of the rank 0 that has gone."""
@@ -243,6 +299,9 @@ class ElasticLoop(Loop):
                 self.due = False
                 assert step.figures is not None
                 if step.figures.change and not worker.stopping and step.number < self.steps:
+                    if self.mirror is not None:  # nobody hangs up before all have mirrored the step
+                        worker.settle()
+                        worker.group.gather(b"")
                     return None
                 last = time.perf_counter()
         finally:
@@ -277,6 +336,7 @@ class ElasticLoop(Loop):
                     **extra,
                 }
             )
+        self._reflect()
         self._tell_committed()
 
     def _tell_committed(self) -> None:

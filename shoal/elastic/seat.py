@@ -112,7 +112,7 @@ class Seat:
         self._arenas = Arenas(0, arena)
         for file in arena:
             os.close(file)
-        self._heap = -1
+        self._heap = self.mirror = -1
         self._group: HostGroup | None = None
         self._epoch = 0
         for asks in DRAINS:
@@ -147,6 +147,10 @@ class Seat:
             raise Released
         rank, world = order["rank"], len(order["steps"])
         self._heap = files.pop(0)
+        if self.mirror >= 0:
+            os.close(files.pop(0))  # it has the same memory in all epochs
+        else:
+            self.mirror = files.pop(0)
         arenas = self._arenas
         if order["arenas"]:
             arenas = arenas.again(rank, files[:world])

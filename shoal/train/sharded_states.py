@@ -149,10 +149,14 @@ class Sharded(Everywhere):
             self._inner.state[part] = {key: cut(value, parameter, piece, part) for key, value in whole.items()}
         self.optimizer.state.clear()
 
+    def own_states(self) -> list[State]:
+        """Of the own pieces, in their order."""
+        return [dict(self._inner.state.get(part, {})) if self._inner else {} for part in self.parts]
+
     def fetch(self) -> None:
         """Called by all workers: on rank 0 the user's optimiser then holds all states, until the next update."""
         self.weights.settle()
-        held = [dict(self._inner.state.get(part, {})) if self._inner else {} for part in self.parts]
+        held = self.own_states()
         whole = self.states.gather(self.pieces, self.parts, held)
         if self._inner is not None:
             for part, state in zip(self.parts, held, strict=True):

@@ -121,18 +121,16 @@ class Worker:
         """Let go of the group: what a step in flight has done is dropped, and its memory is free."""
         if self._reduction is not None:
             self._reduction.release()
-            self._reduction = None
+        self._reduction = self._update = None
 
     def join(self, group: Group, plan: Plan) -> None:
-        """Go on with other workers from the last committed step, after `leave`; weights and optimiser stay as they are.
-
-        For schemes in which every worker makes the same update."""
+        """Go on with others from the last committed step, after `leave`; slices of states come back by `restore`."""
         self.group, self.plan = group, plan
         self.rank, self.world = group.rank, group.world
         self._ownership = plan.owned(self._shard_count)
         self._teller = None
         self.stopping = False
-        self._prepared = set(self._writers)
+        self._prepared = set()
         self._held = place(self.held.module, plan, group, self.device, None)
         self._made_contents = None
         self._reduction = self._hooked()
@@ -391,7 +389,7 @@ class Worker:
             return
         self._prepared.add(place)
         self._fetch()
-        if self.rank == 0:
+        if self.rank == 0 and place not in self._writers:
             self._writers[place] = BackgroundWriter(place, {} if self.plan.splits_model else self.tensors(), keep=keep)
 
     def _fetch(self) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,10 @@ def disturb(agent: Agent, tmp_path: Path) -> Iterator[Callable[..., Disturbed]]:
 
     before = opened()
 
-    def train_it(recipe: Recipe, workers: int = 3, **options: Any) -> Disturbed:
-        plan = Plan(mesh={"data": workers}, device="cpu")
+    def train_it(
+        recipe: Recipe, workers: int = 3, *, how: Mapping[str, Any] | None = None, **options: Any
+    ) -> Disturbed:
+        plan = Plan(**{"mesh": {"data": workers}, "device": "cpu", **(how or {})})
         return Disturbed(train_elastic(recipe, plan, agent=agent, run_dir=tmp_path / "run", **options))
 
     yield train_it

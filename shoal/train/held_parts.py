@@ -1,0 +1,94 @@
+"""What one worker holds of a run between two steps, as parts of the whole tensors that a checkpoint names.
+
+Put together over all workers, the parts are a checkpoint's tensors. Unlike one, they are had without a word between
+workers: that is what lets each step be mirrored (`shoal.elastic.mirror`)."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.parallel.held import Held
+from shoal.train.sharded_states import Sharded
+from shoal.train.state import optimizer_facts
+from shoal.train.state_gathering import is_vector
+from shoal.train.synchrony import Update
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    name: str  # as a checkpoint has it
+    shape: tuple[int, ...]  # of the whole
+    start: int  # its first element in the whole, flat
+    tensor: Tensor  # of the whole's dtype, its elements one after the other
+
+
+class HeldParts:
+    """Of one worker in one epoch. ``aliases``: other names of tensors that are held once."""
+
+    def __init__(self, held: Held, update: Update, optimizer: torch.optim.Optimizer) -> None:
+        self._held, self._optimizer = held, optimizer
+        self._sharded = update if isinstance(update, Sharded) else None
+        self.aliases: dict[str, str] = {}
+        self._weights: list[HeldPart] = []
+        self._named: list[tuple[str, nn.Parameter]] = []
+        if held.coordinates.get("data", 0) == 0:  # other replicas hold the same
+            self._name_whole()
+        if self._sharded is not None:
+            names, parameters = self._sharded.gradients.names, self._sharded.gradients.parameters
+            for piece, part in zip(self._sharded.pieces, self._sharded.parts, strict=True):
+                shape = tuple(parameters[piece.slot].shape)
+                self._weights.append(HeldPart(f"model/{names[piece.slot]}", shape, piece.start, part))
+
+    def _name_whole(self) -> None:
+        cut = set(map(id, self._sharded.gradients.parameters)) if self._sharded is not None else set()
+        first: dict[int, str] = {}
+        for name, tensor in self._held.module.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, Tensor):
+                continue
+            if id(tensor) in first:
+                self.aliases[f"model/{name}"] = f"model/{first[id(tensor)]}"
+                continue
+            first[id(tensor)] = name
+            if id(tensor) not in cut:
+                self._weights.append(HeldPart(f"model/{name}", tuple(tensor.shape), 0, tensor.detach()))
+        if self._sharded is None:
+            self._named = list(self._held.module.named_parameters())
+
+    def tensors(self) -> list[HeldPart]:
+        """After a step: valid until the next update."""
+        found = list(self._weights)
+        for name, parameter in self._named:
+            found += _states(name, self._optimizer.state.get(parameter, {}), tuple(parameter.shape), 0, parameter)
+        if self._sharded is not None:
+            for name, shape, start, part, state in self._pieces(self._sharded):
+                found += _states(name, state, shape, start, part)
+        return found
+
+    @staticmethod
+    def _pieces(sharded: Sharded) -> Iterable[tuple[str, tuple[int, ...], int, Tensor, Mapping[str, Any]]]:
+        names, parameters = sharded.gradients.names, sharded.gradients.parameters
+        for piece, part, state in zip(sharded.pieces, sharded.parts, sharded.own_states(), strict=True):
+            yield names[piece.slot], tuple(parameters[piece.slot].shape), piece.start, part, state
+
+    def facts(self) -> dict[str, Any]:
+        """Beside the tensors, of the optimiser: as a checkpoint has it, with the values of this worker's parameters."""
+        found = optimizer_facts(self._held.module, self._optimizer)
+        if self._sharded is not None:
+            for name, _, _, _, state in self._pieces(self._sharded):
+                plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+                if plain:
+                    found["values"][name] = plain
+        return found
+
+
+def _states(
+    name: str, state: Mapping[str, Any], shape: tuple[int, ...], start: int, part: Tensor
+) -> Iterable[HeldPart]:
+    for key, value in state.items():
+        if is_vector(value, part):
+            yield HeldPart(f"optimizer/{name}/{key}", shape, start, value)
+        elif isinstance(value, Tensor):  # one for all elements
+            yield HeldPart(f"optimizer/{name}/{key}", tuple(value.shape), 0, value)
