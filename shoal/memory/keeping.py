@@ -1,6 +1,6 @@
 """What a plan says of parameters and optimiser states between two updates, applied to a model and its optimiser."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from shoal.memory.blocks import find_blocks
 from shoal.memory.blockwise import Blockwise, movable
 from shoal.memory.narrow import Rounding, narrow
 from shoal.memory.shelves import Here, OnDisk, OnHost
-from shoal.memory.streamed import Keeping, Streamed, check_streamable
+from shoal.memory.streamed import Keeping, Origin, Streamed, check_streamable
 from shoal.recipe.memory_plan import MemoryPlan
 
 _ROUNDING: dict[str, Rounding] = {"bfloat16-stochastic": "stochastic", "bfloat16-compensated": "compensated"}
@@ -27,15 +27,26 @@ class KeptParameters:
 
 
 def keep_parameters(
-    module: nn.Module, plan: MemoryPlan, *, device: torch.device, sharing: int, say: Tell, tell: Tell
+    module: nn.Module,
+    plan: MemoryPlan,
+    *,
+    device: torch.device,
+    sharing: int,
+    say: Tell,
+    tell: Tell,
+    parts: Sequence[nn.Module] = (),
 ) -> KeptParameters:
     """Have the module's parameters kept as the plan says, in place. Before anything that wraps blocks.
 
+    ``parts``: of a module that is not called as one, what is (the chunks of a pipeline); parameters that only a part
+    has, copies of another worker's, are kept like the others.
     ``sharing``: workers that use the same disk. ``say`` is for what is true of all workers, ``tell`` for what happens
     to this one. Raises UserError for a pattern of blocks that fits none, and for what this device cannot do."""
-    kept = KeptParameters()
+    kept, own = KeptParameters(), set(module.parameters())
     if plan.parameters in _ROUNDING:
-        kept.rests = narrow(module, _ROUNDING[plan.parameters], plan.blocks)
+        for part in parts or (module,):
+            found = narrow(part, _ROUNDING[plan.parameters], plan.blocks)
+            kept.rests |= {parameter: rest for parameter, rest in found.items() if parameter in own}
     if plan.offload_parameters == "none":
         return kept
     if device.type != "cpu":
@@ -46,19 +57,31 @@ def keep_parameters(
     if plan.offload_parameters == "host":
         say("memory.offload_parameters = 'host' moves nothing: the worker's device is the host's own processor.")
         return kept
-    blocks = find_blocks(module, plan.blocks)
+    blocks = _with_parameters(parts) if parts else find_blocks(module, plan.blocks)
     if not blocks:
         raise UserError(
             "plan: memory.offload_parameters needs a model with a list of layers, and this one has none: "
             "name modules in memory.blocks."
         )
-    parameters = movable(blocks, module)
+    parameters = movable(blocks, nn.ModuleList(parts) if parts else module)
+    if parts:  # copies come from their owner after each update
+        parameters = {name: [p for p in held if p in own] for name, held in parameters.items()}
     needed = sum(p.nbytes for held in parameters.values() for p in held)
     shelf = _disk(plan, device, "parameters", needed, sharing, say)
     if shelf is not None:
         Blockwise(blocks, parameters, shelf).move(tell)
         kept.shelf = shelf
     return kept
+
+
+def _with_parameters(parts: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """Of chunks, in which the model's lists of layers are taken apart: the modules that have parameters of their own."""
+    return {
+        f"{number}.{name}": child
+        for number, part in enumerate(parts)
+        for name, child in part.named_modules()
+        if any(p is not None for p in child._parameters.values())
+    }
 
 
 def keep_states(
@@ -73,17 +96,18 @@ def keep_states(
     sharing: int,
     say: Tell,
     tell: Tell,
+    sizes: Mapping[str, int] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser, its states kept as the plan says; itself where that changes nothing.
 
-    ``step``: how many updates have been made. ``sharing``, ``say``, ``tell``: as above. Raises UserError for an
+    ``step``: how many updates have been made. ``sizes``: elements of whole parameters, of which ``module`` has parts. ``sharing``, ``say``, ``tell``: as above. Raises UserError for an
     optimiser whose states cannot be kept so."""
     key = plan.changes_updates
     if not key:
         return optimizer
     check_streamable(optimizer, key, quantised=plan.optimizer_bits == 8)
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    if any(p not in names for group in optimizer.param_groups for p in group["params"]):
+    origins = {p: Origin(name, (sizes or {}).get(name, p.numel())) for name, p in module.named_parameters()}
+    if any(p not in origins for group in optimizer.param_groups for p in group["params"]):
         raise UserError("the optimiser holds a parameter that is not the model's.")
     keeping = Keeping(
         Here(device),
@@ -99,7 +123,7 @@ def keep_states(
         say("memory.offload_optimizer = 'host' moves nothing: the worker's device is the host's own processor.")
     if moves_nothing and plan.optimizer_bits == 32 and not parameters.rests and parameters.shelf is None:
         return optimizer
-    streamed = Streamed(optimizer, names, keeping)
+    streamed = Streamed(optimizer, origins, keeping)
     if plan.offload_optimizer == "host" and not moves_nothing:
         keeping.shelf = OnHost(device)
     elif plan.offload_optimizer == "disk":

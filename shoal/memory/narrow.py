@@ -46,7 +46,9 @@ def narrow(module: nn.Module, rounding: Rounding, blocks: tuple[str, ...] = ()) 
     rests: dict[nn.Parameter, Tensor | None] = {}
     for parameter in parameters:
         rest = None
-        if rounding == "compensated":
+        if rounding == "compensated" and parameter.dtype == torch.bfloat16:
+            upper, rest = parameter.detach(), torch.zeros_like(parameter, dtype=torch.int16)
+        elif rounding == "compensated":
             upper, rest = split(parameter.detach().contiguous().view(-1))
             upper, rest = upper.view(parameter.shape), rest.view(parameter.shape)
         else:

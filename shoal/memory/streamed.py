@@ -27,6 +27,15 @@ _WHOLE = ("Adafactor", "Muon")  # look at a parameter as a matrix; the others tr
 State = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What is updated is a part of a parameter, flat from ``start`` on, or all of it: its bits do not depend on which."""
+
+    name: str
+    elements: int  # of the whole parameter: they decide how its states are kept
+    start: int = 0
+
+
 @dataclass
 class Keeping:
     """How parameters and states are kept between two updates."""
@@ -60,10 +69,11 @@ def quantisable(key: str, elements: int, dtype: torch.dtype) -> bool:
 class Streamed(torch.optim.Optimizer):
     """Shares the groups of the optimiser that it wraps; ``state`` holds what is kept, as it is kept."""
 
-    def __init__(self, inner: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], keeping: Keeping) -> None:
+    def __init__(self, inner: torch.optim.Optimizer, origins: Mapping[Tensor, Origin], keeping: Keeping) -> None:
+        """``origins``: of every tensor of ``inner``."""
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
-        self._names, self._keeping = names, keeping
+        self._origins, self._keeping = origins, keeping
         self._whole = type(inner).__name__ in _WHOLE
         self._own_groups = inner.param_groups
         self._scratch: dict[str, Tensor] = {}
@@ -87,7 +97,7 @@ class Streamed(torch.optim.Optimizer):
             for key, value in made.items():
                 if isinstance(value, Tensor) and value.shape == probe.shape:
                     each += 1 + 4 / BLOCK if self._quantises(key, SMALLEST, value) else value.element_size()
-            total += sum(int(each * p.numel()) for p in group["params"] if p.numel() >= SMALLEST)
+            total += sum(int(each * p.numel()) for p in group["params"] if self._is_large(p))
         return total
 
     def resident_bytes(self) -> int:
@@ -112,9 +122,9 @@ class Streamed(torch.optim.Optimizer):
         work: list[tuple[dict[str, Any], nn.Parameter]] = []
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None]
-            plain = [p for p in given if p.numel() < SMALLEST and p not in self._keeping.rests]
-            self._update_together(group, plain)
-            work += [(group, p) for p in given if p.numel() >= SMALLEST or p in self._keeping.rests]
+            alone = [self._is_large(p) or p in self._keeping.rests for p in given]
+            self._update_together(group, [p for p, by_itself in zip(given, alone, strict=True) if not by_itself])
+            work += [(group, p) for p, by_itself in zip(given, alone, strict=True) if by_itself]
         for number, (group, parameter) in enumerate(work):
             for _, later in work[number + 1 : number + 3]:
                 self._ahead(later)
@@ -122,6 +132,9 @@ class Streamed(torch.optim.Optimizer):
             self._keeping.shelf.done(self._tensors(parameter))
             if self._keeping.weights is not None:
                 self._keeping.weights.done([parameter.detach()])
+
+    def _is_large(self, parameter: nn.Parameter) -> bool:
+        return self._origins[parameter].elements >= SMALLEST
 
     def _update_together(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         """Parameters that stay as they are, and whose states do: one call for all."""
@@ -198,8 +211,9 @@ class Streamed(torch.optim.Optimizer):
         if parameter in keeping.rests:
             rest = self.state[parameter].get(REST)
             if rest is None:
-                key = stream_key(keeping.seed, keeping.step(), self._names[parameter])
-                values = round_at_random(values, key, start)
+                origin = self._origins[parameter]
+                key = stream_key(keeping.seed, keeping.step(), origin.name)
+                values = round_at_random(values, key, origin.start + start)
             else:
                 values, left = split(values)
                 self._write(parameter, REST, start, left)
@@ -240,7 +254,7 @@ class Streamed(torch.optim.Optimizer):
 
     def _put(self, parameter: nn.Parameter, key: str, start: int, value: Tensor) -> None:
         flat, elements = value.contiguous().view(-1), parameter.numel()
-        if not self._quantises(key, elements, value):
+        if not self._quantises(key, self._origins[parameter].elements, value):
             self._write(parameter, key, start, flat)
             return
         codes = self._buffer("codes", len(flat), torch.uint8, flat.device)
@@ -255,7 +269,7 @@ class Streamed(torch.optim.Optimizer):
         """Into what is kept under ``key``, which is made, or moved to its shelf, when it is not there yet."""
         kept, shape = self.state[parameter], shape or parameter.shape
         held = kept.get(key)
-        shelf = self._keeping.shelf if parameter.numel() >= SMALLEST else self._at(parameter.device)
+        shelf = self._keeping.shelf if self._is_large(parameter) else self._at(parameter.device)
         try:
             if held is None or not (shelf.holds(held) and held.is_contiguous()):
                 moved = shelf.make(shape, values.dtype)

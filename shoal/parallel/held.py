@@ -88,6 +88,11 @@ class Held:
         if self.pipeline is None:
             return None
         return {f"chunk {number}": stage.chunk.module for number, stage in self.pipeline.stages.items()}
+    @property
+    def cut_names(self) -> set[str]:
+        """The tensors of which workers have parts."""
+        return {name for cut in self.cuts for name in cut.splits}
+
 
     def split_along(self, name: str) -> set[str]:
         """The axes over which a tensor is cut."""

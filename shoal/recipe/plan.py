@@ -134,8 +134,13 @@ class Plan:
     @property
     def exact(self) -> bool:
         """The plan keeps every bit: sums inside of a tensor operation are not split, and nothing is lossy."""
+        return self.sums_in_order and not self.lossy
+
+    @property
+    def sums_in_order(self) -> bool:
+        """Sums are made in one order on any number of workers, whatever is lossy beside them."""
         split = any(self.axes.size(axis) > 1 for axis in ("expert", "context", "tensor"))
-        return self.sync != "fast" and not split and not self.lossy
+        return self.sync != "fast" and not split
 
     def axis_of(self, dimension: str) -> str | None:
         """The mesh axis with more than one worker that a named dimension is split over, if there is one."""

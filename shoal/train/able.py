@@ -19,11 +19,10 @@ def check_trainable(plan: Plan, recipe: Recipe | None = None) -> None:
             f"states = 'replicated' with axes 'expert' and 'context'."
         )
     memory = plan.memory
-    saves = memory.changes_updates or ("memory.peak_bytes" if memory.budget_bytes else "")
-    if plan.splits_model and saves:
+    if plan.splits_model and memory.budget_bytes:
         raise UserError(
-            f"plan: {saves} is for whole models so far, and the mesh splits this one: leave one of them out, "
-            f"or use mesh axis 'data' alone."
+            "plan: memory.peak_bytes is for whole models so far, and the mesh splits this one: leave one of them out, "
+            "or use mesh axis 'data' alone."
         )
     if plan.axes.size("pipe") > 1 and memory.blocks:
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.memory.conversion import converted
+from shoal.memory.conversion import converted, spread
 from shoal.parallel.held import Held
 from shoal.parallel.whole import Whole
 from shoal.train.state import (
@@ -51,6 +51,7 @@ class Contents:
             return state
         own = optimizer_tensors(self._held.module, optimizer)
         if self._whole is not None:
+            own = dict(sorted(spread(own, self._held.cut_names).items()))  # in one order on all workers
             own = self._whole.gather(own, _parameters_of(own))
         return state | {f"optimizer/{name}": tensor for name, tensor in own.items()}
 
@@ -80,11 +81,12 @@ class Contents:
             check_names(held.names, parts["model"])
             parts["model"] = self._whole.own({name: parts["model"][name] for name in model_tensors(module)})
             trained = dict(module.named_parameters())
+            parts["optimizer"] = spread(parts["optimizer"], held.cut_names)
             paths = _parameters_of(parts["optimizer"])
             own = {path: t for path, t in parts["optimizer"].items() if paths[path] in trained}
             parts["optimizer"] = self._whole.own(own, paths)
             facts = facts and {**facts, "values": values_of(facts, trained)}
-        weights, states, said = converted(parts["model"], parts["optimizer"], module, held.plan.memory)
+        weights, states, said = converted(parts["model"], parts["optimizer"], module, held.plan.memory, held.sizes)
         load_model(module, weights)
         if optimizer is not None and facts:
             load_optimizer(module, optimizer, states, facts)

@@ -64,7 +64,7 @@ class Reduction:
         if not held.plan.splits_model:
             return NormAlone()
         group, ranks = held.group, [share.group.rank for share in held.shares]
-        if held.plan.exact:
+        if held.plan.sums_in_order:
             blocks = [blocks_held(held.ready_sizes, held.places(each.names)) for each in self.sets]
             return NormOverStages(group, self.sets, blocks, ranks)
         counted = [[held.counts(name, share) for name in each.names]
@@ -205,7 +205,7 @@ def _trained(held: Held, share: Share, plan: Plan) -> Trained:
     dtype = held.sum_type
     state = [Trained.real(buffer).numel() for buffer in share.buffers.values()]
     bucket_elements = plan.bucket_bytes // dtype.itemsize
-    if plan.splits_model and plan.exact:  # each gradient lies in its blocks as it does in the whole model
+    if plan.splits_model and plan.sums_in_order:  # each gradient lies in its blocks as it does in the whole model
         layout = flat_layout(held.ready_sizes, state, share.group.world, bucket_elements, held.places(parameters))
     else:
         layout = flat_layout([p.numel() for p in parameters.values()], state, share.group.world, bucket_elements)

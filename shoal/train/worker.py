@@ -100,16 +100,17 @@ class Worker:
         if compile and self.plan.memory.changes_weights:
             key = self.plan.memory.changes_weights
             raise UserError(f"plan: {key} is for models that are not compiled: leave compile out.")
-        if self.plan.memory.changes_updates:
-            self._parameters = keep_parameters(module, self.plan.memory, **self._keeping())
         if compile and self.plan.memory.works_on_blocks:
             raise UserError("plan: memory is saved in models that are not compiled: leave model.compile out.")
         if compile and self.plan.splits_model:
             raise UserError("plan: a model that is split over workers is not compiled: leave model.compile out.")
         sharded_states.check_compiled(compile, self.plan, self.group)
-        self._held = place(module, self.plan, self.group, self.device, subject)
+        self._held = held = place(module, self.plan, self.group, self.device, subject)
         self._made_contents = None
-        self.memory.set_up(module, self._say_once, self._held.chunks)
+        if self.plan.memory.changes_updates:
+            parts = [*(held.chunks or {}).values()]
+            self._parameters = keep_parameters(module, self.plan.memory, **self._keeping(), parts=parts)
+        self.memory.set_up(module, self._say_once, held.chunks)
         self._reduction = self._hooked()
         called: Any = torch.compile(module) if compile else module
         return cast(nn.Module, called)
@@ -168,6 +169,7 @@ class Worker:
                 self._parameters,
                 seed=self.seed,
                 step=lambda: self.step,
+                sizes=self.held.sizes,
                 **self._keeping(),
             )
         self._optimizer = optimizer

@@ -20,7 +20,9 @@ from torch.nn import Parameter
 DEFERRED = frozenset(
     {"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0", "LinearBackward0", "ConvolutionBackward0"}
 )
-_SHAPES_ONLY = frozenset({"TBackward0", "ToCopyBackward0", "ViewBackward0", "TransposeBackward0", "AccumulateGrad"})
+_SHAPES_ONLY = frozenset(
+    {"TBackward0", "ToCopyBackward0", "ViewBackward0", "TransposeBackward0", "AccumulateGrad", "_WidenedBackward"}
+)  # the last is shoal.memory.narrow's: a bfloat16 parameter as float32
 
 Roots = Sequence[GradientEdge | Tensor]
 Extra = Mapping[Parameter, Tensor]  # what other chunks' uses of a tied parameter gave: it is added first
