@@ -192,15 +192,12 @@ class DistributedExchange:
         self.layout, self._placement, self._denominators = terms.layout, terms.placement, terms.denominators
         layout, facts, dtype, device = terms.layout, terms.facts, terms.dtype, terms.device
         self._group = group
-        # Collectives of one group are matched by their order. When a result can go out depends on what has come in, so
-        # that workers start these in another order among the scatters: they need a group of their own.
-        self._pg = group.pg
-        self._results = group.split([range(group.world)]).pg
+        self._open_lanes(group)
         self._eager = group.world > 1 and device.type == "cpu"  # NCCL's own order must be equal on all workers too
         named = [row.decode().split("|", 1) for row in group.gather(f"{group.host}|{clock_name()}".encode())]
         hosts = [host for host, _ in named]
         self._near = hosts.count(group.host) - 1  # peers on this host
-        link = "nccl" if device.type == "cuda" else "tcp"
+        link = self._link(device)
         self._links = [link] if len(set(hosts)) == 1 else [f"{link} between hosts", f"{link} in a host"]
         operations: list[Place] = [(operation, link) for link in self._links for operation in self.operations]
         bucket_bytes = [bucket.slice * group.world * dtype.itemsize for bucket in layout.buckets]
@@ -222,6 +219,28 @@ class DistributedExchange:
         self._scatters: list[list[dist.Work]] = []
         self._operands: list[list[torch.Tensor]] = []
         self._gathers: list[dist.Work] = []
+
+    def _open_lanes(self, group: DistributedGroup) -> None:
+        """Collectives of one group are matched by their order. When a result can go out depends on what has come in, so
+        that workers start these in another order among the scatters: they need a group of their own."""
+        self._pg = group.pg
+        self._results = group.split([range(group.world)]).pg
+
+    def _link(self, device: torch.device) -> str:
+        return "nccl" if device.type == "cuda" else "tcp"
+
+    def _all_gather(self, whole: torch.Tensor, own: torch.Tensor, *, result: bool) -> "dist.Work":
+        """``own``, from everybody, into ``whole``: a row of facts, or a slice of the result."""
+        work: dist.Work = all_gather(whole, own, async_op=True, group=self._results if result else self._pg)
+        return work
+
+    def _all_to_all(
+        self, out: torch.Tensor, data: torch.Tensor, received: list[int], sent: list[int]
+    ) -> "dist.Work":  # fmt: skip
+        """``sent[r]`` elements of ``data`` to each rank r, ``received[r]`` from it, in the order of ranks."""
+        work: dist.Work | None = dist.all_to_all_single(out, data, received, sent, async_op=True, group=self._pg)
+        assert work is not None
+        return work
 
     def _reserve(self, terms: Terms) -> None:
         """The memory of own partial sums, of what comes in from others, and of the result."""
@@ -294,7 +313,7 @@ class DistributedExchange:
             self._posted += 1
 
     def _gather_facts(self, into: torch.Tensor, row: torch.Tensor) -> "dist.Work | None":
-        work: dist.Work | None = all_gather(into.view(-1), row.clone(), async_op=True, group=self._pg)
+        work = self._all_gather(into.view(-1), row.clone(), result=False)
         self._count("facts", row.nbytes)
         return work
 
@@ -308,16 +327,14 @@ class DistributedExchange:
             origins = [rank for rank in range(world) if self._counts[rank] > i]
             sends = self._group.rank in origins
             out, free = free[: len(origins) * size], free[len(origins) * size :]
-            work = dist.all_to_all_single(
-                out,
-                self.partials[i][bucket.start : bucket.stop] if sends else out[:0],
-                [size if rank in origins else 0 for rank in range(world)],
-                [size if sends else 0] * world,
-                async_op=True,
-                group=self._pg,
+            works.append(
+                self._all_to_all(
+                    out,
+                    self.partials[i][bucket.start : bucket.stop] if sends else out[:0],
+                    [size if rank in origins else 0 for rank in range(world)],
+                    [size if sends else 0] * world,
+                )
             )
-            assert work is not None
-            works.append(work)
             for origin, piece in zip(origins, torch.split(out, size), strict=True):
                 operands[origin].append(piece)
         own, nbytes = self._counts[self._group.rank], size * free.itemsize
@@ -352,9 +369,7 @@ class DistributedExchange:
             parts = [operand[start - owned.start : stop - owned.start] for operand in operands]
             finish_flat(parts, self._placement.adds(self._passes), denominator(start, self.layout, denominators))
         whole = self._result[bucket.start : bucket.stop]
-        work = all_gather(whole, operands[0], async_op=True, group=self._results)
-        assert work is not None
-        self._gathers.append(work)
+        self._gathers.append(self._all_gather(whole, operands[0], result=True))
         self._count("all-gather", operands[0].nbytes)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from shoal.comm.accounting.account import stand
-from shoal.comm.accounting.counters import Counters
+from shoal.comm.accounting.counters import Counters, Tally
 from shoal.comm.arena import Arenas
 from shoal.comm.heap import Heap
 from shoal.comm.mesh import Mesh
@@ -43,6 +43,20 @@ class Group(Protocol):
         """Somebody asked this worker to end the run after the step in flight."""
 
 
+def gather_over(mesh: Mesh, sequence: int, payload: bytes, counters: Counters, tally: Tally) -> list[bytes]:
+    """Every worker's payload, by rank. Raises PeerLost."""
+    mesh.broadcast(_GATHER, sequence, payload)
+    found = [payload] * mesh.world
+    now = counters.clock()
+    for rank in mesh.others:
+        asked = now
+        found[rank] = mesh.receive(rank, _GATHER, sequence)
+        now = counters.clock()
+        stand(tally, asked, now, rank, now)
+    tally.call(sent=len(payload) * (mesh.world - 1), received=sum(map(len, found)) - len(payload))
+    return found
+
+
 @dataclass
 class HostGroup:
     """Workers that one agent forked on this host: sockets for words, heap and arenas for numbers."""
@@ -68,17 +82,7 @@ class HostGroup:
 
     def gather(self, payload: bytes) -> list[bytes]:
         self._sequence += 1
-        self.mesh.broadcast(_GATHER, self._sequence, payload)
-        found = [payload] * self.world
-        now = self.counters.clock()
-        for rank in self.mesh.others:
-            asked = now
-            found[rank] = self.mesh.receive(rank, _GATHER, self._sequence)
-            now = self.counters.clock()
-            stand(self._gathers, asked, now, rank, now)
-        received = sum(map(len, found)) - len(payload)
-        self._gathers.call(sent=len(payload) * (self.world - 1), received=received)
-        return found
+        return gather_over(self.mesh, self._sequence, payload, self.counters, self._gathers)
 
     def split(self, partition: Partition) -> "HostGroup":
         numbers = [next(self.parts) for _ in partition]  # all count alike, also those that are in another part

@@ -28,6 +28,7 @@ class _Wire:
     def __init__(self, peers: Sequence[socket.socket | None]) -> None:
         self.peers = peers
         self._bytes: list[bytearray] = [bytearray() for _ in peers]
+        self._ended: set[int] = set()
         self._inbox: dict[tuple[int, int], deque[tuple[int, int, bytes]]] = defaultdict(deque)
         for peer in peers:
             if peer is not None:
@@ -55,15 +56,21 @@ class _Wire:
             alive = False
         except BlockingIOError:
             pass
-        except ConnectionResetError:
+        except OSError:  # between hosts there are many ways to lose a connection
             alive = False
+        if not alive:
+            self._ended.add(origin)
         self._split(origin)
         return alive
 
     def drain_all(self) -> None:
         for origin, peer in enumerate(self.peers):
-            if peer is not None:
+            if peer is not None and origin not in self._ended:
                 self.drain(origin)
+
+    def open(self) -> list[socket.socket]:
+        """Those that may still say something: of several that all send, each must take in what any other one sends."""
+        return [peer for origin, peer in enumerate(self.peers) if peer is not None and origin not in self._ended]
 
     def _split(self, origin: int) -> None:
         """Move whole messages to their inboxes."""
@@ -113,7 +120,7 @@ class Mesh:
     def others(self) -> list[int]:
         return [rank for rank in range(self.world) if rank != self.rank]
 
-    def send(self, to: int, kind: int, sequence: int, payload: bytes = b"") -> None:
+    def send(self, to: int, kind: int, sequence: int, payload: bytes | memoryview = b"") -> None:
         """Messages to one peer arrive in order. Raises PeerLost."""
         peer = self._wire.socket_of(self._places[to])
         data = memoryview(_HEAD.pack(len(payload), self._channel, kind, sequence) + payload)
@@ -122,8 +129,8 @@ class Mesh:
                 data = data[peer.send(data) :]
             except BlockingIOError:
                 self._wire.drain_all()  # both sides may be sending: reading is what makes room
-                select.select([peer], [peer], [], 1.0)
-            except (BrokenPipeError, ConnectionResetError):
+                select.select(self._wire.open(), [peer], [], 1.0)
+            except OSError:
                 raise PeerLost(f"{peer_name(self._names[to])} has gone") from None
 
     def broadcast(self, kind: int, sequence: int, payload: bytes = b"") -> None:

@@ -15,6 +15,7 @@ _TRAIL = 512  # changes of phase that a worker remembers
 _STOP = 0  # byte 0: somebody asked the run to stop after the step in flight
 _CHANGE = 1  # byte 1: other workers go on after the step in flight
 _BROKEN = 2  # byte 2: a worker has been lost, and the step in flight with it
+_LEASE = 8  # bytes 8 to 15: until when workers may commit (time.monotonic()); 0.0: as long as they live
 
 
 SERVERS = 1 << 20  # peers from here on are parameter servers, not workers
@@ -113,6 +114,14 @@ class StatusBoard:
 
     def call_broken(self, broken: bool) -> None:
         self._page[_BROKEN] = broken
+
+    def lease(self, until: float) -> None:
+        _NOTE.pack_into(self._page, _LEASE, until)
+
+    def leased(self, now: float) -> bool:
+        """Whether what is done now can count: the agents of the other hosts surely do not go on without this one."""
+        until: float = _NOTE.unpack_from(self._page, _LEASE)[0]
+        return not until or now < until
 
 
 class Reporter:

@@ -6,7 +6,7 @@ from shoal.errors import UserError
 
 
 def make_exchange(group: Group, terms: Terms) -> Exchange:
-    """Shared memory for workers of one host, torch.distributed for all others."""
+    """Shared memory for workers of one host; sockets for elastic ones of several; torch.distributed for all others."""
     if isinstance(group, HostGroup):
         if terms.device.type != "cpu" and group.world > 1:
             raise UserError(
@@ -14,6 +14,10 @@ def make_exchange(group: Group, terms: Terms) -> Exchange:
             )
         return HeapExchange(group, terms)
     from shoal.comm.distributed import DistributedExchange, DistributedGroup, ReducingExchange
+    from shoal.comm.wired import WiredExchange, WiredGroup
+
+    if isinstance(group, WiredGroup):
+        return WiredExchange(group, terms)
 
     if not isinstance(group, DistributedGroup):
         raise UserError(f"no exchange carries a {type(group).__name__}.")

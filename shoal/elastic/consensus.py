@@ -1,12 +1,14 @@
 """One log on the agents of several hosts: what one has applied, none ever contradicts. Events in, messages out.
 
-Raft (Ongaro and Ousterhout, 2014), with what a run of workers needs of it. An agent that ends never comes back under
-its number, so nothing is kept on disk. Entries are opaque; `Voters` among them change who is asked, one agent at a time
-(Ongaro, 2014, section 4.1), which is how a lost host stops counting. An agent that would lead first asks whether it
-could (section 9.6), and one that has heard of its leader lately says no: who comes back from behind a cut cable does
-not unseat the leader of all others.
+Raft (Ongaro and Ousterhout, 2014), with what a run of workers needs of it. An agent that ends may come back under its
+number: what it promised and holds is kept (`Keep`) before anybody hears of it. Entries are opaque; `Voters` among them
+change who is asked, one agent at a time (Ongaro, 2014, section 4.1), which is how a lost host stops counting. An agent
+that would lead first asks whether it could (section 9.6), and one that has heard of its leader lately says no: who
+comes back from behind a cut cable does not unseat the leader of all others.
 
-Time is each agent's own: only differences of one clock are used, so that clocks may be set to anything.
+Time is each agent's own: only differences of one clock are used, so that clocks may be set to anything. An agent has a
+*lease* (Gray and Cheriton, 1989) while it knows that a leader, itself led by most, heard it less than LEASE_S ago. A
+leader counts an agent as lost after SILENT_S, which is longer: then its lease has run out, whatever it believes.
 """
 
 import random
@@ -18,6 +20,7 @@ from typing import Any
 HEARTBEAT_S = 0.1
 ELECTION_S = (0.3, 0.6)  # without a word from a leader, drawn anew each time; a new one is there within two of them
 SILENT_S = 2.0  # a leader takes an agent out of the voters when it has said nothing for so long; it may come back
+LEASE_S = 1.5  # shorter by more than clocks differ in their rate
 MOST_ENTRIES = 64  # of one message
 
 
@@ -69,6 +72,9 @@ class Append:
     before_term: int
     entries: tuple[Entry, ...]
     committed: int
+    sent: float = 0.0  # by the leader's clock
+    echo: float | None = None  # the newest `stamp` that the leader has had from this agent
+    age: float = 0.0  # seconds for which the leader has not known for sure that most follow it
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Appended:
     sender: int
     ok: bool
     index: int  # ok: the last one that matches; not ok: where the sender's log may match
+    stamp: float = 0.0  # by the sender's clock
+    echo: float = 0.0  # `sent` of what is answered
 
 
 Message = AskVote | Vote | Append | Appended
@@ -85,7 +93,7 @@ Message = AskVote | Vote | Append | Appended
 @dataclass(frozen=True)
 class Send:
     to: int
-    message: Message
+    message: Any  # a `Message`; the caller may send others to other agents beside
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,17 @@ class Apply:
     value: Any
 
 
-Output = Send | Apply
+@dataclass(frozen=True)
+class Keep:
+    """To be on disk before what follows is done: the log is now its first ``before`` entries and then ``entries``."""
+
+    term: int
+    voted: int | None
+    before: int
+    entries: tuple[Entry, ...]
+
+
+Output = Keep | Send | Apply
 
 
 class Role(Enum):
@@ -107,7 +125,9 @@ class Role(Enum):
 
 @dataclass
 class Agent:
-    """One agent's part. ``agents`` are all that the run begins with; the caller hands on messages and ticks."""
+    """One agent's part. ``agents`` are all that the run begins with; the caller hands on messages and ticks.
+
+    One that comes back is made with the ``term``, ``voted`` and ``log`` that it has kept."""
 
     number: int
     agents: tuple[int, ...]
@@ -118,7 +138,8 @@ class Agent:
     log: list[Entry] = field(default_factory=list)  # index 1 is log[0]
     committed: int = 0
     applied: int = 0
-    _voted: int | None = None  # in this term
+    voted: int | None = None  # in this term
+    lease: float = float("-inf")  # until when this agent surely has not been counted as lost
     _votes: set[int] = field(default_factory=set)
     _trial: bool = False  # they say what would be
     _deadline: float | None = None  # of the next election
@@ -127,6 +148,14 @@ class Agent:
     _next: dict[int, int] = field(default_factory=dict)
     _match: dict[int, int] = field(default_factory=dict)
     _heard: dict[int, float] = field(default_factory=dict)  # leader: when each other one last said something
+    _stamps: dict[int, float] = field(default_factory=dict)  # leader: the newest of each other one
+    _known: dict[int, float] = field(default_factory=dict)  # leader: when it sent what each other one last answered
+    _born: float | None = None  # when this process first looked at its clock
+    _kept: tuple[int, int | None] = (0, None)
+    _same: int = 0  # entries that are on disk as they are here
+
+    def __post_init__(self) -> None:
+        self._kept, self._same = (self.term, self.voted), len(self.log)
 
     # --- what the log says ------------------------------------------------------------------------------------
 
@@ -153,8 +182,18 @@ class Agent:
 
     def tick(self, now: float) -> list[Output]:
         """To be called every few hundredths of a second."""
+        return self._keep(self._tick(now))
+
+    def _keep(self, out: list[Output]) -> list[Output]:
+        if (self.term, self.voted) == self._kept and self._same == len(self.log):
+            return out
+        keep = Keep(self.term, self.voted, self._same, tuple(self.log[self._same :]))
+        self._kept, self._same = (self.term, self.voted), len(self.log)
+        return [keep, *out]
+
+    def _tick(self, now: float) -> list[Output]:
         if self._deadline is None:
-            self._deadline = self._wait(now)
+            self._deadline, self._born = self._wait(now), now
         if self.role is Role.leader:
             return self._lead(now)
         if now >= self._deadline and self.number in self.voters:
@@ -167,8 +206,23 @@ class Agent:
             return False, []
         if isinstance(value, Voters) and not self._may_change(value):
             return False, []
+        return True, self._keep(self._add(value, now))
+
+    def _add(self, value: Any, now: float) -> list[Output]:
         self.log.append(Entry(self.term, value))
-        return True, [*self._replicate(now), *self._advance()]
+        return [*self._replicate(now), *self._advance()]
+
+    def silent(self, now: float) -> tuple[int, ...]:
+        """Leader: who has said nothing for so long that its lease has run out."""
+        return tuple(a for a, at in self._heard.items() if now - at >= SILENT_S) if self.role is Role.leader else ()
+
+    def ended(self, agent: int, now: float) -> None:
+        """It is known that the agent's process has ended: nothing is to be waited for."""
+        if self.role is Role.leader and agent in self._heard:
+            self._heard[agent] = float("-inf")
+        elif agent == self.leader:
+            self.leader, self._heard_leader = None, float("-inf")
+            self._deadline = now + self.random.uniform(0.0, ELECTION_S[0] / 2)
 
     def _may_change(self, value: Voters) -> bool:
         """One agent at a time, the last change committed, and an entry of this leader's own too."""
@@ -177,6 +231,9 @@ class Agent:
         return own and place <= self.committed and len(set(voters) ^ set(value.agents)) == 1
 
     def on(self, message: Message, now: float) -> list[Output]:
+        return self._keep(self._on(message, now))
+
+    def _on(self, message: Message, now: float) -> list[Output]:
         if isinstance(message, AskVote) and (self.role is Role.leader or now - self._heard_leader < ELECTION_S[0]):
             return []  # there is a leader: whoever asks has been away
         trial = isinstance(message, AskVote | Vote) and message.trial
@@ -199,7 +256,7 @@ class Agent:
 
     def _follow(self, term: int, now: float) -> None:
         if term > self.term:
-            self.term, self._voted = term, None
+            self.term, self.voted = term, None
         self.role, self._deadline = Role.follower, self._wait(now)
 
     def _ask(self, now: float, *, trial: bool) -> list[Output]:
@@ -207,7 +264,7 @@ class Agent:
         self.role, self.leader = Role.candidate, None
         self._votes, self._deadline, self._trial = {self.number}, self._wait(now), trial
         if not trial:
-            self.term, self._voted = self.term + 1, self.number
+            self.term, self.voted = self.term + 1, self.number
         if self._most(self._votes):
             return self._ask(now, trial=False) if trial else self._win(now)
         last = len(self.log)
@@ -219,9 +276,9 @@ class Agent:
         newer = (ask.last_term, ask.last_index) >= (self._term_at(last), last)
         if ask.trial:
             return [Send(ask.sender, Vote(ask.term, self.number, newer and ask.term > self.term, True))]
-        granted = ask.term == self.term and self._voted in (None, ask.sender) and newer
+        granted = ask.term == self.term and self.voted in (None, ask.sender) and newer
         if granted:
-            self._voted, self._deadline = ask.sender, self._wait(now)
+            self.voted, self._deadline = ask.sender, self._wait(now)
         return [Send(ask.sender, Vote(self.term, self.number, granted, False))]
 
     def _on_vote(self, vote: Vote, now: float) -> list[Output]:
@@ -239,6 +296,7 @@ class Agent:
         self._next = dict.fromkeys(others, len(self.log) + 1)
         self._match = dict.fromkeys(others, 0)
         self._heard = dict.fromkeys(others, now)
+        self._stamps, self._known = {}, {}
         self.log.append(Entry(self.term, Started(self.number)))
         return [*self._replicate(now), *self._advance()]
 
@@ -251,36 +309,51 @@ class Agent:
             return []
         out: list[Output] = []
         voters = set(self.voters)
+        self.lease = max(self.lease, now - self._age(now) + LEASE_S)
         here = {self.number, *(a for a, at in self._heard.items() if now - at < (SILENT_S if a in voters else 0.5))}
         changed = next(iter(sorted(voters ^ here)), None)
         if changed is not None:
-            _, out = self.propose(Voters(tuple(sorted(voters ^ {changed}))), now)
+            value = Voters(tuple(sorted(voters ^ {changed})))
+            out = self._add(value, now) if self._may_change(value) else []
         return out + (self._replicate(now) if now >= self._beat else [])
+
+    def _age(self, now: float) -> float:
+        """For how long it has not been known that most follow: since what they have answered was sent."""
+        known = {**self._known, self.number: now}
+        since = sorted((known.get(voter, float("-inf")) for voter in self.voters), reverse=True)
+        return now - since[len(since) // 2]
 
     def _replicate(self, now: float) -> list[Output]:
         self._beat = now + HEARTBEAT_S
-        return [Send(other, self._append_for(other)) for other in self.agents if other != self.number]
+        return [Send(other, self._append_for(other, now)) for other in self.agents if other != self.number]
 
-    def _append_for(self, other: int) -> Append:
+    def _append_for(self, other: int, now: float) -> Append:
         before = self._next[other] - 1
         entries = tuple(self.log[before : before + MOST_ENTRIES])
-        return Append(self.term, self.number, before, self._term_at(before), entries, self.committed)
+        age, echo = self._age(now), self._stamps.get(other)
+        if age > LEASE_S:
+            age, echo = 0.0, None
+        return Append(self.term, self.number, before, self._term_at(before), entries, self.committed, now, echo, age)
 
     def _on_append(self, append: Append, now: float) -> list[Output]:
         if append.term < self.term:
             return [Send(append.sender, Appended(self.term, self.number, False, 0))]
         self._follow(append.term, now)
         self.leader, self._heard_leader = append.sender, now
+        if append.echo is not None and self._born is not None and self._born <= append.echo <= now:
+            self.lease = max(self.lease, append.echo - append.age + LEASE_S)
         before = append.before_index
         if before > len(self.log) or self._term_at(before) != append.before_term:
-            return [Send(append.sender, Appended(self.term, self.number, False, min(before - 1, len(self.log))))]
+            matches = min(before - 1, len(self.log))
+            return [Send(append.sender, Appended(self.term, self.number, False, matches, now, append.sent))]
         for place, entry in enumerate(append.entries, start=before + 1):
             if place <= len(self.log) and self._term_at(place) != entry.term:
                 del self.log[place - 1 :]
+                self._same = min(self._same, place - 1)
             if place > len(self.log):
                 self.log.append(entry)
         last = before + len(append.entries)
-        out: list[Output] = [Send(append.sender, Appended(self.term, self.number, True, last))]
+        out: list[Output] = [Send(append.sender, Appended(self.term, self.number, True, last, now, append.sent))]
         self.committed = max(self.committed, min(append.committed, last))
         return out + self._apply()
 
@@ -288,14 +361,18 @@ class Agent:
         if self.role is not Role.leader or told.term != self.term:
             return []
         self._heard[told.sender] = now
+        self._stamps[told.sender] = told.stamp
+        self._known[told.sender] = max(self._known.get(told.sender, told.echo), told.echo)
         if not told.ok:
             self._next[told.sender] = max(1, told.index + 1)
-            return [Send(told.sender, self._append_for(told.sender))]
+            return [Send(told.sender, self._append_for(told.sender, now))]
         self._match[told.sender] = max(self._match[told.sender], told.index)
         self._next[told.sender] = self._match[told.sender] + 1
         out = self._advance()
+        if out:  # the others apply at once, too
+            return [*out, *self._replicate(now)]
         behind = self._next[told.sender] <= len(self.log)
-        return [*out, Send(told.sender, self._append_for(told.sender))] if behind else out
+        return [*out, Send(told.sender, self._append_for(told.sender, now))] if behind else out
 
     def _advance(self) -> list[Output]:
         """Commit what most hold: only entries of this term by counting, older ones with them (section 5.4.2)."""

@@ -254,7 +254,7 @@ def test_agents_that_apply_the_same_entries_have_the_same_membership():
 
 class VotesTwice(Agent):
     def _on_ask(self, ask, now):
-        self._voted = None
+        self.voted = None
         return super()._on_ask(ask, now)
 
 
@@ -274,7 +274,7 @@ class TakesAnybody(Agent):
 
 @pytest.mark.parametrize("kind", [VotesTwice, CommitsAlone, TakesAnybody])
 def test_a_mistake_in_the_protocol_is_found(kind):
-    for seed in range(SCHEDULES):
+    for seed in range(2 * SCHEDULES):
         try:
             disturbed(seed, kind)
         except AssertionError:

@@ -1,0 +1,278 @@
+"""Which hosts there are and which of them each worker lives on: the decider, as agents of several hosts replicate it.
+
+Entries of the agents' log in, instructions out: who applies the same entries has the same members, epochs and homes.
+An agent's *life* is drawn anew by each of its processes, and once more whenever it has been counted as lost: what an
+older life still says is not heard, and what was to be done in it is not done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shoal.elastic import membership as m
+
+Life = tuple[int, int]  # agent, life
+
+
+# --- entries ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Up:
+    """An agent is there, without a worker."""
+
+    agent: int
+    life: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    agent: int
+    life: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The first worker may be made. ``wish``: the newest wish that is older than the run."""
+
+    wish: int
+
+
+@dataclass(frozen=True)
+class Wished:
+    """Somebody asks for another number of workers, or for an end: see shoal.elastic.roster."""
+
+    number: int
+    workers: int
+    drain: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Forked:
+    seat: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A worker makes the run directory, or has found it."""
+
+    seat: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A member has raised: it would raise again."""
+
+    seat: int
+    line: str
+    user_error: bool
+    trace: str
+
+
+Event = m.Opened | m.Ready | m.Left | m.Went | m.Dead | m.Suspect | m.Drain | m.Done | Forked | Made | Failed
+
+
+@dataclass(frozen=True)
+class Said:
+    """An agent passes on what it sees of its own workers. Heard once, in the order of ``number``, from 1."""
+
+    agent: int
+    life: int
+    number: int
+    event: Event
+
+
+Value = Up | Lost | Begin | Wished | Said
+
+
+# --- instructions, beside those of the decider -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The run ends after the step in flight, saved."""
+
+
+@dataclass(frozen=True)
+class Fail:
+    line: str
+    user_error: bool
+    trace: str
+
+
+Instruction = m.Instruction | Stop | Fail
+
+
+@dataclass
+class Host:
+    life: int
+    name: str
+    heard: int = 0  # the number of the last thing that it said
+
+
+@dataclass
+class Fleet:
+    """``asked`` workers on ``agents`` hosts, each of which takes its even part: who is lost leaves room."""
+
+    agents: int
+    asked: int
+    least: int
+    most: int
+    membership: m.Membership = field(init=False)
+    hosts: dict[int, Host] = field(default_factory=dict)
+    homes: dict[int, Life | None] = field(default_factory=dict)  # seat -> where it lives; None: no host was there
+    names: dict[int, str] = field(default_factory=dict)  # of all agents that have ever been there
+    pids: dict[int, int] = field(default_factory=dict)
+    begun: bool = False
+    made: bool = False
+    wish: int = 0
+
+    def __post_init__(self) -> None:
+        self.membership = m.Membership(self.asked, self.least, self.most)
+
+    # --- what is asked ----------------------------------------------------------------------------------------
+
+    def name(self, agent: int) -> str:
+        """Of its host; two agents of one host are told apart by their numbers."""
+        name = self.names.get(agent, "?")
+        return name if list(self.names.values()).count(name) == 1 else f"{name}/{agent}"
+
+    def host(self, seat: int) -> str:
+        home = self.homes.get(seat)
+        return self.name(home[0]) if home else "no host"
+
+    def rank(self, seat: int) -> int | None:
+        members = self.membership.members
+        return members.index(seat) if seat in members else None
+
+    def who(self, seat: int) -> str:
+        rank = self.rank(seat)
+        return f"{'a new worker' if rank is None else f'rank {rank}'} on {self.host(seat)} (pid {self.pids.get(seat)})"
+
+    # --- entries ----------------------------------------------------------------------------------------------
+
+    def on(self, value: Value, now: float) -> list[Instruction]:
+        """What is to be done, in this order."""
+        before = set(self.homes)
+        out = self._on(value, now)
+        for instruction in out:
+            if isinstance(instruction, m.Fork) and instruction.seat not in before:
+                self.homes[instruction.seat] = self._place()
+        return out
+
+    def _on(self, value: Value, now: float) -> list[Instruction]:
+        match value:
+            case Up(agent, life, name):
+                return self._up(agent, life, name, now)
+            case Lost(agent, life, why):
+                host = self.hosts.get(agent)
+                return self._lose(agent, why, now) if host is not None and host.life == life else []
+            case Begin(wish):
+                if self.begun:
+                    return []
+                self.begun, self.wish = True, wish
+                self.membership.wanted = min(self.asked, self._room)
+                return [*self.membership.begin(now)]
+            case Wished():
+                return self._wished(value, now)
+            case Said(agent, life, number, event):
+                host = self.hosts.get(agent)
+                if host is None or host.life != life or number != host.heard + 1:
+                    return []
+                host.heard = number
+                return self._said((agent, life), event, now) if self.homes.get(event.seat) == (agent, life) else []
+
+    def _said(self, home: Life, event: Event, now: float) -> list[Instruction]:
+        match event:
+            case Forked(seat, pid):
+                self.pids[seat] = pid
+                return []
+            case Made():
+                self.made = True
+                return []
+            case Failed(_, line, user_error, trace):
+                self.membership.finished = True
+                return [Fail(line, user_error, trace)]
+            case m.Drain():
+                before = self.membership.wanted
+                out = self.membership.on(event, now)
+                self.asked -= before - self.membership.wanted
+                return [*out]
+            case _:
+                return [*self.membership.on(event, now)]
+
+    def _wished(self, wished: Wished, now: float) -> list[Instruction]:
+        if wished.number <= self.wish:
+            return []
+        self.wish = wished.number
+        members = self.membership.members
+        if wished.drain == "all":
+            return [Stop()]
+        if wished.drain.isdigit() and int(wished.drain) < len(members):
+            seat = members[int(wished.drain)]
+            why = wished.why or f"{self.who(seat)} was asked to leave"
+            home = self.homes[seat]
+            return self._said(home, m.Drain(seat, why), now) if home else []
+        if not self.least <= wished.workers <= self.most:
+            return [*self.membership.on(m.Resize(wished.workers, ""), now)] if wished.workers else []
+        self.asked = wished.workers
+        return self._fit(wished.why or f"{wished.workers} workers were asked for", now)
+
+    # --- hosts ------------------------------------------------------------------------------------------------
+
+    @property
+    def _room(self) -> int:
+        return len(self.hosts) * -(-self.asked // self.agents)
+
+    def _fit(self, why: str, now: float) -> list[Instruction]:
+        """As many workers as are asked for and as have room."""
+        fitting = min(self.asked, self._room)
+        if fitting < self.least:
+            self.membership.wanted = fitting
+            return []
+        return [*self.membership.on(m.Resize(fitting, why), now)] if fitting != self.membership.wanted else []
+
+    def _up(self, agent: int, life: int, name: str, now: float) -> list[Instruction]:
+        host = self.hosts.get(agent)
+        if host is not None and host.life == life:
+            return []
+        out = self._lose(agent, "its agent has been started anew", now) if host is not None else []
+        self.hosts[agent] = Host(life, name)
+        self.names[agent] = name
+        if not self.begun or self.membership.finished:
+            return out
+        homeless = [seat for seat, home in self.homes.items() if home is None and seat in self.membership.seats]
+        out += self._fit(f"{self.name(agent)} has joined", now)
+        for seat in homeless:
+            out += self.membership.on(m.Dead(seat, "there was no host for it"), now)
+        return out
+
+    def _lose(self, agent: int, why: str, now: float) -> list[Instruction]:
+        host = self.hosts.pop(agent)
+        self.membership.wanted = min(self.asked, self._room)
+        seats = self.membership.seats
+        here = [n for n, home in self.homes.items() if home == (agent, host.life) and n in seats]
+        for number in here:
+            if seats[number].at is not m.At.active:
+                seats[number].at = m.At.gone  # nobody chooses it while the others of its host are still to be lost
+        out: list[Instruction] = []
+        for number in here:
+            out += self.membership.on(m.Dead(number, f"{self.who(number)} was lost with its host: {why}"), now)
+        return out
+
+    def _place(self) -> Life | None:
+        """The host with the fewest workers takes the next one."""
+        seats = self.membership.seats
+        lives = {(agent, host.life): 0 for agent, host in sorted(self.hosts.items())}
+        for number, home in self.homes.items():
+            if home in lives and number in seats and seats[number].at is not m.At.gone:
+                lives[home] += 1
+        return min(lives, key=lambda life: (lives[life], life[0])) if lives else None
+
+
+def seats_of(fleet: Fleet, life: Life, seats: Sequence[int]) -> list[int]:
+    """Those of them that live there."""
+    return [seat for seat in seats if fleet.homes.get(seat) == life]

@@ -1,0 +1,71 @@
+"""What an agent has promised and holds of the log, in a file of the run: a new process under its number keeps to it.
+
+A line for each change: a checksum and [term, voted, before, entries]. A line that a kill has torn was never acted on.
+"""
+
+import json
+import os
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+from shoal.elastic import frames
+from shoal.elastic.consensus import Entry, Keep
+from shoal.errors import UserError
+
+
+class Promises:
+    """``term``, ``voted`` and ``log`` are those that were kept, once opened."""
+
+    def __init__(self, path: Path, agents: int) -> None:
+        """Raises UserError when the file cannot be used."""
+        self.path = path
+        self.term, self.voted = 0, None
+        self.log: list[Entry] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            whole = self._read(agents)
+            os.ftruncate(self._file, whole)
+            os.lseek(self._file, whole, os.SEEK_SET)
+            if not whole:
+                self._write([agents])
+        except OSError as error:
+            raise UserError(f"cannot keep {str(path)!r}: {error.strerror}.") from None
+
+    def _read(self, agents: int) -> int:
+        """How many bytes of the file are whole lines."""
+        size = 0
+        with open(self._file, "rb", closefd=False) as lines:
+            for number, line in enumerate(lines):
+                text = line[9:-1]
+                if not line.endswith(b"\n") or line[:8] != b"%08x" % zlib.crc32(text):
+                    break
+                found = json.loads(text)
+                if number == 0 and found != [agents]:
+                    raise UserError(f"{str(self.path.parent)!r} is of {found[0]} agents, not of {agents}.")
+                if number:
+                    self.term, self.voted, before, entries = found
+                    self.log[before:] = [frames.read(entry) for entry in entries]
+                size += len(line)
+        return size
+
+    def keep(self, keep: Keep) -> None:
+        """On disk when this returns. Raises OSError."""
+        self._write([keep.term, keep.voted, keep.before, [frames.plain(entry) for entry in keep.entries]])
+
+    def _write(self, value: object) -> None:
+        text = json.dumps(value, separators=(",", ":")).encode()
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        if os.write(self._file, line) < len(line):
+            raise OSError("the disk is full")
+        os.fsync(self._file)
+
+    def close(self, *, forget: bool) -> None:
+        """``forget``: the run has ended, and there is nothing to keep to."""
+        os.close(self._file)
+        if forget:
+            with suppress(OSError):
+                self.path.unlink()
+            with suppress(OSError):  # others still have theirs
+                self.path.parent.rmdir()
