@@ -8,9 +8,8 @@ from argparse import ArgumentParser, Namespace
 from importlib.util import find_spec
 from typing import Any
 
-from shoal.cli.bench import about_size, interval
 from shoal.cli.exit_codes import DONE
-from shoal.cli.output import json_line, table
+from shoal.cli.output import about_size, interval, json_line, table
 from shoal.cluster.cluster import Cluster, counted, gibibytes
 
 HELP = "what this machine has: cores, memory, accelerators, speeds, extras"
@@ -108,16 +107,20 @@ def communication(found: dict[str, Any]) -> list[tuple[str, str]]:
         if name not in waiting:
             missing.setdefault(state, []).append(name)
     told = [f"{', '.join(names)} missing: {reason}" for reason, names in missing.items()]
+    if "backend" in parts and "backend" not in waiting:
+        told.append("shm goes over shared memory in Python")
     if waiting:
         told.append(f"{', '.join(waiting)} compiled on first use; `python -m shoal.comm.native` does it now")
     timed = found["all_reduce_s"]
     speeds = [
         f"{about_size(nbytes)} "
-        + ", ".join(f"{name} {interval(timed[name][nbytes])}" for name in timed)
-        + (f": {seconds / timed['shm'][nbytes]:.1f}x" if "shm" in timed else "")
+        + ", ".join(
+            f"{name} {interval(of_size[nbytes])}" + (f" ({seconds / of_size[nbytes]:.1f}x)" if name != "gloo" else "")
+            for name, of_size in timed.items()
+        )
         for nbytes, seconds in timed["gloo"].items()
     ]
-    cost = "" if "shm" in timed else "; shm would take less than half of that (docs/figures.md)"
+    cost = "" if "shm" in timed else "; compiled, shm would take less than half of gloo's time (docs/figures.md)"
     free, shm = gibibytes(found["free_memory_bytes"]), found["dev_shm_bytes"]
     folder = "no /dev/shm" if shm is None else f"/dev/shm {gibibytes(shm[0])} of {gibibytes(shm[1])} free"
     cores = found["ranks_with_a_core"]

@@ -131,7 +131,7 @@ def test_prove_refuses_counts_that_cannot_run(arguments, message, proofs, shoal)
 
 CHECKUP = {
     "parts": {"kernels": "ready", "allocator": "ready", "backend": "ready"},
-    "all_reduce_s": {"gloo": {65536: 1.5e-4}, "shm": {65536: 3e-5}},
+    "all_reduce_s": {"gloo": {65536: 1.5e-4}, "shm-python": {65536: 1e-4}, "shm": {65536: 3e-5}},
     "trouble": "", "free_memory_bytes": 2 << 30, "dev_shm_bytes": (1 << 26, 1 << 27), "ranks_with_a_core": 3,
 }  # fmt: skip
 
@@ -155,11 +155,13 @@ def test_doctor_tells_what_this_machine_has(shoal, library, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "lines"),
     [
-        ({}, ["compiled parts: ready", "all-reduce, 2 ranks: 64 KiB gloo 150 us, shm 30 us: 5.0x",
+        ({}, ["compiled parts: ready",
+              "all-reduce, 2 ranks: 64 KiB gloo 150 us, shm-python 100 us (1.5x), shm 30 us (5.0x)",
               "shared memory: 2.0 GiB free; /dev/shm 0.1 GiB of 0.1 GiB free", "ranks: 3 have a core each"]),
         ({"parts": {"kernels": "ready", "allocator": "no c++", "backend": "no c++"}, "dev_shm_bytes": None,
-          "all_reduce_s": {"gloo": {65536: 1.5e-4}}},
-         ["compiled parts: allocator, backend missing: no c++", "all-reduce, 2 ranks: 64 KiB gloo 150 us; shm would",
+          "all_reduce_s": {"gloo": {65536: 1.5e-4}, "shm-python": {65536: 1e-4}}},
+         ["compiled parts: allocator, backend missing: no c++; shm goes over shared memory in Python",
+          "all-reduce, 2 ranks: 64 KiB gloo 150 us, shm-python 100 us (1.5x); compiled, shm would",
           "2.0 GiB free; no /dev/shm"]),
         ({"parts": {"kernels": "ready", "allocator": "ready", "backend": "on first use"}},
          ["compiled parts: backend compiled on first use; `python -m shoal.comm.native` does it now"]),

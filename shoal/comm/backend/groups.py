@@ -10,16 +10,20 @@ if TYPE_CHECKING:
 
 
 def backend_of(group: "ProcessGroup | None") -> Any:
-    """The backend for tensors on cpu; None where it is another one, as after a fall-back to gloo."""
+    """What carries out collectives on tensors on cpu: the compiled backend, or the group in Python; None where it is
+    another one, as after a fall-back to gloo."""
     import torch
     import torch.distributed as dist
 
+    from shoal.comm.backend.in_python.group import PythonGroup
     from shoal.comm.native import build
 
     if not dist.is_initialized():
         raise UserError("there is no process group: call torch.distributed.init_process_group first.")
     found: Any = (group or dist.distributed_c10d._get_default_group())._get_backend(torch.device("cpu"))
     found = getattr(found, "wrapped_pg", found)  # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
+    if isinstance(found, PythonGroup):
+        return found
     module = build.backend()
     return found if module is not None and isinstance(found, module.ShoalBackend) else None
 

@@ -20,6 +20,7 @@ class Card:
     token: str  # what a visitor must know: it stands in the group's store only
     library: str  # the compiled part it has loaded, "" for none
     why: str  # why it has loaded none
+    not_in_python: str  # why it cannot do with Python over shared memory either, "" if it can
     cpus: tuple[int, ...]  # processors that it may run on
     cores: int  # of them, as many as its control group's quota pays for
 
@@ -72,6 +73,13 @@ def without_library(cards: Sequence[Card]) -> str:
         other = next(rank for rank, card in enumerate(cards) if card.library != cards[0].library)
         return f"ranks 0 and {other} have loaded different versions of it"
     return ""
+
+
+def without_python(cards: Sequence[Card], hosts: Sequence[Sequence[int]]) -> str:
+    """Why the group cannot go over shared memory in Python, in a few words; "" when it can."""
+    if len(hosts) > 1:
+        return f"ranks on {len(hosts)} hosts need the compiled part"
+    return next((card.not_in_python for card in cards if card.not_in_python), "")
 
 
 def rank_list(ranks: Sequence[int]) -> str:

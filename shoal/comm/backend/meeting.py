@@ -16,7 +16,7 @@ import stat
 import struct
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,7 +54,7 @@ def _namespace(kind: str) -> str:
     return ""
 
 
-def new_card(library: str, why: str) -> Card:
+def new_card(library: str, why: str, not_in_python: str = "") -> Card:
     return Card(
         host=socket.gethostname(),
         boot=boot_id(),
@@ -65,6 +65,7 @@ def new_card(library: str, why: str) -> Card:
         token=secrets.token_hex(16),
         library=library,
         why=why,
+        not_in_python=not_in_python,
         cpus=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
         cores=usable_cores(),
     )
@@ -147,6 +148,11 @@ def greet(connection: socket.socket, rank: int, token: str, whom: int) -> None:
         raise NotMet(f"rank {whom} went away from the meeting: {error.strerror or error}") from None
 
 
+def is_socket(descriptor: int) -> bool:
+    """Words may come over it, too."""
+    return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+
+
 class Watches:
     """A descriptor for each other rank of the host that becomes readable when it dies: a pidfd, or else a socket."""
 
@@ -158,7 +164,7 @@ class Watches:
         """Ranks that have ended. A socket also says so when its rank has closed the group."""
         poll = select.poll()
         for descriptor in self.descriptors.values():
-            poll.register(descriptor, select.POLLIN)
+            poll.register(descriptor, select.POLLRDHUP if is_socket(descriptor) else select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll(0)}
         return {rank for rank, descriptor in self.descriptors.items() if descriptor in ready}
 
@@ -173,7 +179,7 @@ def _close_all(descriptors: Sequence[int]) -> None:
 
 
 def _watched(rank: int, cards: Sequence[Card], connections: dict[int, socket.socket]) -> Watches:
-    """Takes over the connections. Raises NotMet when a rank has gone already."""
+    """The connections stay the caller's. Raises NotMet when a rank has gone already."""
     found: dict[int, int] = {}
     for other, connection in connections.items():
         card = cards[other]
@@ -185,11 +191,8 @@ def _watched(rank: int, cards: Sequence[Card], connections: dict[int, socket.soc
                 raise NotMet(f"rank {other} (pid {card.pid}) died while the group was being made") from None
             except (OSError, AttributeError):
                 pass  # not on this kernel, or not allowed in this container
-        if other in found:
-            connection.close()
-        else:
-            connection.settimeout(None)
-            found[other] = connection.detach()
+        if other not in found:
+            found[other] = os.dup(connection.fileno())
     return Watches(found)
 
 
@@ -259,15 +262,17 @@ def meet(
     why: str,
     refuse: Callable[[Sequence[Card], Sequence[Sequence[int]]], str],
     sizes: Callable[[int], tuple[int, int]],
-    attach: Callable[[int, int, Sequence[int], Sequence[int], Sequence[Card]], Any],
+    attach: Callable[[int, int, Sequence[int], Sequence[int], Sequence[Card], Mapping[int, socket.socket]], Any],
+    not_in_python: str = "",
 ) -> Meeting:
     """Find the ranks of this host and share memory with them.
 
     ``refuse(cards, hosts)`` may say why nobody should try, from what all know alike. ``sizes(ranks)`` is (total,
-    reserved) bytes of a host's file. ``attach(file, place, host, descriptors, cards)`` maps it, as the place-th of the
-    host's ranks. Raises ShoalError, and what the store raises when a rank does not come in time."""
+    reserved) bytes of a host's file. ``attach(file, place, host, descriptors, cards, connections)`` maps it, as the
+    place-th of the host's ranks; what it needs of the connections, by rank, it duplicates. ``library``, ``why`` and
+    ``not_in_python`` are for the card. Raises ShoalError, and what the store raises when a rank is late."""
     deadline = time.monotonic() + timeout_s
-    card = new_card(library, why)
+    card = new_card(library, why, not_in_python)
     connections: dict[int, socket.socket] = {}
     watches = Watches({})
     file, memory, failure = -1, None, ""
@@ -300,9 +305,8 @@ def meet(
                 else:
                     file = _take(connections[host[0]], host[0], total, deadline)
                 watches = _watched(rank, cards, connections)
-                connections = {}
                 descriptors = [watches.descriptors.get(other, -1) for other in host]
-                memory = attach(file, host.index(rank), host, descriptors, cards)
+                memory = attach(file, host.index(rank), host, descriptors, cards, connections)
             except (NoRoom, NotMet) as error:
                 failure = str(error)
             verdicts = _all_say(store, "made", rank, size, failure, timeout_s)

@@ -13,7 +13,8 @@ OPS = (
     "send_recv", "barrier",
 )  # fmt: skip
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int32": 4, "int64": 8, "int8": 1, "uint8": 1}
-TRANSPORTS = ("gloo", "shm", "hier", "nccl")
+IN_PYTHON = "shm-python"  # shm as it is where nothing can be compiled
+TRANSPORTS = ("gloo", "shm", "hier", IN_PYTHON, "nccl")
 ZERO_COPY_TRANSPORTS = ("shm", "hier")
 NATIVE = "native"  # the algorithm that the transport itself chooses
 AUTO = "auto"  # the one that the cost model chooses
@@ -88,7 +89,7 @@ class Settings:
             raise UserError("bench collectives: --sizes needs sizes of at least 1 byte.")
         if self.rounds < 1 or not 0 < self.seconds < math.inf:
             raise UserError("bench collectives: --rounds must be at least 1 and --seconds above 0.")
-        if "nccl" in self.transports and set(self.transports) & {"shm", "hier"}:
+        if "nccl" in self.transports and set(self.transports) & {"shm", "hier", IN_PYTHON}:
             raise UserError("nccl moves memory of accelerators and shm that of the host: measure them in two runs.")
         if self.zero_copy and not set(self.transports) & set(ZERO_COPY_TRANSPORTS):
             raise UserError(

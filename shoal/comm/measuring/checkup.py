@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal.cluster.detect import memory_bytes, usable_cores
 from shoal.comm.backend.memory import free_memory
-from shoal.comm.measuring.cases import Settings
+from shoal.comm.measuring.cases import IN_PYTHON, Settings
 from shoal.comm.measuring.sweep import sweep
 from shoal.comm.native import build
 from shoal.errors import RunFailed
@@ -17,9 +17,11 @@ SECONDS = 0.5
 
 def checkup() -> dict[str, Any]:
     """Facts as plain values. ``all_reduce_s[transport][bytes]``: seconds between 2 ranks, the median; shm only where
-    nothing must be compiled for it. ``trouble``: why nothing could be timed, "" where it could."""
+    nothing must be compiled for it, shm-python as it is where nothing can be. ``trouble``: why nothing could be timed,
+    "" where it could."""
     parts = build.outlook()
-    transports = ("gloo", "shm") if parts["backend"] == "ready" and build.backend() else ("gloo",)
+    compiled = parts["backend"] == "ready" and build.backend() is not None
+    transports = ("gloo", IN_PYTHON, *(("shm",) if compiled else ()))
     seconds: dict[str, dict[int, float]] = {name: {} for name in transports}
     trouble = ""
     settings = Settings(

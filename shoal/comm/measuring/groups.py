@@ -1,8 +1,9 @@
 """The process groups of the transports that are measured, and the calls on them."""
 
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.comm.group import Group
-from shoal.comm.measuring.cases import NATIVE, ZERO_COPY_TRANSPORTS, Arm, Settings
+from shoal.comm.measuring.cases import IN_PYTHON, NATIVE, ZERO_COPY_TRANSPORTS, Arm, Settings
 from shoal.comm.measuring.operations import Empty, Tensors, native_call
 from shoal.errors import UserError
 
@@ -95,7 +96,7 @@ def algorithm_call(op: str, algorithm: str, t: Tensors, group: dist.ProcessGroup
 @contextmanager
 def opened(group: Group, settings: Settings) -> Iterator[Groups]:
     """A group of all ranks for each transport. Ranks that nobody has joined yet are joined for as long."""
-    if set(settings.transports) & set(ZERO_COPY_TRANSPORTS):
+    if set(settings.transports) & {*ZERO_COPY_TRANSPORTS, IN_PYTHON}:
         from shoal.comm.backend.registration import install
 
         install()
@@ -112,6 +113,8 @@ def opened(group: Group, settings: Settings) -> Iterator[Groups]:
 
 
 def _made(transport: str) -> dist.ProcessGroup:
+    if transport == IN_PYTHON:
+        return _made_in_python()
     made = dist.new_group(backend=transport, timeout=TIMEOUT)
     assert isinstance(made, dist.ProcessGroup)
     if transport in ZERO_COPY_TRANSPORTS:
@@ -120,6 +123,30 @@ def _made(transport: str) -> dist.ProcessGroup:
         if backend_of(made) is None:
             raise UserError(f"the transport {transport!r} fell back to gloo; the line above says why.")
     return made
+
+
+def _made_in_python() -> dist.ProcessGroup:
+    from shoal.comm.backend.in_python.group import PythonGroup
+
+    said = io.StringIO()  # what a group says that has to do without: here it was asked to
+    with _without_compiled_parts(), redirect_stderr(said):
+        made = dist.new_group(backend="shm", timeout=TIMEOUT)
+    if not isinstance(made, PythonGroup):
+        raise UserError(f"the transport {IN_PYTHON!r} is not to be had: {said.getvalue().strip()}.")
+    return made
+
+
+@contextmanager
+def _without_compiled_parts() -> Iterator[None]:
+    before = os.environ.get("SHOAL_NATIVE")
+    os.environ["SHOAL_NATIVE"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SHOAL_NATIVE"]
+        else:
+            os.environ["SHOAL_NATIVE"] = before
 
 
 def _join(group: Group) -> None:

@@ -30,6 +30,12 @@ def compiled() -> None:
     assert build.backend() is not None, build.why_not(("backend",))
 
 
+@pytest.fixture(params=[True, False], ids=["compiled", "in python"])
+def is_compiled(request: pytest.FixtureRequest) -> bool:
+    """For tests that hold with and without the compiled library: pass it on to `in_group`."""
+    return bool(request.param)
+
+
 @pytest.fixture(scope="session")
 def backend_agent(compiled: None) -> Iterator[Agent]:
     with Agent(PRELOAD) as agent:
@@ -37,7 +43,14 @@ def backend_agent(compiled: None) -> Iterator[Agent]:
 
 
 def _inside(
-    group: Any, kind: str, file: str, timeout_s: float, hosts: list[int] | None, function: Any, *rest: Any
+    group: Any,
+    kind: str,
+    file: str,
+    timeout_s: float,
+    hosts: list[int] | None,
+    is_compiled: bool,
+    function: Any,
+    *rest: Any,
 ) -> Any:
     """Join a process group, run ``function(rank, world, *rest)``, and leave it if nothing has gone wrong."""
     import warnings
@@ -48,6 +61,8 @@ def _inside(
 
     warnings.simplefilter("ignore", FutureWarning)  # collectives that torch 2.13 gave new names keep their old ones
 
+    if not is_compiled:
+        os.environ["SHOAL_NATIVE"] = "0"
     if hosts is not None:  # ranks of different numbers say that they run on different machines
         meeting.boot_id = lambda: f"machine {hosts[group.rank]}"
     registration.install()
@@ -77,17 +92,18 @@ def in_group(backend_agent: Agent, request: pytest.FixtureRequest, tmp_path: Pat
         kind: str = "shm",
         timeout_s: float = 60.0,
         hosts: list[int] | None = None,
+        is_compiled: bool = True,
         **options: Any,
     ) -> list[Any]:
         file = str(tmp_path / f"store{next(count)}-{os.getpid()}")
-        arguments = (kind, file, timeout_s, hosts, function, *arguments)
+        arguments = (kind, file, timeout_s, hosts, is_compiled, function, *arguments)
         return backend_agent.run(_inside, arguments, workers=workers, **options)
 
     return run
 
 
 def _parent_of(
-    group: Any, workers: int, kind: str, file: str, timeout_s: float, function: Any, *rest: Any
+    group: Any, workers: int, kind: str, file: str, timeout_s: float, is_compiled: bool, function: Any, *rest: Any
 ) -> list[Any]:
     """Fork the ranks: an agent ends them all when one of them is killed. Results, or how a rank ended."""
     import signal
@@ -103,7 +119,7 @@ def _parent_of(
             die_with_parent(os.getppid())
             try:
                 place = types.SimpleNamespace(rank=rank, world=workers)
-                result: Any = _inside(place, kind, file, timeout_s, None, function, *rest)
+                result: Any = _inside(place, kind, file, timeout_s, None, is_compiled, function, *rest)
             except BaseException as error:
                 result = f"{type(error).__name__}: {error}"
             with os.fdopen(writer, "wb") as pipe:
@@ -129,10 +145,17 @@ def in_mortal_group(backend_agent: Agent, request: pytest.FixtureRequest, tmp_pa
     count = iter(range(10**6))
 
     def run(
-        workers: int, function: Callable[..., Any], *arguments: Any, kind: str = "shm", timeout_s: float = 60.0
+        workers: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        kind: str = "shm",
+        timeout_s: float = 60.0,
+        is_compiled: bool = True,
     ) -> Any:
         file = str(tmp_path / f"mortal{next(count)}-{os.getpid()}")
-        return backend_agent.run(_parent_of, (workers, kind, file, timeout_s, function, *arguments), workers=1)[0]
+        return backend_agent.run(
+            _parent_of, (workers, kind, file, timeout_s, is_compiled, function, *arguments), workers=1
+        )[0]
 
     return run
 

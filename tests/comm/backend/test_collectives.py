@@ -127,13 +127,13 @@ def _moves(rank: int, world: int, types: list[torch.dtype] = MOVED, sizes: list[
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_reductions_are_exact(in_group, world):
-    in_group(world, _reductions)
+def test_reductions_are_exact(in_group, world, is_compiled):
+    in_group(world, _reductions, is_compiled=is_compiled)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_what_is_moved_arrives(in_group, world):
-    in_group(world, _moves)
+def test_what_is_moved_arrives(in_group, world, is_compiled):
+    in_group(world, _moves, is_compiled=is_compiled)
 
 
 HOSTS = [[0, 1], [0, 0, 1, 1], [0, 1, 1], [0, 1, 0, 1], [0, 1, 2]]  # equal, unequal, interleaved; more than two
@@ -171,6 +171,11 @@ def test_rounded_sums_have_the_same_bits_on_all_ranks_and_in_every_run(in_group,
     assert len({digest for run in runs for digest in run}) == 1
 
 
+def test_rounded_sums_in_python_have_the_bits_of_the_compiled_ones(in_group):
+    compiled, in_python = (in_group(3, _large_sums, is_compiled=how) for how in (True, False))
+    assert len({*compiled, *in_python}) == 1
+
+
 def _beside_gloo(rank: int, world: int) -> None:
     gloo = dist.new_group(backend="gloo")
     torch.manual_seed(rank)
@@ -196,8 +201,8 @@ def _beside_gloo(rank: int, world: int) -> None:
     dist.broadcast(odd, 0)
 
 
-def test_other_layouts_and_what_only_gloo_can_do_give_what_gloo_gives(in_group):
-    in_group(2, _beside_gloo)
+def test_other_layouts_and_what_only_gloo_can_do_give_what_gloo_gives(in_group, is_compiled):
+    in_group(2, _beside_gloo, is_compiled=is_compiled)
 
 
 def _point_to_point(rank: int, world: int) -> None:
@@ -219,5 +224,5 @@ def _point_to_point(rank: int, world: int) -> None:
     assert tensor[0] == 1 - rank
 
 
-def test_messages_between_two_ranks_arrive(in_group):
-    in_group(2, _point_to_point)
+def test_messages_between_two_ranks_arrive(in_group, is_compiled):
+    in_group(2, _point_to_point, is_compiled=is_compiled)

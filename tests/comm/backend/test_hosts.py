@@ -10,7 +10,7 @@ from shoal.comm.backend.memory import SPARE_BYTES, free_bytes
 from shoal.comm.backend.reform import missing_members, plain_name
 from shoal.comm.native import build
 
-CARD = Card("ant", "boot", 1000, "1:2", 42, "address", "token", "library", "", (0, 1), 2)
+CARD = Card("ant", "boot", 1000, "1:2", 42, "address", "token", "library", "", "", (0, 1), 2)
 
 
 def everyone_reached(size: int) -> list[frozenset[int]]:

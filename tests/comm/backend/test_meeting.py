@@ -25,7 +25,7 @@ SIZE = (1 << 20, 4096)
 
 
 def join(store, rank: int, size: int, timeout_s: float = 20.0) -> Meeting:
-    def attach(file, place, host, descriptors, cards):
+    def attach(file, place, host, descriptors, cards, connections):
         state = os.fstat(file)
         return state.st_ino, stat.S_IMODE(state.st_mode), state.st_size, os.readlink(f"/proc/self/fd/{file}"), place
 
@@ -170,7 +170,7 @@ def test_a_rank_that_fails_to_map_the_memory_makes_all_go_without(monkeypatch):
     store = dist.HashStore()
     results: list = [None] * 2
 
-    def attach(file, place, host, descriptors, cards):
+    def attach(file, place, host, descriptors, cards, connections):
         if place == 1:
             raise memory.NoRoom("no address space")
         return "mapped"
@@ -209,25 +209,29 @@ def test_a_process_id_of_another_namespace_is_not_trusted():
     cards = [replace(meeting.new_card("", ""), pids="1:1"), replace(meeting.new_card("", ""), pids="1:2")]
     ours, theirs = socket.socketpair()
     with theirs:
-        watches = meeting._watched(0, cards, {1: ours})
+        with ours:
+            watches = meeting._watched(0, cards, {1: ours})
         assert os.readlink(f"/proc/self/fd/{watches.descriptors[1]}").startswith("socket:")
     assert watches.dead() == {1}
 
 
-def _over_gloo(group, file: str, how: str) -> tuple[str, str, float]:
+def _without(group, file: str, how: str) -> tuple[str, str, float]:
     from shoal.comm.backend import memory, registration
 
     said = io.StringIO()
+    kind = "shm"
     with contextlib.redirect_stderr(said):
-        if how == "no compiler":
+        if how.startswith("no compiler") or (how == "none on rank 1" and group.rank == 1):
             os.environ["SHOAL_NATIVE"] = "0"
+        if how == "no compiler, two hosts":
+            kind, meeting.boot_id = "hier", lambda: f"machine {group.rank}"
+        elif how == "no compiler, but an accelerator":
+            torch.accelerator.is_available = lambda: True
         elif how == "no memory on rank 0":
             memory.free_memory = lambda: 1 << 20
-        elif group.rank == 1:  # "none on rank 1"
-            os.environ["SHOAL_NATIVE"] = "0"
         registration.install()
         registration.install()
-        dist.init_process_group("shm", init_method=f"file://{file}", rank=group.rank, world_size=group.world)
+        dist.init_process_group(kind, init_method=f"file://{file}", rank=group.rank, world_size=group.world)
         tensor = torch.ones(3)
         dist.all_reduce(tensor)
         sub = dist.new_group([0, 1])
@@ -245,12 +249,38 @@ def _over_gloo(group, file: str, how: str) -> tuple[str, str, float]:
     [
         ("no compiler", "SHOAL_NATIVE=0 is set"),
         ("none on rank 1", "on rank 1: SHOAL_NATIVE=0 is set"),
-        ("no memory on rank 0", "6.0 MiB of shared memory are wanted, 1.0 MiB are free"),
     ],
 )
-def test_without_the_means_the_group_is_gloos_and_says_so_once_with_what_it_costs(backend_agent, tmp_path, how, why):
+def test_without_the_compiled_part_the_group_goes_over_shared_memory_in_python_and_says_so_once(
+    backend_agent, tmp_path, how, why
+):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    first, second = backend_agent.run(_over_gloo, (str(tmp_path / "store"), how), workers=2)
-    line = f"shoal: backend 'shm' goes over gloo: {why}; collectives on one host go over TCP, 2 to 10 times slower\n"
+    first, second = backend_agent.run(_without, (str(tmp_path / "store"), how), workers=2)
+    line = (
+        f"shoal: backend 'shm' goes over shared memory in Python: {why}; collectives take longer and more processor "
+        "time; `shoal doctor` measures how much\n"
+    )
     assert first == ("shm", line, 4.0)
     assert second == ("shm", "", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "why"),
+    [
+        ("no compiler, two hosts", "hier", "SHOAL_NATIVE=0 is set; ranks on 2 hosts need the compiled part"),
+        (
+            "no compiler, but an accelerator",
+            "shm",
+            "SHOAL_NATIVE=0 is set; a group in Python cannot stand beside one for accelerators",
+        ),
+        ("no memory on rank 0", "shm", "6.0 MiB of shared memory are wanted, 1.0 MiB are free"),
+    ],
+)
+def test_without_the_means_the_group_is_gloos_and_says_so_once_with_what_it_costs(
+    backend_agent, tmp_path, how, kind, why
+):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    first, second = backend_agent.run(_without, (str(tmp_path / "store"), how), workers=2)
+    line = f"shoal: backend {kind!r} goes over gloo: {why}; collectives on one host go over TCP, 2 to 10 times slower\n"
+    assert first == (kind, line, 4.0)
+    assert second == (kind, "", 4.0)

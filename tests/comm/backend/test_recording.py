@@ -28,8 +28,8 @@ def _recorded(rank: int, world: int) -> tuple[object, ...]:
     return r.totals, r.waits(), r.exposed_s, r.seconds, r.table(), shoal.comm.group_counters()
 
 
-def test_a_recording_holds_what_the_backend_of_the_default_group_counted(in_group):
-    first, second = in_group(2, _recorded)
+def test_a_recording_holds_what_the_backend_of_the_default_group_counted(in_group, is_compiled):
+    first, second = in_group(2, _recorded, is_compiled=is_compiled)
     for totals, _, exposed_s, seconds, table, counted in (first, second):
         of = totals["all_reduce", "shared memory"]
         assert (of.calls, of.sent_bytes) == (2, 2 * 4 * (1 << 16))

@@ -66,8 +66,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}, {case[1]}")
-def test_ranks_that_ask_for_different_things_all_hear_of_both_and_nothing_is_written(in_group, case):
-    for text in in_group(3, _disagree, *case[:2]):
+def test_ranks_that_ask_for_different_things_all_hear_of_both_and_nothing_is_written(in_group, case, is_compiled):
+    for text in in_group(3, _disagree, *case[:2], is_compiled=is_compiled):
         assert "mismatch" in text or "do not agree" in text or "asked for" in text
         assert case[2] in text
         assert case[3] in text
@@ -104,8 +104,8 @@ def _unusable(rank: int, world: int) -> list[str]:
     return said
 
 
-def test_a_rank_whose_arguments_cannot_be_used_does_not_keep_the_others_waiting(in_group):
-    first, second = in_group(2, _unusable)
+def test_a_rank_whose_arguments_cannot_be_used_does_not_keep_the_others_waiting(in_group, is_compiled):
+    first, second = in_group(2, _unusable, is_compiled=is_compiled)
     assert "output has 7 elements where 8 are needed" in second[0]
     assert "mismatch" in first[0] or "asked" in first[0]
     assert "no rank 7" in second[1]
@@ -118,8 +118,8 @@ def _use_after_mismatch(rank: int, world: int) -> None:
     assert tensor.tolist() == [world] * 3
 
 
-def test_after_a_mismatch_on_one_host_the_group_goes_on(in_group):
-    in_group(2, _use_after_mismatch)
+def test_after_a_mismatch_on_one_host_the_group_goes_on(in_group, is_compiled):
+    in_group(2, _use_after_mismatch, is_compiled=is_compiled)
 
 
 def _late(rank: int, world: int) -> str:
@@ -132,8 +132,8 @@ def _late(rank: int, world: int) -> str:
     return _error_of(lambda: dist.all_reduce(torch.ones(5), op=dist.ReduceOp.MAX))
 
 
-def test_a_rank_that_comes_too_late_is_named_with_its_position(in_group):
-    waiting, _ = in_group(2, _late, timeout_s=0.5)
+def test_a_rank_that_comes_too_late_is_named_with_its_position(in_group, is_compiled):
+    waiting, _ = in_group(2, _late, timeout_s=0.5, is_compiled=is_compiled)
     for part in ("all_reduce(max, float32, 5 elements)", "20 bytes", "group 'default'", "rank 0", "rank 1", "barrier"):
         assert part in waiting
 
@@ -161,8 +161,10 @@ def _killed(rank: int, world: int, dies: int) -> tuple[float, str, list[float]]:
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_a_killed_rank_is_told_to_all_at_once_and_the_others_form_a_group_again(in_mortal_group, dies, capsys):
-    results = in_mortal_group(3, _killed, dies)
+def test_a_killed_rank_is_told_to_all_at_once_and_the_others_form_a_group_again(
+    in_mortal_group, dies, is_compiled, capsys
+):
+    results = in_mortal_group(3, _killed, dies, is_compiled=is_compiled)
     assert results[dies] == "SIGKILL"
     left = [rank for rank in range(3) if rank != dies]
     for place, rank in enumerate(left):
@@ -189,8 +191,8 @@ def _stopped(rank: int, world: int) -> str:
     return text
 
 
-def test_a_stopped_rank_is_named_when_the_time_is_over(in_mortal_group):
-    text, other = in_mortal_group(2, _stopped, timeout_s=0.7)
+def test_a_stopped_rank_is_named_when_the_time_is_over(in_mortal_group, is_compiled):
+    text, other = in_mortal_group(2, _stopped, timeout_s=0.7, is_compiled=is_compiled)
     assert other == "woken"
     assert "all_reduce(sum, float32, 7 elements) of 28 bytes in group 'default', rank 0" in text
     assert "rank 1" in text
@@ -214,8 +216,8 @@ def _abort_and_reform(rank: int, world: int) -> list[float]:
     return []
 
 
-def test_a_sub_group_is_formed_again_after_an_abort_and_the_whole_one_goes_on(in_group):
-    assert in_group(3, _abort_and_reform) == [[2.0], [], [2.0]]
+def test_a_sub_group_is_formed_again_after_an_abort_and_the_whole_one_goes_on(in_group, is_compiled):
+    assert in_group(3, _abort_and_reform, is_compiled=is_compiled) == [[2.0], [], [2.0]]
 
 
 def _reform_without_one(rank: int, world: int) -> str:
@@ -233,8 +235,8 @@ def _reform_without_one(rank: int, world: int) -> str:
     raise AssertionError("nothing was raised")
 
 
-def test_a_rank_that_lives_and_does_not_come_is_named(in_group):
-    first, _, last = in_group(3, _reform_without_one)
+def test_a_rank_that_lives_and_does_not_come_is_named(in_group, is_compiled):
+    first, _, last = in_group(3, _reform_without_one, is_compiled=is_compiled)
     assert first == last == "reform: rank 1 of group 'default' lives and did not come."
 
 
