@@ -105,6 +105,10 @@ def task_name(spec: ModelSpec, facts: Facts) -> str:
 
 def _kind(spec: ModelSpec) -> Kind:
     if spec.kind not in KINDS:
+        if ":" in spec.kind:
+            raise UserError(
+                f"model.kind {spec.kind!r} names a function: write kind = 'custom', factory = {spec.kind!r}."
+            )
         raise unknown_name("model kind", spec.kind, KINDS, "model.kind")
     return KINDS[spec.kind]
 

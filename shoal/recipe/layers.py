@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from shoal.errors import UserError
 from shoal.recipe import presets
@@ -183,17 +183,21 @@ def owner(key: str, where: str) -> type[Recipe] | type[Plan]:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """ "model.layers=6" -> ("model.layers", 6): TOML's notation for the value; a bare word is text.
+    """ "model.layers=6" -> ("model.layers", 6): TOML's notation for the value; a bare word is text, or, where the key
+    takes a list, a list of what its commas part ("pipeline.cuts=blocks.2,head").
 
     Raises UserError when there is no "=", or the nearest key when there is no such key."""
     key, equals, written = text.partition("=")
     key, written = key.strip(), written.strip()
     if not equals or not key:
         raise UserError(f"--set {text!r}: write it as key=value, such as --set model.layers=6.")
-    wants_text = hint_of(owner(key, "--set"), key, "--set") is str
+    hint = hint_of(owner(key, "--set"), key, "--set")
+    wants_text = hint is str
     try:
         parsed = tomllib.loads(f"value = {written}")
     except tomllib.TOMLDecodeError:
+        if get_origin(hint) is tuple and not set("[]'\"") & set(written):
+            return key, [part.strip() for part in written.split(",")]
         return key, written
     if list(parsed) != ["value"] or (wants_text and not isinstance(parsed["value"], str)):
         return key, written  # a path such as 2024 is text, though TOML would read a number

@@ -36,6 +36,7 @@ def test_building_takes_its_numbers_from_the_default_generator_as_it_stands():
     ("spec", "facts", "said"),
     [
         (ModelSpec(kind="gtp"), {}, "unknown model kind 'gtp' in model.kind: did you mean 'gpt'?"),
+        (ModelSpec(kind="mine:make"), {}, "names a function: write kind = 'custom', factory = 'mine:make'."),
         (ModelSpec(options={"layer": 3}), TEXT, "unknown key 'layer' in [model] of kind 'gpt': did you mean 'layers'?"),
         (
             ModelSpec(options={"layers": "3"}),

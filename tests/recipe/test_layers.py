@@ -144,6 +144,8 @@ def test_more_workers_than_shards_is_refused_before_anything_starts():
         ("report.tensorboard=true", True),
         ("model.freeze=['a', 'b']", ["a", "b"]),
         ("model.freeze=['a'", "['a'"),
+        ("model.freeze=a", ["a"]),
+        ("model.freeze=a, b.0", ["a", "b.0"]),
         ("data.path=2024", "2024"),
         ("data.path=/a=b", "/a=b"),
         ("data.path=1\nx=2", "1\nx=2"),
