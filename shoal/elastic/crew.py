@@ -17,6 +17,7 @@ from shoal.comm.heap import anonymous_file, heap_file
 from shoal.comm.status import StatusBoard
 from shoal.elastic import membership as m
 from shoal.elastic import roster
+from shoal.elastic.faults import happened
 from shoal.elastic.forks import Forks
 from shoal.elastic.kernel import look
 from shoal.elastic.pace import Pace, evenly
@@ -26,6 +27,7 @@ from shoal.elastic.seat import DRAINS, ROWS
 from shoal.elastic.watch import Watch
 
 POLL_S = 0.1  # between two looks at positions and at wanted.json
+MOST_ACCUSED = 8  # workers that a run parts from because they were wrong: more of them are no chance
 END_S = 10.0  # how long workers may take to leave once the run has its result
 
 
@@ -60,6 +62,7 @@ class ElasticCrew:
         self.failure: Ended | None = None
         self.ended_s: float | None = None  # when the run got its result
         self.noticed: set[int] = set()  # faults of a rehearsal
+        self.accused = 0  # workers that computed or held something wrong
         self.wish = 0  # the number of the last wish that was heard
         self.begun = 0  # the step that was under way when the last epoch broke
         self.step = 0  # the last that was told as committed
@@ -162,6 +165,12 @@ class ElasticCrew:
                 self._know(Path(said.value))
             case "event":
                 self._on_event(said.value)
+            case "accused":
+                self.accused += 1
+                if self.accused > MOST_ACCUSED:
+                    self.fail(f"{self.accused} workers have been wrong, the last one: {said.value}")
+                else:
+                    self._decide(m.Suspect(seat, f"{self._name(seat)}: {said.value}"))
             case "released":
                 process.finished = True
             case "result":
@@ -233,7 +242,11 @@ class ElasticCrew:
     # --- what is seen -----------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Members without progress."""
+        """Members without progress; and what was done to some on purpose."""
+        for index, ago in happened(self.job.faults, self.board, self.noticed, ends=False):
+            self.noticed.add(index)
+            why = f"on purpose, {ago:.3f} s ago"
+            self._tell(m.Tell("rehearsed", why, 0.0, more=(("fault", str(self.job.faults[index])), ("ago_s", ago))))
         active = [s for s, seat in self.membership.seats.items() if seat.at is m.At.active and s in self.processes]
         rows = {seat % ROWS: seat for seat in active}
         found = []
@@ -296,13 +309,12 @@ class ElasticCrew:
 
     def _noticed(self, tell: m.Tell) -> dict[str, Any]:
         """In a rehearsal: how long ago the fault that was noticed had happened."""
-        noted = [(self.board.noted(index), index) for index in range(len(self.job.faults))]
-        new = sorted((at, index) for at, index in noted if at and index not in self.noticed)
+        new = happened(self.job.faults, self.board, self.noticed, ends=True)
         if tell.event not in ("lost", "suspected") or not new:
             return {}
-        at, index = new[0]
+        index, ago = new[0]
         self.noticed.add(index)
-        return {"fault": str(self.job.faults[index]), "noticed_s": round(time.monotonic() - at, 6)}
+        return {"fault": str(self.job.faults[index]), "noticed_s": round(ago, 6)}
 
     def _rank(self, seat: int) -> int | None:
         return self.membership.members.index(seat) if seat in self.membership.members else None

@@ -1,27 +1,35 @@
 """Faults that a worker does to itself at a chosen place of a chosen step: what rehearsals and tests are made of."""
 
-import os
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shoal.comm.status import Phase, StatusBoard
+from shoal.elastic import deeds
 from shoal.errors import UserError, unknown_name
 
+if TYPE_CHECKING:
+    from shoal.train.worker import Worker
+
 MOST = 100  # of one run: each has a row of the status board, where it is noted when it happened
-KINDS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-PHASES = ("loading", "forward", "backward", "exchanging", "waiting", "updating", "evaluating", "saving")
+KINDS = tuple(deeds.DEEDS)
+BUCKET = "bucket"  # before a bucket of gradients is handed over; "bucket3": the fourth one
+UPDATED, RECOVERING = "updated", "recovering"  # weights are new, the step does not count yet; given a new place
+PHASES = (
+    *("loading", "forward", "backward", BUCKET, "exchanging", "waiting", "updating", UPDATED),
+    *("evaluating", "saving", RECOVERING),
+)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """The worker that has ``rank`` when it comes to the phase of a step (from 1) is killed or stopped there.
+    """What happens to the worker that has ``rank`` when it comes to the phase of a step (from 1).
 
     Where the step has no such phase, it is the next one that has."""
 
-    kind: Literal["kill", "stop"]
+    kind: str  # of KINDS
     rank: int
     step: int
     phase: str
@@ -40,12 +48,16 @@ class Fault:
             if key not in ("rank", "step", "phase"):
                 raise unknown_name("key", key, ("rank", "step", "phase"), f"{text!r}")
         phase = values.get("phase", "forward")
-        if phase not in PHASES:
+        if not is_phase(phase):
             raise unknown_name("phase", phase, PHASES, f"{text!r}")
         numbers = [values.get("rank", "0"), values.get("step", "")]
         if not all(number.isdigit() for number in numbers):
             raise UserError(f"fault {text!r}: write it as kill:rank=1,step=5,phase=backward.")
-        return Fault("kill" if kind == "kill" else "stop", int(numbers[0]), int(numbers[1]), phase)
+        return Fault(kind, int(numbers[0]), int(numbers[1]), phase)
+
+
+def is_phase(name: str) -> bool:
+    return name in PHASES or (name.startswith(BUCKET) and name.removeprefix(BUCKET).isdigit())
 
 
 class Rehearsal:
@@ -53,10 +65,51 @@ class Rehearsal:
 
     def __init__(self, faults: Sequence[Fault], board: StatusBoard) -> None:
         self._faults, self._board = faults, board
+        self._worker: Worker | None = None
+        self._run = Path()
+        self._undo: list[tuple[int, deeds.Undo]] = []  # from which step on
+        self._followed: object = None
 
-    def at(self, rank: int, step: int, phase: Phase) -> None:
+    def follow(self, worker: "Worker", run: Path) -> None:
+        """In each epoch: be there when a bucket is handed over, and between the update and its commit."""
+        self._worker, self._run = worker, run
+        reduction = worker._reduction
+        assert reduction is not None
+        exchange, optimizer = reduction.first.exchange, worker._optimizer
+        post = exchange.post
+        bucket = -1
+
+        def posting() -> None:
+            nonlocal bucket
+            bucket = (bucket + 1) % len(exchange.layout.buckets)
+            step = worker.step + 1
+            self.at(worker.rank, step, BUCKET)
+            self.at(worker.rank, step, f"{BUCKET}{bucket}")
+            post()
+
+        exchange.post = posting  # type: ignore[method-assign]
+        if optimizer is not None and self._followed is not optimizer:
+            self._followed = optimizer
+            optimizer.register_step_post_hook(lambda *_: self.at(worker.rank, worker.step + 1, UPDATED))
+
+    def at(self, rank: int, step: int, phase: Phase | str) -> None:
+        name = phase.name if isinstance(phase, Phase) else phase
+        for over in [each for each in self._undo if each[0] <= step]:
+            over[1]()
+            self._undo.remove(over)
         for index, fault in enumerate(self._faults):
-            here = fault.rank == rank and fault.step <= step and fault.phase == phase.name
+            here = fault.rank == rank and fault.step <= step and fault.phase == name
             if here and not self._board.noted(index):
                 self._board.note(index, time.monotonic())
-                os.kill(os.getpid(), KINDS[fault.kind])
+                undo = deeds.DEEDS[fault.kind].do(self._worker, self._run)
+                if undo is not None:
+                    self._undo.append((step + deeds.LASTS, undo))
+
+
+def happened(faults: Sequence[Fault], board: StatusBoard, told: set[int], *, ends: bool) -> list[tuple[int, float]]:
+    """(number, seconds ago) of faults that have happened and are not in ``told``; in the order that they did.
+
+    ``ends``: of those that cost a worker its life, or of the others."""
+    found = [(board.noted(number), number) for number in range(len(faults)) if number not in told]
+    now = time.monotonic()
+    return [(number, now - at) for at, number in sorted(found) if at and deeds.DEEDS[faults[number].kind].ends is ends]

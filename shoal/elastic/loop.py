@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from shoal.comm.mesh import PeerLost
 from shoal.elastic import transfer
+from shoal.elastic.culprits import Wrong, culprits
 from shoal.elastic.membership import FRESH
 from shoal.elastic.mirror import Mirror
 from shoal.elastic.seat import Place, Released, Seat
@@ -23,6 +24,7 @@ from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.held_parts import HeldParts
 from shoal.train.loop import Loop, Order, made_model, open_splits, settled, worker_of
+from shoal.train.not_finite import NotFinite
 from shoal.train.optimizers import make_optimizer
 from shoal.train.step import Step
 
@@ -60,6 +62,7 @@ class _Life:
         self.worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
         self.worker.leave()
         self.loop: ElasticLoop | None = None
+        self.tried = 0  # the step that was not finite on one worker, and is to be done by others
         self.mirror: Mirror | None = None
 
     def live(self) -> dict[str, Any]:
@@ -76,15 +79,31 @@ class _Life:
                 stand = None if place.cold else self._hand_over(place)
                 self.worker.join(place.group, plan_of(self.order.plan, place.shares))
                 loop = self._begun(place) if place.cold else self._taken_over(place, stand)
+                if self.seat.report.rehearsal is not None:
+                    self.seat.report.rehearsal.follow(self.worker, loop.run.path)
                 result = loop.go(self.seat)
                 if result is not None:
                     return result
             except PeerLost:
                 pass  # the agent knows why, and who is left
+            except Wrong as found:
+                self._part(found, len(place.steps))
             self.worker.leave()
             self.seat.hang_up()
             self.seat.left(*self._held())
             gc.collect()  # what the epoch's memory hangs on goes round in circles: it would stay for a while
+
+    def _part(self, found: Exception, world: int) -> None:
+        """From who is at fault: the step is done again without. Raises ``found`` where that would not help."""
+        ranks = culprits(found, world, self.tried)
+        if not ranks:
+            raise found
+        if self.worker.rank in ranks:
+            self.seat.accuse(str(found))
+        if isinstance(found, NotFinite):
+            self.tried = found.step
+        elif self.loop is not None and self.worker.step:
+            self.loop.due |= 0 in ranks  # what it has saved last may be wrong too
 
     def _held(self) -> tuple[int, bool]:
         """The newest step that can be gone on from, as far as this worker knows; whether what follows it is to be done.

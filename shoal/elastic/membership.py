@@ -161,7 +161,7 @@ class Tell:
     why: str
     cost_s: float
     seats: tuple[int, ...] = ()
-    more: tuple[tuple[str, int], ...] = ()
+    more: tuple[tuple[str, int | float | str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from shoal.comm.arena import Arenas
 from shoal.comm.group import HostGroup
 from shoal.comm.heap import Heap, heap_file
 from shoal.comm.mesh import Mesh, PeerLost
 from shoal.comm.status import Phase, Reporter, StatusBoard
-from shoal.elastic.faults import Fault, Rehearsal
+from shoal.elastic.faults import RECOVERING, Fault, Rehearsal
 
 ROWS = 900  # of the status board; seats take turns on them, and faults have the last ones
 _LENGTH = struct.Struct("<I")
@@ -161,6 +161,8 @@ class Seat:
         self._group = self._group_of(rank, [*peers[:rank], None, *peers[rank:]], self._heap, arenas)
         self._epoch = order["epoch"]
         self.report.member, self.report.rank = True, rank
+        if self.report.rehearsal is not None and order["epoch"] > 1:
+            self.report.rehearsal.at(rank, max(order["steps"]), RECOVERING)
         return Place(
             epoch=order["epoch"],
             steps=tuple(order["steps"]),
@@ -179,6 +181,12 @@ class Seat:
             self._group.mesh.close()
             self._group = None
         self._close_heap()
+
+    def accuse(self, why: str) -> NoReturn:
+        """This worker is at fault: it commits nothing any more, and waits for its end."""
+        self.say("accused", why)
+        while True:
+            signal.pause()
 
     def left(self, step: int, due: bool) -> None:
         self.say("left", (step, due))

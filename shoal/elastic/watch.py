@@ -46,7 +46,7 @@ class Watch:
         has had a core: a machine that is too busy is no worker's fault. ``whole``: these are all members."""
         late = []
         for position, (state, cpu_s) in found:
-            said, before, since = self._begun.get(position.rank, (0.0, 0.0, 0.0))
+            said, before, since = self._begun.get(position.rank, (math.nan, 0.0, 0.0))
             if said != position.since_s:  # believed where it lies between two looks: clocks may be wrong
                 before, since = cpu_s, position.since_s if self._looked <= position.since_s <= now else now
                 self._begun[position.rank] = (position.since_s, before, since)

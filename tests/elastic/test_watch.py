@@ -58,3 +58,14 @@ def test_workers_that_all_wait_for_each_other_are_told_with_what_each_waits_for(
     ((row, evidence),) = used_to(0.01).late(found, 122.0)
     assert row == 0
     assert "wait for each other" in evidence
+
+
+def test_a_worker_whose_clock_is_wrong_is_neither_accused_nor_overlooked():
+    """Its own word is believed where it lies between two looks; else the time counts since it was first seen there."""
+    asleep = Look("asleep", 0.0)
+    for skew in (-3600.0, 3600.0):
+        watch = used_to(0.01)
+        assert late(watch, 100.0, (at(0, Phase.loading, 99.95), asleep)) == []
+        assert late(watch, 100.1, (at(0, Phase.backward, 100.05 + skew), asleep)) == []
+        assert late(watch, 102.0, (at(0, Phase.backward, 100.05 + skew), asleep)) == []
+        assert late(watch, 102.2, (at(0, Phase.backward, 100.05 + skew), asleep)) == [0]
