@@ -52,7 +52,8 @@ class Chunks:
         self._chunk = chunk_bytes(self.world)
         self._memory = mmap.mmap(file, memory_bytes(self.world))
         whole = torch.frombuffer(self._memory, dtype=torch.uint8).view(self.world + 1, 2, self._chunk)
-        self._shown, self._sums = whole[:-1], whole[-1]
+        self._shown = [list(whole[:-1, half]) for half in range(2)]  # [half][rank]
+        self._sums = list(whole[-1])
         self._half = 0
         self._operation = 0
 
@@ -91,17 +92,17 @@ class Chunks:
         longest: int,
         step: int,
         show: Callable[[Tensor, int], None],
-        take: Callable[[Tensor, int], None],
+        take: Callable[[Sequence[Tensor], int], None],
     ) -> None:
         """``show(own chunk, begin)``, meet, ``take(all chunks, begin)``, for begin = 0, step, ... below ``longest``."""
         for begin in range(0, max(1, longest), step):
             self._half ^= 1
-            show(self._shown[self.place, self._half], begin)
+            show(self._shown[self._half][self.place], begin)
             if begin == 0:
                 self.meet(name, words, nbytes, limit_s)
             else:
                 self.lines.meet(timeout_s=limit_s)
-            take(self._shown[:, self._half], begin)
+            take(self._shown[self._half], begin)
 
     def all_reduce(self, data: Tensor, reduction: str, words: str, limit_s: float) -> None:
         """In place."""
@@ -112,14 +113,14 @@ class Chunks:
             piece = flat[begin : begin + self._chunk]
             own[: len(piece)] = piece
 
-        def take(chunks: Tensor, begin: int) -> None:
+        def take(chunks: Sequence[Tensor], begin: int) -> None:
             piece = flat[begin : begin + self._chunk]
             parts = [chunk[: len(piece)].view(kind) for chunk in chunks]
             if not several or len(piece) <= SMALLEST_CHUNK // 2:
                 combine(parts, piece.view(kind), reduction)
                 return
             # each adds up its part of the chunk, once for all
-            sums = self._sums[self._half, : len(piece)]
+            sums = self._sums[self._half][: len(piece)]
             count = len(piece) // kind.itemsize
             share = -(-count // self.world)
             own = slice(min(count, self.place * share), min(count, (self.place + 1) * share))
@@ -137,7 +138,7 @@ class Chunks:
             piece = flat[begin : begin + self._chunk]
             own[: len(piece)] = piece
 
-        def take(chunks: Tensor, begin: int) -> None:
+        def take(chunks: Sequence[Tensor], begin: int) -> None:
             if self.place == root:
                 piece = flat[begin : begin + self._chunk]
                 combine([chunk[: len(piece)].view(kind) for chunk in chunks], piece.view(kind), reduction)
@@ -152,10 +153,10 @@ class Chunks:
                 piece = flat[begin : begin + self._chunk]
                 own[: len(piece)] = piece
 
-        def take(chunks: Tensor, begin: int) -> None:
+        def take(chunks: Sequence[Tensor], begin: int) -> None:
             if self.place != root:
                 piece = flat[begin : begin + self._chunk]
-                piece.copy_(chunks[root, : len(piece)])
+                piece.copy_(chunks[root][: len(piece)])
 
         self._rounds(words, "broadcast", len(flat), limit_s, len(flat), self._chunk, show, take)
 
@@ -170,10 +171,10 @@ class Chunks:
             piece = flat[begin : begin + self._chunk]
             own[: len(piece)] = piece
 
-        def take(chunks: Tensor, begin: int) -> None:
+        def take(chunks: Sequence[Tensor], begin: int) -> None:
             for rank, into in enumerate(flats):
                 piece = into[begin : begin + self._chunk]
-                piece.copy_(flat[begin : begin + self._chunk] if rank == self.place else chunks[rank, : len(piece)])
+                piece.copy_(flat[begin : begin + self._chunk] if rank == self.place else chunks[rank][: len(piece)])
 
         self._rounds(words, name, sum(map(len, flats)) or len(flat), limit_s, longest, self._chunk, show, take)
 
@@ -186,7 +187,7 @@ class Chunks:
         flats, into, kind = [bytes_of(part) for part in ins], bytes_of(out), out.dtype
         step = self._pieces(kind.itemsize)
 
-        def take(chunks: Tensor, begin: int) -> None:
+        def take(chunks: Sequence[Tensor], begin: int) -> None:
             piece = into[begin : begin + step]
             first = self.place * step
             if len(piece):
@@ -201,9 +202,9 @@ class Chunks:
         flats, into = [bytes_of(part) for part in ins or ()], bytes_of(out)
         step = self._pieces(out.itemsize)
 
-        def take(chunks: Tensor, begin: int) -> None:
+        def take(chunks: Sequence[Tensor], begin: int) -> None:
             piece = into[begin : begin + step]
-            piece.copy_(chunks[root, self.place * step : self.place * step + len(piece)])
+            piece.copy_(chunks[root][self.place * step : self.place * step + len(piece)])
 
         nbytes = sum(map(len, flats)) or len(into)
         self._rounds(words, "scatter", nbytes, limit_s, len(into), step, self._for_each(flats, step), take)
@@ -238,12 +239,12 @@ class Chunks:
         show = self._for_each(flats, step)
         for begin in range(0, int(sent.max()) * ins[0].itemsize, step):
             self._half ^= 1
-            show(self._shown[self.place, self._half], begin)
+            show(self._shown[self._half][self.place], begin)
             self.lines.meet(timeout_s=limit_s)
             for rank, into in enumerate(intos):
                 piece = into[begin : begin + step]
                 first = self.place * step
-                piece.copy_(self._shown[rank, self._half, first : first + len(piece)])
+                piece.copy_(self._shown[self._half][rank][first : first + len(piece)])
 
 
 def differences(said: Sequence[Said]) -> str:
