@@ -11,7 +11,6 @@ from torch.nn import Parameter
 
 from shoal.comm.group import Group
 from shoal.comm.tensors import Collectives
-from shoal.errors import UserError
 from shoal.models.task import Task
 from shoal.parallel.layout.split import Split
 from shoal.parallel.pipeline.engine import Pipeline
@@ -88,11 +87,11 @@ class Held:
         if self.pipeline is None:
             return None
         return {f"chunk {number}": stage.chunk.module for number, stage in self.pipeline.stages.items()}
+
     @property
     def cut_names(self) -> set[str]:
         """The tensors of which workers have parts."""
         return {name for cut in self.cuts for name in cut.splits}
-
 
     def split_along(self, name: str) -> set[str]:
         """The axes over which a tensor is cut."""
@@ -124,17 +123,6 @@ class Held:
             made = make_schedule(pipeline.schedule, self.plan.axes.size("pipe"), micro_batches, pipeline.chunks)
             self._schedules[micro_batches] = made
         return self._schedules[micro_batches]
-
-
-def check_axes(plan: Plan) -> None:
-    """Raises UserError for a mix of axes that nothing carries out."""
-    sizes = {axis: size for axis, size in plan.axes.sizes if size > 1}
-    for one, other in (("pipe", "context"), ("pipe", "expert"), ("context", "expert")):
-        if one in sizes and other in sizes:
-            raise UserError(
-                f"plan: mesh axes {one!r} and {other!r} do not go together so far: use {one!r} with 'data' and "
-                f"'tensor', or {other!r} with 'data' and 'tensor'."
-            )
 
 
 @torch.no_grad()

@@ -14,12 +14,13 @@ from shoal.data.source import Batch
 from shoal.errors import UserError
 from shoal.models.gpt import GPT
 from shoal.models.task import Task
-from shoal.parallel.context.model import split_sequence
+from shoal.parallel.context.model import split_sequence, split_stage
 from shoal.parallel.context.ring import Ring
 from shoal.parallel.context.task import SplitTask
-from shoal.parallel.experts.model import split_experts
-from shoal.parallel.held import Cut, Held, Share, check_axes, prune
+from shoal.parallel.experts.model import experts_split, split_experts
+from shoal.parallel.held import Cut, Held, Share, prune
 from shoal.parallel.layout.decide import BATCH_NORMS, layout_for
+from shoal.parallel.layout.split import Split
 from shoal.parallel.partition.balance import balance
 from shoal.parallel.partition.cut import cut
 from shoal.parallel.partition.measure import pieces
@@ -41,7 +42,6 @@ def place(module: nn.Module, plan: Plan, group: Group, device: torch.device, sub
     """Leave of ``module`` what this worker holds, in place; called by all workers, which have the same weights.
 
     Raises UserError for what cannot be split as the plan says."""
-    check_axes(plan)
     axes = plan.axes
     names = tuple(name for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor))
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -66,7 +66,7 @@ def place(module: nn.Module, plan: Plan, group: Group, device: torch.device, sub
             "shoal.train(recipe, plan); a loop of your own takes axes 'data', 'tensor' and 'expert'."
         )
     layout = layout_for(module, plan)
-    data = group.split(axes.partition("data"))
+    experts = experts_split(module, axes.size("expert")) if axes.size("expert") > 1 else {}
     if axes.size("pipe") > 1:
         assert subject is not None
         _into_stages(held, subject, device)
@@ -76,31 +76,21 @@ def place(module: nn.Module, plan: Plan, group: Group, device: torch.device, sub
         for part in parts:
             split_model(part, layout, along)
         held.cuts += (Cut("tensor", layout.splits, along),)
-    if held.pipeline:
-        held.shares = _of_stages(held.pipeline, data)
-        return held
     if axes.size("context") > 1:
         assert subject is not None
         ring = Ring.of(group.split(axes.partition("context")), isinstance(module, GPT), device)
-        split_sequence(module, ring)
+        if held.pipeline is None:
+            split_sequence(module, ring)
+        else:
+            for stage in held.pipeline.stages.values():
+                split_stage(stage.chunk, module, ring)
         held.task = SplitTask(subject.task, ring)
-        all_of_them = group.split(axes.partition("data", "context"))
-        held.shares = (Share(trained, _buffers(module), all_of_them, ("data", "context")),)
-        return held
-    if axes.size("expert") > 1:
+    if experts:
         held.experts = make_collectives(group.split(axes.partition("expert")))
-        splits = split_experts(module, held.experts)
-        held.cuts += (Cut("expert", splits, held.experts),)
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        dense = {name: p for name, p in trained.items() if name not in splits}
-        own = {name: p for name, p in trained.items() if name in splits}
-        replicas = group.split(axes.partition("data", "expert"))
-        held.shares = (
-            Share(dense, _buffers(module), replicas, ("data", "expert")),
-            Share(own, {}, data, ("data",)),
-        )
-        return held
-    held.shares = (Share(trained, _buffers(module), data, ("data",)),)
+        for part in parts:
+            split_experts(part, experts, held.experts)
+        held.cuts += (Cut("expert", experts, held.experts),)
+    held.shares = _shares(held, experts)
     return held
 
 
@@ -144,17 +134,45 @@ def _into_stages(held: Held, subject: Subject, device: torch.device) -> None:
     prune(module, kept)
 
 
-def _of_stages(pipeline: Pipeline, data: Group) -> tuple[Share, ...]:
+def _shares(held: Held, experts: Mapping[str, Split]) -> tuple[Share, ...]:
+    """Of each chunk what every replica has, and then the experts that some of them have."""
+    axes, group = held.plan.axes, held.group
+    split = [axis for axis in ("context", "expert") if axes.size(axis) > 1]
+    everywhere = ("data", *split)
+    apart = tuple(axis for axis in everywhere if axis != "expert")
+    free = {each: group.split(axes.partition(*each)) for each in dict.fromkeys((everywhere, apart))}
     shares: list[Share] = []
-    for number, stage in pipeline.stages.items():
+
+    def add(
+        number: int, summed: tuple[str, ...], parameters: Mapping[str, Parameter], buffers: Mapping[str, Tensor]
+    ) -> None:
+        channel = free[summed]
+        if any(share.axes == summed for share in shares):  # each set has messages of its own
+            channel = channel.split([range(channel.world)])
+        shares.append(Share(parameters, buffers, channel, summed, number))
+
+    for number, (trained, buffers) in _of_chunks(held).items():
+        add(number, everywhere, {name: p for name, p in trained.items() if name not in experts}, buffers)
+        own = {name: p for name, p in trained.items() if name in experts}
+        if own:
+            add(number, apart, own, {})
+    return tuple(shares)
+
+
+def _of_chunks(held: Held) -> dict[int, tuple[Mapping[str, Parameter], dict[str, Tensor]]]:
+    """The trained parameters and the buffers of each; a model that is no pipeline is one chunk."""
+    if held.pipeline is None:
+        trained = {name: p for name, p in held.module.named_parameters() if p.requires_grad}
+        return {0: (trained, _buffers(held.module))}
+    found: dict[int, tuple[Mapping[str, Parameter], dict[str, Tensor]]] = {}
+    for number, stage in held.pipeline.stages.items():
         part = stage.chunk.module
         buffers = _buffers(part)
         for prefix, module in part.named_modules():
             if isinstance(module, BATCH_NORMS):  # a training pass does not read them: they may be set back for the next
                 buffers |= {f"{prefix}.{key}": b.data for key, b in module.named_buffers(recurse=False) if b.numel()}
-        channel = data if not shares else data.split([range(data.world)])
-        shares.append(Share(pipeline.owned(number), buffers, channel, ("data",), number))
-    return tuple(shares)
+        found[number] = held.pipeline.owned(number), buffers
+    return found
 
 
 def _micro_batches_of(plan: Plan) -> int:

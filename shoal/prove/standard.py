@@ -118,16 +118,26 @@ SPLIT: dict[str, tuple[Plan, ...]] = {
     "resnet": (over(tensor=2), by_rules(ROWS, tensor=2), by_rules(ROWS, data=2, tensor=2)),
     "lstm": (over(tensor=2), over(data=2, tensor=2)),
     "elmo": (data(2, sync="fast"), over(tensor=2)),
-    "bert": (over(tensor=2), over(context=2), by_rules(SEQUENCE, tensor=2)),
+    "bert": (over(tensor=2), over(context=2), over(pipe=2, context=2), by_rules(SEQUENCE, tensor=2)),
     "gpt": (
         over(tensor=2),
         over(context=2),
         over(pipe=2, tensor=2),
         over(context=2, tensor=2),
         over(data=2, context=2),
+        over("zb-v", 2, pipe=2, context=2),
         over(data=2, pipe=2, tensor=2),
     ),
-    "moe": (over(expert=2), over(data=2, expert=2), over(expert=2, tensor=2), over(expert=4), over(tensor=2)),
+    "moe": (
+        over(expert=2),
+        over(data=2, expert=2),
+        over(expert=2, tensor=2),
+        over("zb-h1", pipe=2, expert=2),
+        over(expert=2, context=2),
+        over(pipe=2, expert=2, context=2),
+        over(expert=4),
+        over(tensor=2),
+    ),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": (9, 7), "dropout": 0.2},

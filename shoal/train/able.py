@@ -1,7 +1,6 @@
 """Which plans can be trained: said before anything is spent."""
 
 from shoal.errors import UserError
-from shoal.parallel.held import check_axes
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
@@ -12,7 +11,6 @@ _QUANTISABLE = ("adam", "adamw", "sgd")
 def check_trainable(plan: Plan, recipe: Recipe | None = None) -> None:
     """Raises UserError for what a plan can say, `shoal plan` explains, and the training loop does not carry out: at
     all, or of this recipe."""
-    check_axes(plan)
     if plan.states != "replicated" and (plan.axes.size("expert") > 1 or plan.axes.size("context") > 1):
         raise UserError(
             f"plan: states = {plan.states!r} goes with mesh axes 'data', 'pipe' and 'tensor' so far: use "

@@ -40,8 +40,9 @@ class Reduction:
         held, plan = self.held, self.held.plan
         ranks = held.ranks(share)
         copies = plan.axes.size("context")
-        if self._row is not None and share.axes == ("data",):  # of experts, to whom a row of replicas sends its tokens
-            owned, leaves = [range(place, place + 1) for place in range(len(ranks))], len(ranks)
+        if self._row is not None and self._of_experts(share):  # to whom a row of replicas sends its tokens
+            places = [plan.axes.coordinate(rank, "data") for rank in ranks]
+            owned, leaves = [range(place, place + 1) for place in places], plan.axes.size("data")
             most = tuple(max(len(ownership[r]) for r in row) * micro_batches for row in self._row.replicas)
         else:
             owned, leaves = [ownership[held.plan.replica_of(rank)] for rank in ranks], shards
@@ -58,6 +59,11 @@ class Reduction:
             lambda *a: exchange_of(plan, share.group, placement, most, device, shapes, *a),
             copies=copies,
         )
+
+    @staticmethod
+    def _of_experts(share: Share) -> bool:
+        """Of a model whose experts are spread over workers: what is not summed over these."""
+        return "expert" not in share.axes
 
     def _make_norm(self) -> Norm:
         held = self.held
@@ -80,8 +86,7 @@ class Reduction:
         after the last pass. ``careful``: find the shard of a gradient that is not finite."""
         for gradients, share in zip(self.sets, self.held.shares, strict=True):
             checksum = parameter_checksum(share.parameters.values()) if check else 0.0
-            of_experts = self._row is not None and share.axes == ("data",)
-            own = self._row.passes(passes) if self._row is not None and of_experts else passes
+            own = self._row.passes(passes) if self._row is not None and self._of_experts(share) else passes
             gradients.begin(own, stop=stop, change=change, checksum=checksum, votes=votes, careful=careful)
 
     def enter_leaf(self, leaf: int, chunk: int = 0) -> None:
@@ -98,20 +103,21 @@ class Reduction:
         """One backward pass, ``run``, of a loss of ``value``, a sum over ``count`` targets."""
         opened = self._of_chunk[chunk]
         opened[0].open(leaf, value, count, waited_s=waited_s)
-        if self._row is not None:
-            opened[1].open(self._row.leaf, 0.0, self._row.count(count), waited_s=waited_s)
+        for experts in opened[1:]:
+            assert self._row is not None
+            experts.open(self._row.leaf, 0.0, self._row.count(count), waited_s=waited_s)
         self._run(opened, run)
 
-    def backward_of_others(self, run: Callable[[], None]) -> None:
+    def backward_of_others(self, run: Callable[[], None], chunk: int = 0) -> None:
         """A pass in which this worker has no samples, but experts that others send tokens to."""
         assert self._row is not None
-        opened = self.sets[1:]
-        opened[0].open(self._row.leaf, 0.0, self._row.count(0.0), waited_s=0.0)
+        opened = self._of_chunk[chunk][1:]
+        for experts in opened:
+            experts.open(self._row.leaf, 0.0, self._row.count(0.0), waited_s=0.0)
         self._run(opened, run)
 
-    @staticmethod
-    def _run(opened: Sequence[Gradients], run: Callable[[], None]) -> None:
-        with opened[0].exchange.inside():
+    def _run(self, opened: Sequence[Gradients], run: Callable[[], None]) -> None:
+        with (opened or self.sets)[0].exchange.inside():
             run()
         for gradients in opened:
             gradients.close()

@@ -12,6 +12,8 @@ from shoal.train.reduction import Reduction
 class Owner(Protocol):
     """The step that this is a part of."""
 
+    @property
+    def nothing(self) -> Batch: ...
     def enter_stream(self, shard: int, micro: int) -> None: ...
     def to_device(self, batch: Batch) -> Batch: ...
     def check_loss(self, value: float, shard: int, micro: int) -> None: ...
@@ -24,11 +26,12 @@ class StageWork:
         self,
         step: Owner,
         reduction: Reduction,
-        places: Sequence[tuple[int, int]],
+        places: Sequence[tuple[int, int] | None],
         passes: Sequence[int],
         batches: Prefetcher[tuple[int, int, int]],
     ) -> None:
-        """``places``: (shard, micro-batch in it), of each micro-batch; ``passes``: micro-batches of each shard."""
+        """``places``: (shard, micro-batch in it), of each micro-batch, None where it has no samples and comes after all
+        that have; ``passes``: micro-batches of each shard."""
         self._step, self._reduction, self._places, self._passes = step, reduction, places, passes
         self._batches = batches
         self._fetched: dict[int, Batch] = {}
@@ -40,6 +43,8 @@ class StageWork:
 
     def batch(self, micro_batch: int) -> Batch:
         """Batches come in order; one that several chunks read is kept for the last of them."""
+        if self._places[micro_batch] is None:
+            return self._step.nothing
         begun = time.perf_counter()
         while self._next <= micro_batch:
             _, found = next(self._batches)
@@ -52,19 +57,24 @@ class StageWork:
         return self._fetched[micro_batch]
 
     def enter_stream(self, micro_batch: int) -> None:
-        self._step.enter_stream(*self._places[micro_batch])
+        if place := self._places[micro_batch]:
+            self._step.enter_stream(*place)
 
     def enter(self, chunk: int, micro_batch: int) -> None:
-        self._reduction.enter_leaf(self._places[micro_batch][0], chunk)
+        if place := self._places[micro_batch]:
+            self._reduction.enter_leaf(place[0], chunk)
 
     def left(self, chunk: int, micro_batch: int) -> None:
-        shard, micro = self._places[micro_batch]
-        if micro == self._passes[shard] - 1:
+        place = self._places[micro_batch]
+        if place and place[1] == self._passes[place[0]] - 1:
             self._reduction.leave_leaf(chunk)
 
     def counted(self, micro_batch: int, value: float, count: float) -> None:
-        self._step.check_loss(value, *self._places[micro_batch])
+        if place := self._places[micro_batch]:
+            self._step.check_loss(value, *place)
 
     def backward(self, chunk: int, micro_batch: int, run: Callable[[], None], value: float, count: float) -> None:
-        shard, _ = self._places[micro_batch]
-        self._reduction.backward(shard, run, value, count, waited_s=self.loading_s, chunk=chunk)
+        if place := self._places[micro_batch]:
+            self._reduction.backward(place[0], run, value, count, waited_s=self.loading_s, chunk=chunk)
+        else:
+            self._reduction.backward_of_others(run, chunk)

@@ -142,7 +142,10 @@ class Step:
             for batch in self:
                 self.backward(*task.loss(model, batch))
             return
-        places = [(shard, micro) for shard in self._crew.shards for micro in range(self._passes[shard])]
+        places: list[tuple[int, int] | None] = [
+            (shard, micro) for shard in self._crew.shards for micro in range(self._passes[shard])
+        ]
+        places += [None] * self._reduction.others_passes(self._passes, len(places))
         self._update.arrive()
         if not places:
             return
@@ -153,6 +156,11 @@ class Step:
         self.parts["backward"] += found.backward_s
         self.parts["stages"] += found.waiting_s
         self._mark = time.perf_counter()
+
+    @property
+    def nothing(self) -> Batch:
+        """A batch of no samples."""
+        return self._crew.nothing
 
     def enter_stream(self, shard: int, micro: int) -> None:
         """Make torch's default generators start at the stream of a micro-batch."""

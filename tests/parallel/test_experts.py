@@ -44,7 +44,7 @@ def _split_pass(group: HostGroup, options: dict[str, Any], freeze: bool) -> tupl
     if freeze:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("experts" in name)
-    split_experts(model, make_collectives(group))
+    split_experts(model, experts_split(model, group.world), make_collectives(group))
     assert [name for name, _ in model.named_parameters()] == names
     return *_pass(model, _batches(group.world)[group.rank]), [n for n, p in model.named_parameters() if p.requires_grad]
 
@@ -88,7 +88,7 @@ def _sent(group: HostGroup, width: int) -> int:
     """Bytes of one forward pass with the same routes at every width."""
     model = _model(width=width, layers=1)
     torch.nn.init.zeros_(model.blocks[0].mixture.router.weight)  # all to the first two experts, which rank 0 holds
-    split_experts(model, make_collectives(group))
+    split_experts(model, experts_split(model, group.world), make_collectives(group))
     with torch.no_grad():
         model(TOKENS[:2, :8])
     return sum(total.sent_bytes for place, total in group.counters.totals().items() if place[0] == "all-to-all")

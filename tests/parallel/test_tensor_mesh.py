@@ -16,7 +16,7 @@ from shoal.models.registry import build, task_for
 from shoal.parallel.context.model import split_sequence
 from shoal.parallel.context.ring import Ring
 from shoal.parallel.context.task import SplitTask
-from shoal.parallel.experts.model import split_experts
+from shoal.parallel.experts.model import experts_split, split_experts
 from shoal.parallel.layout.decide import layout_for
 from shoal.parallel.tensor.apply import split_model
 from shoal.parallel.tensor.whole import join_tensors
@@ -44,7 +44,8 @@ def _gradients(group: Any, case: Any, mesh: dict[str, int]) -> dict[str, torch.T
     split_model(model, layout, along_tensor)
     batch = case.batch
     if other == "expert":
-        cut = split_experts(model, make_collectives(across))
+        cut = experts_split(model, across.world)
+        split_experts(model, cut, make_collectives(across))
     if other in ("data", "expert"):
         batch = {key: t[across.rank :: across.world] for key, t in batch.items()}
     else:

@@ -98,7 +98,6 @@ def test_a_recipe_of_ones_own_is_proved_under_the_plans_that_it_can_be_split_by(
     ("plan", "says"),
     [
         (Plan(mesh={"expert": 2}), "has no experts"),
-        (Plan(mesh={"pipe": 2, "context": 2}), "do not go together"),
         (Plan(mesh={"data": 6}), "6 workers for 5 shards"),
         (Plan(mesh={"context": 2}), "cannot split its sequences"),
     ],

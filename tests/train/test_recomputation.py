@@ -75,7 +75,6 @@ class Fickle(torch.nn.Module):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (Plan(mesh={"pipe": 2, "context": 2}), "'pipe' and 'context' do not go together"),
         (Plan(mesh={"tensor": 2}, memory=MemoryPlan(peak_bytes="1GiB")), "peak_bytes is for whole models"),
         (Plan(mesh={"expert": 2}, states="zero1"), "'zero1' goes with mesh axes 'data', 'pipe' and 'tensor'"),
         (

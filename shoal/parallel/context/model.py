@@ -1,5 +1,6 @@
 """Make a GPT, a mixture of experts or a BERT work on slices of its sequences, in place: parameters keep their names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,11 @@ from shoal.models.gpt import GPT
 from shoal.models.moe import Mixture
 from shoal.parallel.context.gather import gather_sequence
 from shoal.parallel.context.ring import Ring
+from shoal.parallel.context.slices import SEQUENCE
+from shoal.parallel.partition.chunks import OUTPUT, Chunk
+
+WHOLE = "mask"  # the argument that is that of the keys, which come from everywhere
+_LENGTH = "sequence length"
 
 
 def check_sequence(model: nn.Module) -> None:
@@ -36,13 +42,26 @@ def split_sequence(model: nn.Module, ring: Ring) -> None:
     What a GPT and a masked language model give is then of the own places alone; a BERT's other heads get whole
     sequences of states, on all workers. Raises UserError as `check_sequence` does."""
     check_sequence(model)
-    for module in model.modules():
+    _split_modules(model, ring, gathers=_gathers(model))
+    model.forward = (_GPTForward if isinstance(model, GPT) else _BertForward)(model, ring)
+
+
+def split_stage(chunk: Chunk, model: nn.Module, ring: Ring) -> None:
+    """As `split_sequence`, of one chunk of a pipeline that ``model`` was cut into: batches are whole, what chunks hand
+    each other is of the own places."""
+    check_sequence(model)
+    _split_modules(chunk.module, ring, gathers=_gathers(model))
+    chunk.module.forward = _StageForward(chunk, ring)
+
+
+def _split_modules(part: nn.Module, ring: Ring, *, gathers: bool) -> None:
+    for module in part.modules():
         replacement: Any = None
         if isinstance(module, Mixing):
             replacement = _Mixing(module.causal, ring)
         elif isinstance(module, Positions):
             replacement = _Positions(module, ring)
-        elif isinstance(module, Joint) and _gathers(model):
+        elif isinstance(module, Joint) and gathers:
             replacement = _Gathering(ring)
         elif isinstance(module, Mixture):
             module.loads = _Loads(ring)  # type: ignore[method-assign]
@@ -50,7 +69,6 @@ def split_sequence(model: nn.Module, ring: Ring) -> None:
             module.part = _Parts(module.dims.index("sequence"), ring)
         if replacement is not None:
             module.forward = replacement
-    model.forward = (_GPTForward if isinstance(model, GPT) else _BertForward)(model, ring)
 
 
 def _gathers(model: nn.Module) -> bool:
@@ -84,9 +102,23 @@ class _BertForward(_Forward):
     ) -> Tensor:
         self.cut(tokens)
         types, at = (None if t is None else self.ring.own(t) for t in (types, at))
-        # the mask is that of the keys, which come from everywhere: it stays whole
         made: Tensor = type(self.model).forward(self.model, self.ring.own(tokens), mask, types, at)
         return made
+
+
+class _StageForward:
+    """A chunk on slices. The length of the whole sequence goes from chunk to chunk beside what the model hands on."""
+
+    def __init__(self, chunk: Chunk, ring: Ring) -> None:
+        self.run, self.ring = chunk.module.forward, ring
+        self.read, self.ends = [name for name in chunk.batch_inputs if name != WHOLE], chunk.outputs == (OUTPUT,)
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        length = values[_LENGTH] if _LENGTH in values else values["tokens"].shape[SEQUENCE]
+        self.ring.cut(length)
+        given = {name: self.ring.own(values[name]) for name in self.read if values[name] is not None}
+        made: dict[str, Any] = self.run({**values, **given})
+        return made if self.ends else {**made, _LENGTH: length}
 
 
 class _Mixing:

@@ -1,5 +1,7 @@
 """Cut the experts of a model for the workers of a group, in place: parameters keep their names."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from shoal.comm.tensors import Collectives
@@ -7,6 +9,7 @@ from shoal.errors import UserError
 from shoal.models.moe import Experts
 from shoal.parallel.experts.travel import ExpertsElsewhere
 from shoal.parallel.layout.split import Split, even_split
+from shoal.parallel.tensor.apply import cut_tensors
 
 
 def experts_split(model: nn.Module, ways: int) -> dict[str, Split]:
@@ -32,17 +35,13 @@ def experts_split(model: nn.Module, ways: int) -> dict[str, Split]:
     return found
 
 
-def split_experts(model: nn.Module, collectives: Collectives) -> dict[str, Split]:
-    """Keep this worker's experts alone; the others' are reached through the group. How each parameter is cut.
+def split_experts(model: nn.Module, splits: Mapping[str, Split], collectives: Collectives) -> None:
+    """Keep this worker's experts alone; the others' are reached through the group. ``splits``: see `experts_split`.
 
-    From now on all workers of the group call the model together, each with its own samples; none at all will do."""
-    splits = experts_split(model, collectives.world)
+    ``model`` may be a part of the model that they are for, with the same names: a stage of a pipeline. From now on all
+    workers of the group call it together, each with its own samples; none at all will do."""
+    cut_tensors(model, splits, collectives.rank)
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            for part in (module.up, module.down):
-                for key, parameter in list(part.named_parameters()):
-                    kept = splits[f"{name}.up.weight"].take(parameter.detach(), collectives.rank).clone()
-                    setattr(part, key, nn.Parameter(kept, requires_grad=parameter.requires_grad))
             split = splits[f"{name}.up.weight"]
             module.forward = ExpertsElsewhere(module, split, collectives)  # type: ignore[method-assign]
-    return splits
