@@ -150,6 +150,11 @@ def test_rules_that_cannot_be_are_refused_with_the_repair(name, rules, ways, mes
     assert "\n" not in str(refused.value)
 
 
+def test_a_module_without_names_for_its_dimensions_is_told_where_to_give_them():
+    with pytest.raises(UserError, match=r"nothing of this Sequential, .* a method dimensions\(\)"):
+        layout_of(torch.nn.Sequential(torch.nn.Linear(4, 4)), {}, {}, 2)
+
+
 def test_heads_that_are_not_whole_are_refused():
     model = TINY["gpt"].build()
     model.blocks[0].attention.qkv = torch.nn.Linear(16, 50)

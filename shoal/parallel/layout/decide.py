@@ -55,10 +55,15 @@ def layout_of(model: nn.Module, names: Dimensions, given: Mapping[str, str], way
         deciding.modules |= band_treatments(model, ways)
     _check_dropouts(model, deciding.splits)
     if not deciding.modules:
+        kind, axis = type(model).__name__, f"plan: mesh axis 'tensor' = {ways}"
+        if not dimensions:
+            raise UserError(
+                f"{axis} splits nothing of this {kind}, whose dimensions have no names: give it a method dimensions() "
+                f"that names those of each parameter (docs/layouts.md), or use axis 'data' or 'pipe'."
+            )
         raise UserError(
-            f"plan: mesh axis 'tensor' = {ways} splits nothing of this {type(model).__name__}: give its dimensions "
-            f"({', '.join(sorted(dimensions))}) a rule such as rules.{min(dimensions, default='ffn')} = 'tensor', "
-            f"or use axis 'data'."
+            f"{axis} splits nothing of this {kind}: give its dimensions ({', '.join(sorted(dimensions))}) a rule such "
+            f"as rules.{min(dimensions)} = 'tensor', or use axis 'data'."
         )
     return Layout(ways, deciding.splits, deciding.modules)
 
