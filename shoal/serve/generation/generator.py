@@ -14,7 +14,7 @@ from shoal.serve.generation.messages import Ask, Outcome, Piece, Scored
 from shoal.serve.generation.pace import Pace
 from shoal.serve.generation.sampling import Chooser
 from shoal.serve.generation.scheduler import Limits, Plan, Scheduler, Slice, Stream
-from shoal.serve.generation.step import Floats, Rows, Step
+from shoal.serve.generation.step import Cache, Floats, Rows, Step
 
 
 class Refused(Exception):
@@ -57,16 +57,16 @@ class Counts:
     accepted: int = 0
 
 
-class Generator:
-    """One model and all that is generated with it at the moment. Belongs to one thread."""
+class Generations:
+    """All that is generated at the moment with one cache, between the steps of a model. Belongs to one thread."""
 
     def __init__(
-        self, step: Step, pace: Pace, limits: Limits | None = None, drafts: Drafts | None = None, drafted: int = 4
+        self, cache: Cache, pace: Pace, limits: Limits | None = None, drafts: Drafts | None = None, drafted: int = 4
     ) -> None:
-        self.step = step
-        self.scheduler = Scheduler(step.blocks, limits or Limits(), pace)
+        self.cache = cache
+        self.scheduler = Scheduler(cache.blocks, limits or Limits(), pace)
         self.counts = Counts()
-        self.step_s = 0.0  # in the model's step, since somebody set it to 0
+        self._plan: Plan | None = None  # of the step that has begun
         self._drafts, self._drafted = drafts, drafted
         self._open: dict[int, _Open] = {}
 
@@ -93,7 +93,7 @@ class Generator:
 
         Requests of one ``client`` share prefixes of the cache. Raises Refused. What it gives is for a request of which
         everything has been told already."""
-        why = problem(ask, self.step.vocab, self.step.context)
+        why = problem(ask, self.cache.vocab, self.cache.context)
         choices = ask.beams or ask.choices
         why = why or self.scheduler.refusal(len(ask.tokens) + ask.most, choices)
         if why:
@@ -124,24 +124,36 @@ class Generator:
             for stream in self.scheduler.of_request(request):
                 self.scheduler.end(stream)
 
-    def work(self, now: float = 0.0, begin: Callable[[frozenset[int]], None] | None = None) -> list[Told]:
-        """One step, and what it brought. ``begin`` is told, ahead of it, whose requests it is for."""
+    def begin(self, now: float = 0.0) -> tuple[list[Told], Rows | None]:
+        """What has expired, and the rows of the next step; None: there are none. Its logits are for `finish`, and
+        nothing else than `add` may be called before."""
         if self._drafts:
             self._guess(self._drafts)
         plan = self.scheduler.plan(now)
         told = [Told(request, [], expired=True) for request in plan.expired if self._open.pop(request, None)]
         if not plan.slices:
-            return told
+            return told, None
         rows = _rows(plan)
         self.counts.steps += 1
         self.counts.rows += len(rows.tokens)
-        if begin:
-            begin(frozenset([each.stream.order.request for each in plan.slices]))
-        begun = time.perf_counter()
-        logits = self.step.run(rows)
-        self.step_s += time.perf_counter() - begun
+        self._plan = plan
+        return told, rows
+
+    @property
+    def in_step(self) -> frozenset[int]:
+        """The requests whose rows are in the step that has begun."""
+        return frozenset([each.stream.order.request for each in self._plan.slices] if self._plan else [])
+
+    def finish(self, logits: Floats) -> list[Told]:
+        """What a step brought."""
+        plan, self._plan = self._plan, None
+        assert plan is not None
         self.scheduler.done(plan)
-        return told + self._chosen(plan.slices, logits)
+        return self._chosen(plan.slices, logits)
+
+    def give_up(self) -> None:
+        """The step that has begun will bring nothing: its requests are to be cancelled."""
+        self._plan = None
 
     def _guess(self, drafts: Drafts) -> None:
         wishes = []
@@ -207,7 +219,7 @@ class Generator:
     def _fork(self, stream: Stream, choice: int) -> Stream:
         other, copy = self.scheduler.fork(stream, choice)
         if copy:
-            self.step.copy(*copy)
+            self.cache.copy(*copy)
         return other
 
     def _next(self, opened: _Open, stream: Stream, rows: Floats, likeliest: Sequence[int]) -> Piece:
@@ -272,6 +284,29 @@ class Generator:
             self.scheduler.append(stream, [beam.token])
         opened.lineup = lineup
         return []
+
+
+class Generator(Generations):
+    """One model in this process, and all that is generated with it."""
+
+    def __init__(
+        self, step: Step, pace: Pace, limits: Limits | None = None, drafts: Drafts | None = None, drafted: int = 4
+    ) -> None:
+        super().__init__(step, pace, limits, drafts, drafted)
+        self.step = step
+        self.step_s = 0.0  # in the model's step, since somebody set it to 0
+
+    def work(self, now: float = 0.0, begin: Callable[[frozenset[int]], None] | None = None) -> list[Told]:
+        """One step, and what it brought. ``begin`` is told, ahead of it, whose requests it is for."""
+        told, rows = self.begin(now)
+        if rows is None:
+            return told
+        if begin:
+            begin(self.in_step)
+        begun = time.perf_counter()
+        logits = self.step.run(rows)
+        self.step_s += time.perf_counter() - begun
+        return told + self.finish(logits)
 
 
 def _found(request: int, opened: _Open, search: BeamSearch) -> Told:

@@ -19,13 +19,14 @@ def pack_once(model: nn.Module, options: Options) -> None:
     """What `open_generator` will want, made now. Raises UserError as it does."""
     for each in filter(None, (model, _draft(model, options))):
         shape_of(each)
-        if _native(each, options):
+        if is_native(each, options):
             from shoal.serve.generation.packing import packed_once
 
-            packed_once(each, torch.bfloat16 if _half(each, options) else torch.float32)  # type: ignore[arg-type]
+            packed_once(each, torch.bfloat16 if halves(each, options) else torch.float32)  # type: ignore[arg-type]
 
 
-def _native(model: nn.Module, options: Options) -> bool:
+def is_native(model: nn.Module, options: Options) -> bool:
+    """Whether the C++ kernels compute its steps."""
     if options.kernels == "torch" or next(model.parameters()).device.type != "cpu":
         return False
     from shoal.serve.generation.native_step import available
@@ -33,7 +34,8 @@ def _native(model: nn.Module, options: Options) -> bool:
     return available()
 
 
-def _half(model: nn.Module, options: Options) -> bool:
+def halves(model: nn.Module, options: Options) -> bool:
+    """Whether its weights are rounded to bfloat16."""
     return options.precision == "bfloat16" or next(model.parameters()).dtype == torch.bfloat16
 
 
@@ -43,18 +45,23 @@ def open_step(model: nn.Module, options: Options) -> Step:
     whole = -(-shape.context // BLOCK)
     asked = options.cache_bytes or min(1 << 30, options.running * whole * shape.block_bytes())
     blocks = max(asked // shape.block_bytes(), 1)
-    half = _half(model, options)
-    if _native(model, options):
+    half = halves(model, options)
+    if is_native(model, options):
         from shoal.serve.generation.native_step import NativeStep
 
         return NativeStep(model, blocks, threads=options.threads, half=half)  # type: ignore[arg-type]
-    if options.kernels == "native":
-        from shoal.comm.native import build
-
-        raise UserError(f"generation option kernels = 'native': {build.why_not(['generation']) or 'only on a CPU'}.")
+    refuse_native(model, options)
     from shoal.serve.generation.torch_step import TorchStep
 
     return TorchStep(model, blocks, half=half)  # type: ignore[arg-type]
+
+
+def refuse_native(model: nn.Module, options: Options) -> None:
+    """Raises UserError when the native kernels are asked for and not there."""
+    if options.kernels == "native" and not is_native(model, options):
+        from shoal.comm.native import build
+
+        raise UserError(f"generation option kernels = 'native': {build.why_not(['generation']) or 'only on a CPU'}.")
 
 
 def open_generator(model: nn.Module, options: Options | None = None, draft: nn.Module | None = None) -> Generator:
@@ -68,7 +75,7 @@ def open_generator(model: nn.Module, options: Options | None = None, draft: nn.M
     if draft is not None:
         _check_draft(model, draft)
         drafts = SmallModel(open_step(draft, replace(options, cache_bytes=options.cache_bytes // 4)))
-    pace = pace_of(shape_of(model), _half(model, options), options.stretch, options.prompt_rows)
+    pace = pace_of(shape_of(model), halves(model, options), options.stretch, options.prompt_rows)
     return Generator(step, pace, Limits(running=options.running), drafts, options.speculate or 4)
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.models.gpt import GPT
+from shoal.serve.generation.part import Part, whole
+from shoal.serve.generation.step import shape_of
 
 PANEL = 48  # outputs that go through the processor's registers together; kPanel of native/generation/step.hpp
 
@@ -19,31 +21,68 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2).to(dtype).contiguous()
 
 
-def packed(model: GPT, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
-    """In the order of step.hpp: the ends, then twelve of each layer. None: a bias that the model lacks, or the token
-    vectors of a tied model, which are read from the panels of its head. ``dtype`` is that of the panels."""
+ENDS, OF_LAYER = 5, 12  # tensors: kEnds and kOfLayer of native/generation/step.hpp
 
-    def plain(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().float().contiguous()
 
-    def linear(layer: nn.Module) -> list[Tensor | None]:
-        assert isinstance(layer, nn.Linear)
-        return [panels(layer.weight, dtype), plain(layer.bias)]
-
-    def norm(layer: nn.Module) -> list[Tensor | None]:
-        assert isinstance(layer, nn.LayerNorm)
-        return [plain(layer.weight), plain(layer.bias)]
-
+def plain(model: GPT, part: Part | None = None) -> list[Tensor | None]:
+    """The weights of a part, in the order of step.hpp: the ends, then twelve of each layer. None: a bias that the model
+    lacks, what another part has, or the token vectors of a tied model, which are those of its head."""
+    part = part or whole(shape_of(model))
+    size = model.config.width // model.config.heads
+    tied = model.head is None
     head = model.tokens.weight if model.head is None else model.head.weight
-    tokens = None if model.head is None else plain(model.tokens.weight)
-    found = [tokens, plain(model.positions.weight), panels(head, dtype), *norm(model.norm)]
-    for block in model.blocks:
+    found: list[Tensor | None] = [
+        _rows(model.tokens.weight, part.vocab) if part.first and not tied else None,
+        model.positions.weight if part.first else None,
+        _rows(head, part.vocab) if part.last or (part.first and tied) else None,
+        *(_pair(model.norm) if part.last else (None, None)),
+    ]
+    inner = range(part.heads.start * size, part.heads.stop * size)
+    for number in part.layers:
+        block = model.blocks[number]
         attention = block.get_submodule("attention")
-        found += norm(block.get_submodule("norm1"))
-        found += linear(attention.get_submodule("qkv")) + linear(attention.get_submodule("out"))
-        found += norm(block.get_submodule("norm2"))
-        found += linear(block.get_submodule("up")) + linear(block.get_submodule("down"))
-    return found
+        qkv, qkv_bias = _pair(attention.get_submodule("qkv"))
+        out, out_bias = _pair(attention.get_submodule("out"))
+        up, up_bias = _pair(block.get_submodule("up"))
+        down, down_bias = _pair(block.get_submodule("down"))
+        found += _pair(block.get_submodule("norm1"))
+        found += [_thirds(qkv, inner), _thirds(qkv_bias, inner), _columns(out, inner), out_bias]
+        found += _pair(block.get_submodule("norm2"))
+        found += [_rows(up, part.ffn), _rows(up_bias, part.ffn), _columns(down, part.ffn), down_bias]
+    return [None if tensor is None else tensor.detach() for tensor in found]
+
+
+def _pair(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(layer, nn.Linear | nn.LayerNorm)
+    return layer.weight, layer.bias
+
+
+def _rows(tensor: Tensor | None, kept: range) -> Tensor | None:
+    return None if tensor is None else tensor[kept.start : kept.stop]
+
+
+def _columns(tensor: Tensor, kept: range) -> Tensor:
+    return tensor[:, kept.start : kept.stop]
+
+
+def _thirds(tensor: Tensor | None, kept: range) -> Tensor | None:
+    """Queries, keys and values of some heads."""
+    if tensor is None or len(kept) * 3 == len(tensor):
+        return tensor
+    return torch.cat([third[kept.start : kept.stop] for third in tensor.chunk(3)])
+
+
+def is_matrix(place: int) -> bool:
+    """Whether what stands at this place of `plain` goes through a matrix product."""
+    return place == 2 or (place >= ENDS and (place - ENDS) % OF_LAYER in (2, 4, 8, 10))
+
+
+def packed(weights: Sequence[Tensor | None], dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+    """`plain` as the C++ step reads it. ``dtype`` is that of the panels."""
+    return [
+        None if tensor is None else panels(tensor, dtype) if is_matrix(place) else tensor.float().contiguous()
+        for place, tensor in enumerate(weights)
+    ]
 
 
 _made: "WeakKeyDictionary[GPT, dict[torch.dtype, list[Tensor | None]]]" = WeakKeyDictionary()
@@ -53,7 +92,7 @@ def packed_once(model: GPT, dtype: torch.dtype) -> list[Tensor | None]:
     """`packed`, in one stretch of memory, and not again for the same model: processes forked later share it."""
     made = _made.setdefault(model, {})
     if dtype not in made:
-        made[dtype] = gathered(packed(model, dtype))
+        made[dtype] = gathered(packed(plain(model), dtype))
     return made[dtype]
 
 

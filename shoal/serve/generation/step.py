@@ -5,6 +5,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+from shoal.models.activation import Activation
 
 BLOCK = 16  # tokens of a cache block; kBlock of shoal/comm/native/generation/step.hpp
 
@@ -25,19 +28,43 @@ class Rows:
     wants: Ints  # [wanted]: the rows whose logits are wanted
 
 
-class Step(Protocol):
+class Cache(Protocol):
+    """The blocks in which keys and values lie, and what the model takes."""
+
+    vocab: int
+    context: int
+    blocks: int
+    name: str  # which kernels, for figures and messages
+
+    def copy(self, source: int, target: int) -> None:
+        """One block onto another, ahead of the next step."""
+
+
+class Step(Cache, Protocol):
     """A model with its cache of keys and values.
 
     It is batch-invariant: the logits of a row have the same bits whatever other rows are in the step, however its
     sequence's earlier tokens were cut into steps, and wherever in the cache they lie."""
 
-    vocab: int
-    context: int
-    blocks: int  # of the cache
-    name: str  # which kernels, for figures and messages
-
     def run(self, rows: Rows) -> Floats:
         """The logits float32 [wanted, vocab]; valid until the next call."""
+
+    def close(self) -> None: ...
+
+
+class Stage(Protocol):
+    """A part of a model, with its part of the cache. All stages of a model are given the same rows.
+
+    Batch-invariant, as a step."""
+
+    blocks: int
+    name: str
+
+    def compute(self, rows: Rows, entered: Tensor | None) -> Tensor:
+        """From what the layers before have left, float32 [rows, width], or the tokens where there are none: the same
+        after its own layers, or at the end of the model the logits [wanted, its part of the vocabulary].
+
+        Its memory is not written to again."""
 
     def copy(self, source: int, target: int) -> None:
         """One block of the cache onto another."""
@@ -55,8 +82,9 @@ class Shape:
     ffn: int
     vocab: int
     context: int
-    activation: str
+    activation: Activation
     eps: float
+    tied: bool
 
     @property
     def head_size(self) -> int:
@@ -88,4 +116,5 @@ def shape_of(model: Any) -> Shape:
         config.context,
         config.activation,
         config.norm_eps,
+        config.tied,
     )

@@ -5,65 +5,96 @@ with zeros, and attention takes a sequence's rows in tiles that lie at multiples
 in a tile depends on its place in the sequence only. It costs time where few rows are computed: docs/generation.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal.models.activation import ACTIVATIONS
 from shoal.models.gpt import GPT
-from shoal.serve.generation.step import BLOCK, Floats, Rows, shape_of
+from shoal.serve.generation.packing import ENDS, OF_LAYER, is_matrix, plain
+from shoal.serve.generation.part import Part, whole
+from shoal.serve.generation.step import BLOCK, Floats, Rows, Shape, shape_of
 
 TILE = BLOCK  # rows
 Rounded = Callable[[Tensor], Tensor]
 
 
-class TorchStep:
-    """See `step.Step`. ``half``: weights rounded to bfloat16, computed with in float32."""
+class TorchStage:
+    """See `step.Stage`. ``half``: weights rounded to bfloat16, computed with in float32.
 
-    def __init__(self, model: GPT, blocks: int, *, half: bool = False) -> None:
-        shape = shape_of(model)
-        self.vocab, self.context, self.blocks = shape.vocab, shape.context, blocks
+    ``weights`` as `packing.plain` makes them of the part; ``sum`` is that of tensors over the slices of a layer."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        part: Part,
+        weights: Sequence[Tensor | None],
+        blocks: int,
+        *,
+        half: bool = False,
+        sum: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.blocks = blocks
         self.name = "torch" + ("-bfloat16" if half else "")
-        self._shape = shape
-        self._rounding = torch.bfloat16 if half else torch.float32
-        self._norm, self._positions = _Norm(model.norm), model.positions.weight.detach().float()
-        self._device = next(model.parameters()).device
-        head = model.tokens.weight if model.head is None else model.head.weight
-        self._head = self._rounded(head)
-        self._tokens = self._head if model.head is None else model.tokens.weight.detach().float()
-        self._layers = [_Layer(block, self._rounded) for block in model.blocks]
-        self._activate = ACTIVATIONS[model.config.activation]
-        size = (shape.layers, blocks, BLOCK, shape.heads, shape.head_size)
+        self._shape, self._part, self._sum = shape, part, sum
+        rounding = torch.bfloat16 if half else torch.float32
+        all_weights = [
+            None if tensor is None else tensor.to(rounding if is_matrix(place) else torch.float32).float()
+            for place, tensor in enumerate(weights)
+        ]
+        tokens, self._positions, self._head, *norm = all_weights[:ENDS]
+        self._tokens = self._head if tokens is None else tokens
+        self._norm = _Norm(norm[0], norm[1], shape.eps) if part.last else None
+        places = range(ENDS, len(all_weights), OF_LAYER)
+        self._layers = [_Layer(all_weights[place : place + OF_LAYER], shape.eps) for place in places]
+        self._activate = ACTIVATIONS[shape.activation]
+        self._device = next(tensor for tensor in all_weights if tensor is not None).device
+        size = (len(part.layers), blocks, BLOCK, len(part.heads), shape.head_size)
         self._keys = torch.zeros(size, device=self._device)
         self._values = torch.zeros(size, device=self._device)
 
-    def _rounded(self, weight: Tensor) -> Tensor:
-        return weight.detach().to(self._rounding).float()
-
     @torch.no_grad()
-    def run(self, rows: Rows) -> Floats:
-        shape, device = self._shape, self._device
-        tokens, places = (torch.from_numpy(each).to(device) for each in (rows.tokens, rows.places))
+    def compute(self, rows: Rows, entered: Tensor | None) -> Tensor:
+        part, device = self._part, self._device
         tables = torch.from_numpy(rows.tables).to(device, torch.int64)
         sequences = torch.from_numpy(rows.sequences).to(device)
+        places = torch.from_numpy(rows.places).to(device)
         where = tables[sequences, places // BLOCK], places % BLOCK
         tiles = _tiles(rows)
-        x = self._tokens[tokens] + self._positions[places]
+        x = self._embedded(torch.from_numpy(rows.tokens).to(device), places) if entered is None else entered
         for number, layer in enumerate(self._layers):
             qkv = _linear(layer.norm1(x), *layer.qkv)
-            q, k, v = qkv.view(len(x), 3, shape.heads, shape.head_size).unbind(1)
+            q, k, v = qkv.view(len(x), 3, len(part.heads), self._shape.head_size).unbind(1)
             keys, values = self._keys[number], self._values[number]
             keys[where], values[where] = k, v
             mixed = torch.empty_like(q)
             for first, last, sequence, place in tiles:
                 blocks = tables[sequence, : place // BLOCK + 1]
                 mixed[first:last] = _attention(q[first:last], place % TILE, keys[blocks], values[blocks])
-            x = x + _linear(mixed.flatten(1), *layer.out)
-            x = x + _linear(_linear(layer.norm2(x), *layer.up, self._activate), *layer.down)
-        normed = self._norm(x[torch.from_numpy(rows.wants).to(device)])
-        return _linear(normed, self._head, None).cpu().numpy()
+            x = x + self._summed(mixed.flatten(1), *layer.out)
+            x = x + self._summed(_linear(layer.norm2(x), *layer.up, self._activate), *layer.down)
+        if self._norm is None:
+            return x
+        assert self._head is not None
+        return _linear(self._norm(x[torch.from_numpy(rows.wants).to(device)]), self._head, None)
+
+    def _embedded(self, tokens: Tensor, places: Tensor) -> Tensor:
+        assert self._tokens is not None
+        assert self._positions is not None
+        if self._sum is None:
+            return self._tokens[tokens] + self._positions[places]
+        local = tokens - self._part.vocab.start
+        elsewhere = (local < 0) | (local >= len(self._part.vocab))
+        found = self._tokens[local.masked_fill(elsewhere, 0)].masked_fill(elsewhere[:, None], 0.0)
+        return self._sum(found) + self._positions[places]
+
+    def _summed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._sum is None:
+            return _linear(x, weight, bias)
+        total = self._sum(_linear(x, weight, None))
+        return total if bias is None else total + bias
 
     def copy(self, source: int, target: int) -> None:
         for cache in (self._keys, self._values):
@@ -73,29 +104,39 @@ class TorchStep:
         pass
 
 
+class TorchStep(TorchStage):
+    """See `step.Step`: the whole model in one stage."""
+
+    def __init__(self, model: GPT, blocks: int, *, half: bool = False) -> None:
+        shape = shape_of(model)
+        self.vocab, self.context = shape.vocab, shape.context
+        super().__init__(shape, whole(shape), plain(model), blocks, half=half)
+
+    def run(self, rows: Rows) -> Floats:
+        return self.compute(rows, None).cpu().numpy()
+
+
 class _Norm:
     """A layer norm in float32, whatever its weights are kept in."""
 
-    def __init__(self, norm: nn.Module) -> None:
-        assert isinstance(norm, nn.LayerNorm)
-        self._shape, self._eps = norm.normalized_shape, norm.eps
-        self._weight = norm.weight.detach().float()
-        self._bias = None if norm.bias is None else norm.bias.detach().float()
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        assert weight is not None
+        self._weight, self._bias, self._eps = weight, bias, eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+        return F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
 
 
 class _Layer:
-    def __init__(self, block: nn.Module, rounded: Rounded) -> None:
-        def pair(name: str) -> tuple[Tensor, Tensor | None]:
-            linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            return rounded(linear.weight), None if linear.bias is None else linear.bias.detach().float()
+    def __init__(self, weights: Sequence[Tensor | None], eps: float) -> None:
+        def pair(place: int) -> tuple[Tensor, Tensor | None]:
+            weight = weights[place]
+            assert weight is not None
+            return weight, weights[place + 1]
 
-        self.norm1, self.norm2 = _Norm(block.get_submodule("norm1")), _Norm(block.get_submodule("norm2"))
-        self.qkv, self.out = pair("attention.qkv"), pair("attention.out")
-        self.up, self.down = pair("up"), pair("down")
+        self.norm1, self.norm2 = _Norm(weights[0], weights[1], eps), _Norm(weights[6], weights[7], eps)
+        self.qkv, self.out = pair(2), pair(4)
+        self.up, self.down = pair(8), pair(10)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: Rounded | None = None) -> Tensor:

@@ -12,17 +12,19 @@ namespace generation {
 constexpr std::int64_t kBlock = 16;   // tokens of a cache block: shoal.serve.generation.step.BLOCK
 constexpr std::int64_t kPanel = 48;   // outputs of a weight panel: shoal.serve.generation.packing.PANEL
 
+// Of this process's part of a model: some of its layers; of each, some of the heads and of the hidden layer; some tokens.
 struct Shape {
   std::int64_t layers, heads, head_size, width, ffn, vocab;
   std::int64_t activation;  // 0 gelu, 1 gelu by tanh, 2 relu
   std::int64_t tied;        // the token vectors are the panels of the head
   std::int64_t half;        // the panels are bfloat16
   std::int64_t blocks;      // of the cache
+  std::int64_t first_token; // of those that this part has
   double eps;               // of the layer norms
 };
 
 // Pointers: tokens, positions, head, norm.weight, norm.bias, then of each layer norm1.weight, norm1.bias, qkv, qkv.bias,
-// out, out.bias, norm2.weight, norm2.bias, up, up.bias, down, down.bias. A bias may be null.
+// out, out.bias, norm2.weight, norm2.bias, up, up.bias, down, down.bias. A bias may be null, and what a part does not use.
 constexpr int kEnds = 5, kOfLayer = 12;
 
 struct Batch {
@@ -37,7 +39,12 @@ struct Batch {
   float* logits;                  // [wanted, vocab]
   float* keys;                    // [layers, blocks, heads, head_size, kBlock]
   float* values;                  // [layers, blocks, heads, kBlock, head_size]
-  float* scratch;                 // rows x (2 width + 3 width + max(width, ffn)) + the longest sequence, whole blocks
+  float* scratch;                 // rows x (2 width + 3 heads head_size + max(heads head_size, ffn)), and for each thread
+                                  // the longest sequence in whole blocks
+  const float* entered;           // [rows, width] from the layers before; null: this part begins with the tokens
+  float* left;                    // [rows, width] for the layers after; null: this part ends with the logits
+  float* partial;                 // [rows, width] of this slice, which `sum` makes those of all slices; null: not sliced
+  void (*sum)(std::int64_t count);
 };
 
 struct Share {  // this thread's part of the work, and how it meets the others

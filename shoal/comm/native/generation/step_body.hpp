@@ -143,20 +143,23 @@ void normalise(const float* x, std::int64_t width, const float* weight, const fl
   }
 }
 
-void embed(const Shape& shape, const void* const* weights, std::int64_t token, std::int64_t place, float* to) {
-  const float* position = static_cast<const float*>(weights[1]) + place * shape.width;
+// The token's vector, zeros where another slice has it; without its place.
+void embed(const Shape& shape, const void* const* weights, std::int64_t token, float* to) {
+  token -= shape.first_token;
+  if (token < 0 || token >= shape.vocab) {
+    std::memset(to, 0, shape.width * sizeof(float));
+    return;
+  }
   const std::int64_t first = token / kPanel * shape.width * kPanel + token % kPanel;
   for (std::int64_t i = 0; i < shape.width; ++i) {
-    float x;
     if (!shape.tied) {
-      x = static_cast<const float*>(weights[0])[token * shape.width + i];
+      to[i] = static_cast<const float*>(weights[0])[token * shape.width + i];
     } else if (shape.half) {
       const std::uint32_t bits = std::uint32_t(static_cast<const std::uint16_t*>(weights[2])[first + i * kPanel]) << 16;
-      std::memcpy(&x, &bits, 4);
+      std::memcpy(to + i, &bits, 4);
     } else {
-      x = static_cast<const float*>(weights[2])[first + i * kPanel];
+      to[i] = static_cast<const float*>(weights[2])[first + i * kPanel];
     }
-    to[i] = x + position[i];
   }
 }
 
@@ -246,34 +249,64 @@ void attend(const float* q, std::int64_t size, std::int64_t tokens, const Cache&
 // ---- the step
 
 void step(const Shape& shape, const void* const* weights, const Batch& batch, const Share& share) {
-  const std::int64_t width = shape.width, size = shape.head_size, rows = batch.rows, of_block = width * kBlock;
+  const std::int64_t width = shape.width, size = shape.head_size, rows = batch.rows;
+  const std::int64_t inner = shape.heads * size, of_block = inner * kBlock;  // of this slice's heads
   const auto vector = [&](int i) { return static_cast<const float*>(weights[i]); };
   float* x = batch.scratch;
   float* normed = x + rows * width;
   float* qkv = normed + rows * width;
-  float* hidden = qkv + rows * 3 * width;  // the heads' outputs, then the hidden layer
-  const std::int64_t longest = batch.stride * kBlock, broad = width > shape.ffn ? width : shape.ffn;
+  float* hidden = qkv + rows * 3 * inner;  // the heads' outputs, then the hidden layer
+  const std::int64_t longest = batch.stride * kBlock, broad = inner > shape.ffn ? inner : shape.ffn;
   float* attended = hidden + rows * broad + share.index * longest;
   const std::int64_t begin = rows * share.index / share.count, end = rows * (share.index + 1) / share.count;
   const auto meet = [&] { share.meet(share.with); };
+  const auto sum_slices = [&] {
+    meet();
+    if (share.index == 0) batch.sum(rows * width);
+    meet();
+  };
+  // what a slice's heads or hidden layer give, added to x
+  const auto add = [&](const float* from, std::int64_t in, int weight) {
+    const float* bias = vector(weight + 1);
+    if (!batch.partial) {
+      multiply(shape, from, in, nullptr, rows, weights[weight], {x, width, width, bias, After::kAdd, 0}, share);
+    } else {
+      multiply(shape, from, in, nullptr, rows, weights[weight], {batch.partial, width, width, nullptr, After::kStore, 0},
+               share);
+      sum_slices();
+      for (std::int64_t r = begin; r < end; ++r)
+        for (std::int64_t i = 0; i < width; ++i) x[r * width + i] += batch.partial[r * width + i] + (bias ? bias[i] : 0.0f);
+    }
+    meet();
+  };
 
-  for (std::int64_t r = begin; r < end; ++r) embed(shape, weights, batch.tokens[r], batch.places[r], x + r * width);
+  if (batch.entered) {
+    std::memcpy(x + begin * width, batch.entered + begin * width, (end - begin) * width * sizeof(float));
+  } else {
+    float* to = batch.partial ? batch.partial : x;
+    for (std::int64_t r = begin; r < end; ++r) embed(shape, weights, batch.tokens[r], to + r * width);
+    if (batch.partial) sum_slices();
+    for (std::int64_t r = begin; r < end; ++r) {
+      const float* position = vector(1) + batch.places[r] * width;
+      for (std::int64_t i = 0; i < width; ++i) x[r * width + i] = to[r * width + i] + position[i];
+    }
+  }
   for (std::int64_t layer = 0; layer < shape.layers; ++layer) {
     const int at = kEnds + kOfLayer * int(layer);
     for (std::int64_t r = begin; r < end; ++r)
       normalise(x + r * width, width, vector(at), vector(at + 1), shape.eps, normed + r * width);
     meet();
     multiply(shape, normed, width, nullptr, rows, weights[at + 2],
-             {qkv, 3 * width, 3 * width, vector(at + 3), After::kStore, 0}, share);
+             {qkv, 3 * inner, 3 * inner, vector(at + 3), After::kStore, 0}, share);
     meet();
     float* keys = batch.keys + layer * shape.blocks * of_block;
     float* values = batch.values + layer * shape.blocks * of_block;
     for (std::int64_t r = begin; r < end; ++r) {
       const std::int64_t place = batch.places[r], slot = place % kBlock;
       const std::int64_t block = batch.tables[batch.sequences[r] * batch.stride + place / kBlock];
-      const float *k = qkv + r * 3 * width + width, *v = k + width;
+      const float *k = qkv + r * 3 * inner + inner, *v = k + inner;
       float *to_k = keys + block * of_block + slot, *to_v = values + block * of_block + slot * size;
-      for (std::int64_t i = 0; i < width; ++i) to_k[i * kBlock] = k[i];
+      for (std::int64_t i = 0; i < inner; ++i) to_k[i * kBlock] = k[i];
       for (std::int64_t h = 0; h < shape.heads; ++h)
         std::memcpy(to_v + h * size * kBlock, v + h * size, size * sizeof(float));
     }
@@ -282,21 +315,21 @@ void step(const Shape& shape, const void* const* weights, const Batch& batch, co
     for (std::int64_t i = items * share.index / share.count; i < items * (share.index + 1) / share.count; ++i) {
       const std::int64_t r = i / shape.heads, h = i % shape.heads, head = h * size * kBlock;
       const Cache cache{keys + head, values + head, of_block, batch.tables + batch.sequences[r] * batch.stride};
-      attend(qkv + r * 3 * width + h * size, size, batch.places[r] + 1, cache, attended, hidden + r * width + h * size);
+      attend(qkv + r * 3 * inner + h * size, size, batch.places[r] + 1, cache, attended, hidden + r * inner + h * size);
     }
     meet();
-    multiply(shape, hidden, width, nullptr, rows, weights[at + 4], {x, width, width, vector(at + 5), After::kAdd, 0},
-             share);
-    meet();
+    add(hidden, inner, at + 4);
     for (std::int64_t r = begin; r < end; ++r)
       normalise(x + r * width, width, vector(at + 6), vector(at + 7), shape.eps, normed + r * width);
     meet();
     multiply(shape, normed, width, nullptr, rows, weights[at + 8],
              {hidden, shape.ffn, shape.ffn, vector(at + 9), After::kActivate, shape.activation}, share);
     meet();
-    multiply(shape, hidden, shape.ffn, nullptr, rows, weights[at + 10],
-             {x, width, width, vector(at + 11), After::kAdd, 0}, share);
-    meet();
+    add(hidden, shape.ffn, at + 10);
+  }
+  if (batch.left) {
+    std::memcpy(batch.left + begin * width, x + begin * width, (end - begin) * width * sizeof(float));
+    return;
   }
   for (std::int64_t r = begin; r < end; ++r) normalise(x + r * width, width, vector(3), vector(4), shape.eps, normed + r * width);
   meet();
