@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.cli.bench import interval
+from shoal.cli.output import interval
 from shoal.comm.measuring.cases import Settings, size_text
 from shoal.comm.measuring.sweep import machine, sweep
 

@@ -26,9 +26,15 @@ from pathlib import Path
 
 from process_trees import below, cpu_s
 
+from shoal.serve.load.bare import proportional
+from shoal.serve.load.figures import figures
+from shoal.serve.load.processes import Asked, send
+from shoal.serve.load.subject import Bare
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "serve.json"
-BATCH, TOKENS, CLIENTS = 32, 32, 64
+BATCH, CLIENTS = 32, 64
+WARM_S = 0.5  # of a load, not counted
 WORDS = "the model answers a question about the text that it was given and then waits for the next one of many"
 AHEAD = "--ahead" in sys.argv
 NICE = ["nice", "-n", "-20"] if AHEAD else []
@@ -52,44 +58,6 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def bare(folder: str, dtype: str) -> None:
-    """The control: "SECONDS ROWS" a line on stdin, samples and seconds as JSON on stdout."""
-    import torch
-
-    from shoal.comm.agent import keep_freed_memory
-    from shoal.serve.target import load
-
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    model = load(folder, dtype=dtype).model
-    tokens = torch.randint(1000, 20000, (BATCH, TOKENS), dtype=torch.int32)
-    print(json.dumps({"pss": proportional(os.getpid())}), flush=True)
-    for line in sys.stdin:
-        seconds, rows = float(line.split()[0]), int(line.split()[1])
-        spent, begun = [], time.perf_counter()
-        cpu = time.process_time()
-        with torch.inference_mode():
-            model(tokens[:rows])
-            while time.perf_counter() - begun < seconds:
-                start = time.perf_counter()
-                model(tokens[:rows]).float().softmax(-1)
-                spent.append(time.perf_counter() - start)
-        whole = sum(spent)
-        told = {
-            "a_second": rows * len(spent) / whole,
-            "p50_ms": 1e3 * statistics.median(spent),
-            "cpu_ms": 1e3 * (time.process_time() - cpu) / (rows * (len(spent) + 1)),
-            "pss": proportional(os.getpid()),
-        }
-        print(json.dumps(told), flush=True)
-
-
-def proportional(pid: int) -> int:
-    """Bytes of a process's memory; what n processes map counts one n-th."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
-
-
 def go_ahead(pid: int) -> None:
     if AHEAD:
         os.setpriority(os.PRIO_PROCESS, pid, -20)
@@ -101,28 +69,14 @@ def pause(seconds: float) -> None:
         time.sleep(seconds)
 
 
-class Bare:
+class Control(Bare):
+    """The bare model, held to a core."""
+
     def __init__(self, folder: Path, dtype: str, core: int = 0) -> None:
-        command = [sys.executable, __file__, "--bare", str(folder), dtype]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__(str(folder), dtype, "", 1, str(folder / "body.json"))
         os.sched_setaffinity(self.process.pid, {core})
         go_ahead(self.process.pid)
-        self.pss = self._answer()["pss"]
-
-    def _answer(self) -> dict:
-        return json.loads(self.process.stdout.readline())
-
-    def ask(self, seconds: float, rows: int) -> None:
-        self.process.stdin.write(f"{seconds} {rows}\n")
-        self.process.stdin.flush()
-
-    def run(self, seconds: float, rows: int = BATCH) -> dict:
-        self.ask(seconds, rows)
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        self.pss = self.loaded()["pss"]
 
 
 class Server:
@@ -150,17 +104,20 @@ class Server:
         return sum(map(cpu_s, self.pids))
 
     def load(self, body: Path, clients: int, seconds: float) -> dict:
-        command = [sys.executable, str(HERE / "http_load.py"), "127.0.0.1", self.port, "/predict", str(body)]
+        """A closed loop; processor time of the server an answer."""
+        asked = Asked("127.0.0.1", int(self.port), "/predict", [body.read_text()])
         before = self.cpu_s()
-        done = subprocess.run(
-            [*NICE, "taskset", "-c", "1", *command, str(clients), str(seconds)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        told = json.loads(done.stdout)
-        answers = sum(told["statuses"].values()) * (seconds + 0.5) / seconds  # its warm-up counts in the cpu time
-        return {**told, "cpu_ms": 1e3 * (self.cpu_s() - before) / answers}
+        seen = send(asked, seconds=WARM_S + seconds, clients=clients, before=[*NICE, "taskset", "-c", "1"])
+        told = figures(seen, WARM_S, seconds, open_loop=False)
+        return {
+            "ok_a_second": told["ok_a_second"],
+            "statuses": told["statuses"],
+            "p50_ms": told["ms"].get("p50", 0.0),
+            "p99_ms": told["ms"].get("p99", 0.0),
+            "all_p99_ms": told["all_ms"].get("p99", 0.0),
+            "refusals_with_time": told["refused_with_time"],
+            "cpu_ms": 1e3 * (self.cpu_s() - before) / len(seen.samples),
+        }
 
     def close(self) -> None:
         self.process.terminate()
@@ -168,7 +125,7 @@ class Server:
 
 
 @contextmanager
-def closing(thing: Bare | Server) -> Iterator:
+def closing(thing: Control | Server) -> Iterator:
     try:
         yield thing
     finally:
@@ -189,9 +146,9 @@ def cold_start(folder: Path, body: Path, cwd: Path) -> dict:
 def classification(dtype: str, folder: Path, body: Path, cwd: Path, rounds: int, seconds: float) -> dict:
     options = [str(folder), "--dtype", dtype, "--queue", "8"]
     shares, bares, ours, alone = [], [], [], []
-    with closing(Bare(folder, dtype)) as control, closing(Server(options, cwd)) as server:
+    with closing(Control(folder, dtype)) as control, closing(Server(options, cwd)) as server:
         for _ in range(rounds):
-            bares.append(control.run(seconds))
+            bares.append(control.run(seconds, BATCH))
             ours.append(server.load(body, CLIENTS, seconds))
             shares.append(ours[-1]["ok_a_second"] / bares[-1]["a_second"])
             pause(seconds)
@@ -243,18 +200,18 @@ def replicas(folder: Path, body: Path, cwd: Path, rounds: int, seconds: float) -
     with (
         closing(Server(one, cwd)) as single,
         closing(Server(two, cwd, cores=(0, 1))) as double,
-        closing(Bare(folder, "float32")) as a,
-        closing(Bare(folder, "float32", core=1)) as b,
+        closing(Control(folder, "float32")) as a,
+        closing(Control(folder, "float32", core=1)) as b,
     ):
         memory = [sum(map(proportional, server.pids)) for server in (single, double)]
         for _ in range(rounds):
             slow, fast = (server.load(body, 128, seconds)["ok_a_second"] for server in (single, double))
             gains.append(fast / slow)
-            alone = a.run(seconds)["a_second"]
+            alone = a.run(seconds, BATCH)["a_second"]
             for process in (a, b):
                 process.ask(seconds, BATCH)
             pause(seconds)
-            controls.append(sum(process._answer()["a_second"] for process in (a, b)) / alone)
+            controls.append(sum(process.answer()["a_second"] for process in (a, b)) / alone)
     return {
         "gain": statistics.median(gains),
         "bare_gain": statistics.median(controls),
@@ -269,17 +226,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--ahead", action="store_true")
-    parser.add_argument("--bare", nargs=2)
     args = parser.parse_args()
-    if args.bare:
-        bare(*args.bare)
-        return
     os.environ["OMP_NUM_THREADS"] = "1"
     go_ahead(os.getpid())
     with tempfile.TemporaryDirectory() as name:
         cwd = Path(name)
         folder = make_folder(cwd / "classifier")
-        body, small = cwd / "body.json", cwd / "small.json"
+        body, small = folder / "body.json", cwd / "small.json"
         body.write_text(json.dumps({"text": f"{WORDS} {' '.join(WORDS.split()[:9])}"}))  # 30 words, two marks
         small.write_text('{"input": [[0.5]]}')
         (cwd / "noop.py").write_text(NOOP)

@@ -53,3 +53,20 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def about_size(nbytes: int) -> str:
+    """1048572 -> "1 MiB": where blocks of equal size do not make a round number, it is near enough."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if nbytes >= unit * 0.999:
+            return f"{nbytes / unit:.3g} {name}"
+    return f"{nbytes} B"
+
+
+def interval(seconds: float) -> str:
+    """0.0000123 -> "12.3 us"; 0.25 -> "250 ms"."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= unit or unit == 1e-6:
+            number = seconds / unit
+            return f"{number:.0f} {name}" if number >= 100 else f"{number:.3g} {name}"
+    return f"{seconds:g} s"
