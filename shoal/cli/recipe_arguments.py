@@ -13,7 +13,7 @@ from shoal.recipe import presets
 from shoal.recipe.layers import Layer, Origins, assemble, assemble_plan, owner, parse_setting, saved_layer
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
-from shoal.run.run import Run
+from shoal.run.run import Run, origin
 
 DEFAULT_PRESET = "gpt-stdlib"
 FOUND_OUT = ("default", "detected", "torchrun")  # plan values that a resumed run finds out again
@@ -71,6 +71,8 @@ def choose(args: Namespace, environment: Mapping[str, str] = os.environ) -> Chos
     """The recipe and the plan that the arguments mean. Raises UserError naming the argument, the file or the key."""
     of_recipe, of_plan, spelt = _flags(args)
     resumed = Run.find(args.resume) if getattr(args, "resume", None) else None
+    if getattr(args, "start", None) and not args.recipe and not resumed:
+        resumed = origin(args.start)[0]  # another recipe may be named, as long as it goes on with the same arithmetic
     if resumed and args.recipe:
         raise UserError(f"--resume goes on with the recipe of {args.resume!r}: leave {args.recipe!r} out.")
     file, preset = (None, None) if resumed else _file_or_preset(args.recipe)

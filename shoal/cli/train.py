@@ -26,6 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with a run ('latest': the newest), on any number of workers"
     )
+    parser.add_argument("--from", dest="start", metavar="RUN@STEP", help="a new run, from a checkpoint of another one")
     parser.add_argument(
         "--elastic", action="store_true", help="go on with the same bits when workers are lost or added"
     )
@@ -59,6 +60,7 @@ def run(args: Namespace) -> int:
             origins=chosen.origins,
             run_dir=args.run_dir,
             resume=args.resume,
+            **({"start": args.start} if args.start else {}),
             progress=progress,
         )
     if speaks():

@@ -111,11 +111,14 @@ class Ledger:
         """Read a run's events in order and say what was committed, and everything that is wrong with it.
 
         The log counts steps from 1. Read are ``committed`` (step, epoch, index, samples) and ``resumed`` (step: the
-        last that the checkpoint holds; later commits were thrown away with the state they had changed)."""
+        last that the checkpoint holds; later commits were thrown away with the state they had changed), or
+        ``branched``, where another run has done the steps up to there."""
         wrong: list[Discrepancy] = []
         done = 0
         for event in events:
             step = int(event.get("step", 0))
+            if event.get("event") == "branched":
+                done = step
             if event.get("event") == "resumed":
                 if step > done:
                     text = f"resumed after step {step}, but {_steps(done + 1, step)} never committed"

@@ -17,7 +17,7 @@ from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
 from shoal.train.able import check_trainable
 from shoal.train.api import PRELOAD as TRAINS
-from shoal.train.api import stop_signals, tell_failure
+from shoal.train.api import start_of, stop_signals, tell_failure
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +64,7 @@ def train_elastic(
     origins: Mapping[str, str] | None = None,
     run_dir: Path | None = None,
     resume: str | Path | None = None,
+    start: str | None = None,
     progress: Callable[[Mapping[str, Any]], None] | None = None,
     model: "Callable[[], nn.Module] | None" = None,
     data: Any = None,
@@ -87,7 +88,8 @@ def train_elastic(
     if len(faults) > MOST:
         raise UserError(f"{len(faults)} faults in one run: use at most {MOST}.")
     folder = Run.find(resume).path if resume is not None else run_dir
-    order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
+    begins = start_of(start, resume)
+    order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data, start=begins)
     seen: list[Path] = []
 
     def listen(_: int, event: Any) -> None:

@@ -211,6 +211,8 @@ class ElasticLoop(Loop):
             resumes = bool(self.worker.group.gather(b"1" if found else b"")[0])
         if resumes:
             self._resume()
+        elif self.order.start is not None:
+            self._branch(self.order.start)
         self.told_up_to = self.worker.step
         if first or not resumes:
             self._tell_start()

@@ -92,6 +92,16 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write the run directory {str(self.path)!r}: {error.strerror}.") from None
 
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Raises UserError."""
+        file = self.path / "result.json"
+        try:
+            file.write_text(json.dumps(result, indent=1))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {str(file)!r}: {error.strerror}: the checkpoints are whole; make room and resume."
+            ) from None
+
     @staticmethod
     def find(target: str | Path) -> "Run":
         """The run in a folder; "latest" is the newest one under ./runs. Raises UserError when there is none."""
@@ -99,3 +109,11 @@ class Run:
         if not (path / "recipe.toml").exists():
             raise UserError(f"no run in {str(path)!r}: a run directory holds recipe.toml. Try `shoal train` first.")
         return Run(path.resolve())
+
+
+def origin(target: str) -> tuple[Run, int]:
+    """The run and the step that "RUN@STEP" names. Raises UserError."""
+    folder, at, step = target.rpartition("@")
+    if not at or not step.isdigit():
+        raise UserError(f"--from {target!r}: write it as RUN@STEP, such as runs/latest@120.")
+    return Run.find(folder), int(step)

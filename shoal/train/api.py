@@ -36,6 +36,7 @@ def train(
     origins: Mapping[str, str] | None = None,
     run_dir: Path | None = None,
     resume: str | Path | None = None,
+    start: str | None = None,
     progress: Callable[[Event], None] | None = None,
     model: "Callable[[], nn.Module] | None" = None,
     data: Any = None,
@@ -45,7 +46,8 @@ def train(
 
     Starts ``plan.workers`` processes on this host, or joins those that torchrun started. ``model`` (a function that
     returns a module) and ``data`` (Splits, or any map-style training set) stand in for what the recipe names.
-    ``resume``: a run directory to go on with. ``agent``: use this one's processes, for many runs in a row.
+    ``resume``: a run directory to go on with; ``start``: "RUN@STEP", a checkpoint that a new run begins with.
+    ``agent``: use this one's processes, for many runs in a row.
     Ctrl-C and SIGTERM save and return a result with "interrupted"; a second one ends at once.
     Raises UserError for bad input and RunFailed when a worker raised, died or hung."""
     from shoal.train.loop import Order, run_recipe
@@ -55,7 +57,8 @@ def train(
     plan.owned(recipe.shards)  # refused before anything is spent
     check_trainable(plan, recipe)
     folder = Run.find(resume).path if resume is not None else run_dir
-    order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data)
+    begins = start_of(start, resume)
+    order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data, start=begins)
     if plan.splits_model:
         from shoal.train.legality import check_split
 
@@ -87,6 +90,17 @@ def train(
             raise
     result: dict[str, Any] = results[0]
     return result
+
+
+def start_of(start: str | None, resume: str | Path | None) -> Path | None:
+    """The checkpoint that a new run begins with. Raises UserError."""
+    if start is None:
+        return None
+    if resume is not None:
+        raise UserError("give --resume or --from, not both: --from makes a new run.")
+    from shoal.train.branching import find_start
+
+    return find_start(start)
 
 
 def _train_joined(order: "Order", progress: Callable[[Event], None] | None) -> dict[str, Any]:

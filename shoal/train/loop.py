@@ -23,6 +23,7 @@ from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
 from shoal.run.tensorboard import TensorBoardLog
+from shoal.train.checkpoint import Checkpoint, load
 from shoal.train.evaluation import evaluate
 from shoal.train.first_batch import prepare_memory, subject_of
 from shoal.train.not_finite import NotFinite
@@ -46,6 +47,7 @@ class Order:
     model: Callable[[], nn.Module] | None = None  # instead of the recipe's own
     data: Any = None  # instead of the recipe's own: Splits, or a map-style training set
     observe: Callable[[Worker, Step], None] | None = None  # called on every worker after each committed step
+    start: Path | None = None  # begin a new run with a checkpoint of another one
 
 
 def run_recipe(group: Group, order: Order) -> dict[str, Any]:
@@ -175,6 +177,8 @@ class Loop:
         worker, recipe = self.worker, self.recipe
         if self.order.resume:
             self._resume()
+        elif self.order.start is not None:
+            self._branch(self.order.start)
         self._tell_start()
         first = worker.step + 1
         begun = last = time.perf_counter()
@@ -258,13 +262,7 @@ class Loop:
                 f"no whole checkpoint in {str(self.run.checkpoints)!r}{f' ({why})' if why else ''}: "
                 f"train from the start in another run directory."
             )
-        if found.step >= self.steps:
-            raise UserError(
-                f"the run in {str(self.run.path)!r} has done all of its {self.steps} steps: raise --steps or --epochs."
-            )
-        best = found.facts.get("best_value")  # None: nothing had been evaluated yet
-        self.best = math.inf if best is None else best
-        self.samples = found.facts.get("seen", 0)
+        self._go_on_from(found, self.run.path)
         self.tell(
             "resumed",
             step=found.step,
@@ -272,6 +270,21 @@ class Loop:
             skipped=[{"path": str(path), "why": why} for path, why in self.worker.skipped],
             **({"lossy": "what was left unsent before is lost"} if self.worker.unsent.lost else {}),
         )
+
+    def _branch(self, start: Path) -> None:
+        found = load(start)
+        self.worker.restore(found)
+        self._go_on_from(found, start.parents[1])
+        self.tell("branched", step=found.step, checkpoint=str(start))
+
+    def _go_on_from(self, found: Checkpoint, run: Path) -> None:
+        if found.step >= self.steps:
+            raise UserError(
+                f"the run in {str(run)!r} has done all of its {self.steps} steps: raise --steps or --epochs."
+            )
+        best = found.facts.get("best_value")  # None: nothing had been evaluated yet
+        self.best = math.inf if best is None else best
+        self.samples = found.facts.get("seen", 0)
 
     def _committed(self, step: Step, rate: float, seconds: float) -> None:
         figures = step.figures
@@ -414,7 +427,7 @@ class Loop:
             "interrupted": interrupted,
         }
         if self.log:
-            self._write_result(result)
+            self.run.write_result(result)
             self.tell("ended", step=worker.step, result=result)
             self.log.close()
         if self.board:
@@ -432,12 +445,3 @@ class Loop:
             text = sample_text(model, self.splits.train.facts, self.recipe)
             if text is not None:
                 self.tell("sampled", step=self.worker.step, text=text)
-
-    def _write_result(self, result: dict[str, Any]) -> None:
-        file = self.run.path / "result.json"
-        try:
-            file.write_text(json.dumps(result, indent=1))
-        except OSError as error:
-            raise UserError(
-                f"cannot write {str(file)!r}: {error.strerror}: the checkpoints are whole; make room and resume."
-            ) from None

@@ -1,0 +1,32 @@
+"""A new run that starts from a checkpoint of another one: what was trained up to there is not trained again."""
+
+from pathlib import Path
+
+from shoal.errors import UserError
+from shoal.run.run import origin
+from shoal.train import checkpoint
+
+SHOWN = 8  # steps that an error names
+
+
+def find_start(target: str) -> Path:
+    """The checkpoint that "RUN@STEP" names. Raises UserError with the nearest step when it has none, or a damaged one.
+
+    Of a step that was saved several times it is the newest one."""
+    run, step = origin(target)
+    found = checkpoint.listing(run.checkpoints)
+    steps = sorted({one.step for one in found if not one.problem})
+    if not steps:
+        raise UserError(f"--from {target!r}: there is no whole checkpoint in {str(run.checkpoints)!r}.")
+    of_step = [one for one in found if one.step == step]
+    if not of_step:
+        near = min(steps, key=lambda each: (abs(each - step), each))
+        shown = ", ".join(map(str, steps[-SHOWN:]))
+        kept = f"{'..., ' if len(steps) > SHOWN else ''}{shown}"
+        raise UserError(f"--from {target!r}: there is no checkpoint of step {step}, the nearest is {near} (of {kept}).")
+    problems = checkpoint.damage(of_step[0].path)
+    if problems:
+        others = sorted((each for each in steps if each != step), key=lambda each: abs(each - step))
+        other = f" The nearest other one is of step {others[0]}." if others else ""
+        raise UserError(f"--from {target!r}: {problems[0]}{other}")
+    return of_step[0].path
