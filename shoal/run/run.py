@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,19 @@ class Run:
         """What `train` returned, once it has ended."""
         file = self.path / "result.json"
         return dict(json.loads(file.read_text())) if file.exists() else None
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """What a model of this run needs to know of the data, as shoal.data.description has it; None in older runs."""
+        file = self.path / "data.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+    def keep_data(self, description: Mapping[str, Any]) -> None:
+        """A full disk is no failure: who serves the run will need the data themselves."""
+        fresh = self.path / ".data.json.new"
+        with suppress(OSError):
+            fresh.write_text(json.dumps(description), encoding="utf-8")
+            os.replace(fresh, self.path / "data.json")
 
     def events(self) -> list[dict[str, Any]]:
         return list(read_events(self.path / "events.jsonl"))

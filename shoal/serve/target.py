@@ -4,9 +4,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -20,9 +19,6 @@ from shoal.models.gpt import GPT, GPTConfig
 from shoal.models.huggingface import load_folder
 from shoal.models.weights_file import read_json
 from shoal.serve.generation.chat import chat_facts
-
-if TYPE_CHECKING:
-    from shoal.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -162,6 +158,7 @@ def _from_factory(target: str) -> Loaded:
 
 def _from_run(target: str) -> Loaded:
     # Only here: what trains models takes longer to import than a folder's weights take to read.
+    from shoal.data.description import pixel_table
     from shoal.data.registry import open_data
     from shoal.models.registry import task_name
     from shoal.train.scoring import find_target, load_target, rebuild
@@ -169,9 +166,14 @@ def _from_run(target: str) -> Loaded:
     found = find_target(target)
     recipe = found.run.recipe
     state = load_target(found)
-    splits = open_data(recipe.data, recipe.seed)
-    model = rebuild(found, state, splits)
-    given = splits.train.facts
+    described = found.run.data
+    if described is None or described["lacking"]:  # a run of an older version, or facts that only the data can tell
+        train = open_data(recipe.data, recipe.seed).train
+        described = {"facts": train.facts, "pixels": pixel_table(train)}
+    given = dict(described["facts"])
+    if "shape" in given:
+        given["shape"] = tuple(given["shape"])
+    model = rebuild(found, state, given)
     facts: dict[str, Any] = {
         "name": found.run.path.name,
         "source": f"{found.run.path} at step {state.step}",
@@ -186,9 +188,8 @@ def _from_run(target: str) -> Loaded:
     if "tokenizer" in given and facts["task"] != "text-generation":
         special = special_tokens(from_description(given["tokenizer"]))
         facts |= {"pad": special.pad, "start": special.start, "separator": special.separator}
-    pixels = _pixels(splits.train)
-    if pixels is not None:
-        facts["pixels"] = pixels
+    if described["pixels"] is not None:
+        facts["pixels"] = described["pixels"]
     return Loaded(model, facts)
 
 
@@ -205,20 +206,3 @@ def _run_task(trained_for: str, facts: Mapping[str, Any]) -> str:
         case "language-model":
             return "text-generation"
     return "tensors"
-
-
-def _pixels(source: "Source") -> list[list[float]] | None:
-    """[channels][256]: the number that each pixel value becomes; None for data that is not of pixels."""
-    from shoal.data.split import Subset
-
-    while isinstance(source, Subset):
-        source = source.source
-    treatment = getattr(source, "pixels", None)
-    table = getattr(treatment, "table", None)
-    if table is not None:
-        plain: list[list[float]] = table.tolist()
-        return plain
-    stored = getattr(source, "input", None)  # of arrays: 8-bit ones become 0 .. 1
-    if isinstance(stored, np.ndarray) and stored.dtype == np.uint8 and stored.ndim == 4:
-        return [[value / 255 for value in range(256)]] * int(stored.shape[1])
-    return None

@@ -14,6 +14,7 @@ from torch import nn
 
 from shoal.comm.group import Group
 from shoal.comm.status import Phase
+from shoal.data.description import describe
 from shoal.data.registry import open_data
 from shoal.data.source import Splits
 from shoal.errors import UserError
@@ -234,6 +235,8 @@ class Loop:
         return optimizer
 
     def _tell_start(self) -> None:
+        if self.log is not None:
+            self.run.keep_data(describe(self.splits.train))
         worker, recipe = self.worker, self.recipe
         self.tell(
             "started",

@@ -14,7 +14,7 @@ from torch import nn
 from shoal.comm.group import Group
 from shoal.comm.status import Phase
 from shoal.data.registry import open_data
-from shoal.data.source import Source, Splits
+from shoal.data.source import Source
 from shoal.data.squad import SquadSource
 from shoal.errors import UserError
 from shoal.memory.conversion import converted
@@ -56,11 +56,11 @@ def load_target(target: Target) -> checkpoint.Checkpoint:
     return found
 
 
-def rebuild(target: Target, state: checkpoint.Checkpoint, splits: Splits) -> nn.Module:
-    """The model of the run's recipe with the checkpoint's weights, in evaluation mode."""
+def rebuild(target: Target, state: checkpoint.Checkpoint, facts: Mapping[str, Any]) -> nn.Module:
+    """The model of the run's recipe with the checkpoint's weights, in evaluation mode; ``facts``: of its data."""
     recipe = target.run.recipe
     torch.manual_seed(recipe.seed)
-    model = build(recipe.model, splits.train.facts)
+    model = build(recipe.model, facts)
     prefix = "model/"
     weights = {n.removeprefix(prefix): t for n, t in state.tensors.items() if n.startswith(prefix)}
     load_model(model, converted(weights, {}, model, MemoryPlan())[0])
@@ -77,7 +77,7 @@ def score(group: Group, target: Target, split: str) -> dict[str, Any]:
     source: Source | None = getattr(splits, chosen)
     if source is None or len(source) == 0:
         raise UserError(f"the data of {str(target.run.path)!r} has no {chosen} split: choose another with --split.")
-    model = rebuild(target, state, splits)
+    model = rebuild(target, state, splits.train.facts)
     device = torch.device("cpu")
     task = task_for(recipe.model, splits.train.facts)
     settings: dict[str, Any] = {"precision": recipe.precision, "device": device}
@@ -120,7 +120,7 @@ def export_target(target: Target, folder: Path) -> None:
     """Write the model as a Hugging Face folder. Raises UserError for models that have no such form."""
     recipe = target.run.recipe
     splits = open_data(recipe.data, recipe.seed)
-    model = rebuild(target, load_target(target), splits)
+    model = rebuild(target, load_target(target), splits.train.facts)
     save_folder(model, folder, _tokenizer_json(splits.train.facts))
 
 

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from serve.saved_runs import image_run, table_run, text_run
 import shoal
 from shoal.data.registry import open_data
 from shoal.errors import UserError
+from shoal.recipe.plan import Plan
 from shoal.run.run import Run
 from shoal.serve.target import load
 from shoal.train.scoring import find_target, load_target, rebuild
@@ -23,7 +26,7 @@ def expected(run: Path, split: str = "train") -> tuple[torch.Tensor, dict[str, t
     recipe = Run.find(run).recipe
     splits = open_data(recipe.data, recipe.seed)
     target = find_target(run)
-    model = rebuild(target, load_target(target), splits)
+    model = rebuild(target, load_target(target), splits.train.facts)
     batch = dict(getattr(splits, split).fetch(np.arange(5), 0))
     with torch.no_grad():
         logits = model(batch["tokens"], mask=batch["mask"]) if "tokens" in batch else model(batch["input"])
@@ -133,3 +136,21 @@ def test_bfloat16_gives_the_classes_of_float32(tmp_path: Path) -> None:
         exact = scores(server.predict(text=[f"line {i}" for i in range(5)]))
     torch.testing.assert_close(got, exact, rtol=0, atol=0.05)
     assert not torch.equal(got, exact), "it is another arithmetic"
+
+
+@pytest.mark.parametrize("make", [image_run, text_run])
+def test_a_run_is_served_without_its_data(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    """Training keeps in the run what is to be known of them: exactly what serving would have found in them."""
+    recipe = Run.find(make(tmp_path / "data")).recipe
+    run = Path(shoal.train(recipe, Plan(), run_dir=tmp_path / "run")["run_dir"])
+    kept = (run / "data.json").read_bytes()
+    (run / "data.json").unlink()
+    with_data = load(str(run))
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(UserError):
+        load(str(run))
+    (run / "data.json").write_bytes(kept)
+    without = load(str(run))
+    assert without.facts == with_data.facts
+    states = (with_data.model.state_dict(), without.model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in {**states[0], **states[1]})

@@ -82,7 +82,7 @@ def test_a_run_in_bfloat16_is_scored_with_the_weights_that_it_trained(run, agent
     data = splits("mlp", 101)
     result = run(large("mlp"), plan=plan(3, 5, memory=LOSSY["compensated"]), data=data)
     state = checkpoint.newest(Path(result["run_dir"]) / "checkpoints")[0]
-    model = rebuild(Target(Run(Path(result["run_dir"])), None), state, data)
+    model = rebuild(Target(Run(Path(result["run_dir"])), None), state, data.train.facts)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, state.tensors[f"model/{name}"].float())
