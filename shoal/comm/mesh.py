@@ -4,7 +4,7 @@ import select
 import socket
 import struct
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 
 from shoal.comm.status import Phase, Reporter, peer_name
@@ -20,6 +20,20 @@ class PeerLost(ShoalError):
 
 class OutOfStep(ShoalError):
     """Two workers are not at the same place of the same program."""
+
+
+def _until(
+    readable: Iterable[socket.socket], writable: Iterable[socket.socket] = (), within_s: float | None = None
+) -> None:
+    """Wait until one of these can be read (or has ended) or written. By poll: select takes no descriptor past 1,023."""
+    wanted: dict[int, int] = defaultdict(int)
+    for peers, what in ((readable, select.POLLIN), (writable, select.POLLOUT)):
+        for peer in peers:
+            wanted[peer.fileno()] |= what
+    asked = select.poll()
+    for descriptor, what in wanted.items():
+        asked.register(descriptor, what)
+    asked.poll(None if within_s is None else 1000 * within_s)
 
 
 class _Wire:
@@ -129,7 +143,7 @@ class Mesh:
                 data = data[peer.send(data) :]
             except BlockingIOError:
                 self._wire.drain_all()  # both sides may be sending: reading is what makes room
-                select.select(self._wire.open(), [peer], [], 1.0)
+                _until(self._wire.open(), [peer], within_s=1.0)
             except OSError:
                 raise PeerLost(f"{peer_name(self._names[to])} has gone") from None
 
@@ -151,14 +165,14 @@ class Mesh:
         peer, before = self._wire.socket_of(self._places[origin]), self._report.position
         self._report(Phase.waiting, peer=self._names[origin])
         while found is None:
-            select.select([peer], [], [])
+            _until([peer])
             found = self.take(origin, kind, sequence)
         self._report(before.phase, shard=before.shard)
         return found
 
     def wait(self, origins: Sequence[int]) -> None:
         """Wait until one of these peers has said something or has gone."""
-        select.select([self._wire.socket_of(self._places[origin]) for origin in origins], [], [])
+        _until(self._wire.socket_of(self._places[origin]) for origin in origins)
 
     def gone(self, peer: int) -> bool:
         """Whether a peer has gone, also where something that it said before has not been read yet."""

@@ -1,6 +1,8 @@
 """Messages between workers: in order, checked, and awake at once when a peer dies."""
 
+import fcntl
 import os
+import resource
 import socket
 import threading
 
@@ -43,6 +45,23 @@ def test_a_peer_at_another_place_of_the_program_is_out_of_step(kind, sequence):
         b.receive(0, 2, 7)
     hang_up(a)
     hang_up(b)
+
+
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= 1100, reason="no descriptor may pass 1,023")
+def test_sockets_of_many_workers_may_have_any_number():
+    left, right = socket.socketpair()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 1050) for end in (left, right)]
+    a, b = (socket.socket(fileno=each) for each in high)
+    first, second = Mesh(0, [None, a], Reporter(0, 1, None)), Mesh(1, [b, None], Reporter(1, 2, None))
+    thread = threading.Thread(target=lambda: first.send(1, 1, 1, bytes(4 << 20)))  # more than a socket takes at once
+    thread.start()
+    second.wait([0])
+    assert len(second.receive(0, 1, 1)) == 4 << 20
+    thread.join()
+    for mesh in (first, second):
+        hang_up(mesh)
+    left.close()
+    right.close()
 
 
 def test_what_a_peer_said_before_it_died_is_still_heard():
