@@ -1,5 +1,6 @@
 """Checkpoints written behind the training loop: it pays for a copy in memory, a thread does the rest."""
 
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class BackgroundWriter:
 
     A submitted state is copied into memory that was allocated and touched before, then hashed and written by a
     thread while training goes on. One copy is held at a time. A write that fails is reported and nothing else is
-    lost: training goes on and the next one is tried.
+    lost: training goes on, and `poll` tries it again once there is room for it, until a newer state takes its place.
 
         with BackgroundWriter(run.checkpoints, like=state, keep=3) as writer:
             ...
@@ -53,10 +54,12 @@ class BackgroundWriter:
         busy: Literal["wait", "skip"] = "wait",
         shard_bytes: int = checkpoint.SHARD_BYTES,
         chunk_bytes: int = checkpoint.CHUNK_BYTES,
+        again_after_s: float = 1.0,
     ) -> None:
         """``like`` has the names, shapes and dtypes to come, so that the first submit finds its memory ready; what it
         does not name is allocated when it is first submitted. ``keep``: prune to so many after each write, 0 never.
-        ``busy``: what a submit does while the previous write still runs; "skip" spares ordinary ones only."""
+        ``busy``: what a submit does while the previous write still runs; "skip" spares ordinary ones only.
+        ``again_after_s``: from a failed write to the next try, twice as long after each."""
         self._folder, self._keep, self._busy = folder, keep, busy
         self._sizes = {"shard_bytes": shard_bytes, "chunk_bytes": chunk_bytes}
         self._copies: dict[str, Tensor] = {}
@@ -64,6 +67,9 @@ class BackgroundWriter:
         self._done: list[Written] = []
         self._lock = threading.Lock()
         self._closed = False
+        self._failed: tuple[checkpoint.Checkpoint, bool] | None = None  # and whether it was the best
+        self._patience_s = self._wait_s = again_after_s
+        self._again_at = 0.0
         for name, tensor in (like or {}).items():
             self._copies[name] = _touched(tensor)
 
@@ -96,16 +102,33 @@ class BackgroundWriter:
         except checkpoint.CheckpointError as error:
             self._report(Written(step, None, 0, 0.0, 0.0, best, str(error)))
             return time.perf_counter() - began
+        self._failed, self._wait_s = None, self._patience_s
         state = checkpoint.Checkpoint(self._copy(tensors), plain)
         stall_s = time.perf_counter() - began
+        self._start(state, best, stall_s)
+        return stall_s
+
+    def _start(self, state: checkpoint.Checkpoint, best: bool, stall_s: float, tries: int = 1) -> None:
         self._thread = threading.Thread(
-            target=self._write, args=(state, step, best, stall_s), name=f"checkpoint of step {step}"
+            target=self._write, args=(state, best, stall_s, tries), name=f"checkpoint of step {state.step}"
         )
         self._thread.start()
-        return stall_s
+
+    def _try_again(self) -> None:
+        """What the disk had no room for, or did not take for another reason that may pass."""
+        if self._failed is None or self._running() or time.monotonic() < self._again_at:
+            return
+        state, best = self._failed
+        self._wait_s *= 2
+        self._again_at = time.monotonic() + self._wait_s
+        if _room(self._folder) >= sum(tensor.nbytes for tensor in state.tensors.values()):
+            self._join()
+            self._failed = None
+            self._start(state, best, 0.0, tries=2)
 
     def poll(self) -> list[Written]:
         """What has been written, or has failed, since the last call; oldest first. Does not wait."""
+        self._try_again()
         with self._lock:
             done, self._done = self._done, []
         return done
@@ -113,6 +136,10 @@ class BackgroundWriter:
     def close(self) -> None:
         """Wait until everything is on disk. What came of it is left for ``poll``."""
         self._join()
+        self._again_at = 0.0
+        self._try_again()
+        self._join()
+        self._failed = None
         self._copies.clear()
         self._closed = True
 
@@ -143,8 +170,8 @@ class BackgroundWriter:
             torch.cuda.synchronize(device)
         return copies
 
-    def _write(self, state: checkpoint.Checkpoint, step: int, best: bool, stall_s: float) -> None:
-        began = time.perf_counter()
+    def _write(self, state: checkpoint.Checkpoint, best: bool, stall_s: float, tries: int) -> None:
+        began, step = time.perf_counter(), state.step
         warnings: list[str] = []
         path: Path | None = None
         error = ""
@@ -152,6 +179,10 @@ class BackgroundWriter:
             path = checkpoint.save(state, self._folder, best=best, warn=warnings.append, **self._sizes)
         except Exception as problem:  # whatever it is, training goes on and hears of it
             error = str(problem) if isinstance(problem, ShoalError) else f"{type(problem).__name__}: {problem}"
+            if isinstance(problem.__cause__, OSError):
+                self._failed, self._again_at = (state, best), time.monotonic() + self._wait_s
+            if tries > 1:
+                return  # it has been told, and so it will be when it has come through
         for copy in state.tensors.values():  # read through, and so in memory
             file = file_of(copy)
             if file is not None:
@@ -164,6 +195,13 @@ class BackgroundWriter:
         size = sum(tensor.nbytes for tensor in state.tensors.values())
         took = time.perf_counter() - began
         self._report(Written(step, path, size, stall_s, took, best, error, tuple(warnings)))
+
+
+def _room(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def _filled(copy: Tensor, tensor: Tensor) -> Tensor:

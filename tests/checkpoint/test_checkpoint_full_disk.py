@@ -1,5 +1,6 @@
 """A disk that is full costs the new checkpoint and one line, never an old one, and leaves no partial file."""
 
+import contextlib
 import errno
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.train.checkpoint import Checkpoint, CheckpointError, newest, save
+from shoal.train.checkpoint import Checkpoint, CheckpointError, listing, newest, save
 from shoal.train.checkpoint_files import clear_leftovers
 from shoal.train.snapshot import BackgroundWriter
 
@@ -137,3 +138,76 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, checkpoint_of):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match=r"cannot write a checkpoint of step 1 in .*file/checkpoints"):
         save(checkpoint_of(1), tmp_path / "file" / "checkpoints")
+
+
+def settled(writer: BackgroundWriter) -> list[Any]:
+    """What a poll, and the write that it may have begun, come to."""
+    told = writer.poll()
+    writer._join()
+    return told + writer.poll()
+
+
+def test_what_found_no_room_is_written_by_itself_once_there_is(tiny_disk):
+    ballast = tiny_disk / "ballast"
+    with contextlib.suppress(OSError):
+        ballast.write_bytes(bytes(300_000))
+    with BackgroundWriter(tiny_disk, again_after_s=0.0) as writer:
+        writer.submit({"model/weight": torch.ones(20_000)}, {"step": 1})
+        writer._join()
+        (failed,) = writer.poll()
+        assert "No space left on device" in failed.error
+        assert [settled(writer) for _ in range(3)] == [[], [], []], "it is told once"
+        assert newest(tiny_disk)[0] is None
+        ballast.unlink()
+        (written,) = settled(writer)
+        assert (written.step, written.error) == (1, "")
+        assert newest(tiny_disk)[0].step == 1
+        assert settled(writer) == []
+
+
+def test_a_newer_state_takes_the_place_of_one_that_waits_for_room(tiny_disk):
+    with BackgroundWriter(tiny_disk, again_after_s=0.0) as writer:
+        writer.submit({"model/big": torch.zeros(100_000)}, {"step": 1})
+        writer.submit({"model/small": torch.ones(10)}, {"step": 2})
+        writer._join()
+        assert [told.step for told in settled(writer)] == [1, 2]
+    assert [told.step for told in writer.poll()] == []
+    assert [listed.step for listed in listing(tiny_disk)] == [2]
+
+
+@pytest.fixture
+def mounted_read_only(tiny_disk: Path) -> Iterator[Callable[[bool], None]]:
+    def mount(read_only: bool) -> None:
+        how = f"remount,{'ro' if read_only else 'rw'}"
+        subprocess.run(["mount", "-o", how, str(tiny_disk)], check=True)
+
+    yield mount
+    mount(False)
+
+
+def test_a_read_only_mount_is_said_costs_nothing_and_is_written_to_when_it_may_be(
+    tiny_disk, mounted_read_only, same, checkpoint_of
+):
+    save(checkpoint_of(1), tiny_disk)
+    mounted_read_only(True)
+    with pytest.raises(CheckpointError, match=r"cannot write a checkpoint of step 2 in .*: Read-only file system\.$"):
+        save(checkpoint_of(2), tiny_disk)
+    assert same(newest(tiny_disk)[0], 1)
+    with BackgroundWriter(tiny_disk, keep=1, again_after_s=0.0) as writer:
+        state = checkpoint_of(3)
+        writer.submit(state.tensors, state.facts)
+        writer._join()
+        assert "Read-only file system" in writer.poll()[0].error
+        mounted_read_only(False)
+        (written,) = settled(writer)
+        assert (written.step, written.error) == (3, "")
+    assert same(newest(tiny_disk)[0], 3)
+
+
+def test_an_error_that_does_not_pass_is_not_tried_again(tmp_path):
+    with BackgroundWriter(tmp_path, again_after_s=0.0) as writer:
+        writer.submit({"model/weight": torch.ones(3, dtype=torch.complex128)}, {"step": 1})
+        writer._join()
+        (failed,) = writer.poll()
+        assert failed.error
+        assert settled(writer) == []
