@@ -27,14 +27,17 @@ MOST_WORKERS = 128  # of one host: each has a socket to each other one
 
 
 def check_elastic(plan: Plan, shards: int, least: int) -> None:
-    """Raises UserError for plans whose workers hold what no other one does, and for numbers that cannot be."""
+    """Raises UserError for plans that cannot go on with other workers, and for numbers that cannot be."""
     check_trainable(plan)
     plan.owned(shards)
-    split = [f"{axis} = {size}" for axis, size in plan.axes.sizes if axis != "data" and size > 1]
+    split = [f"{axis} = {size}" for axis, size in plan.axes.sizes if axis not in ("data", "pipe") and size > 1]
     if split:
         raise UserError(
-            f"plan: a mesh with {', '.join(split)} is not elastic yet: use axis 'data' alone, or leave --elastic out."
+            f"plan: a mesh with {', '.join(split)} is not elastic yet: use axes 'data' and 'pipe', or leave --elastic "
+            f"out."
         )
+    if plan.axes.size("pipe") > 1:
+        _check_stages(plan)
     if plan.sync != "exact" or plan.compresses:
         what = f"sync = {plan.sync!r}" if plan.sync != "exact" else f"compression = {plan.compression!r}"
         raise UserError(f"plan: {what} is not elastic yet: leave it out, or leave --elastic out.")
@@ -53,6 +56,19 @@ def check_elastic(plan: Plan, shards: int, least: int) -> None:
         raise UserError(f"--elastic: {plan.workers} workers on one host: use at most {MOST_WORKERS}.")
     if launched_workers() is not None:
         raise UserError("--elastic starts its own workers: run it without torchrun, which restarts all of them.")
+
+
+def _check_stages(plan: Plan) -> None:
+    """What names a number of stages, or of workers, does not go on with another one."""
+    pipeline = plan.pipeline
+    if pipeline.schedule.endswith(".csv") or pipeline.cuts:
+        what = f"a schedule from {pipeline.schedule!r}" if not pipeline.cuts else "pipeline.cuts"
+        raise UserError(f"plan: {what} is for one number of stages, and --elastic changes it: leave one of them out.")
+    if plan.states != "replicated":
+        raise UserError(
+            f"plan: states = {plan.states!r} in a pipeline is not elastic yet: use states = 'replicated', or leave "
+            f"--elastic out."
+        )
 
 
 def train_elastic(
@@ -106,6 +122,7 @@ def train_elastic(
         shards=recipe.shards,
         hang_after_s=plan.hang_after_s,
         rebalance=rebalance,
+        depth=plan.axes.size("pipe"),
     )
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:

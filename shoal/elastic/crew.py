@@ -23,6 +23,7 @@ from shoal.elastic.kernel import look
 from shoal.elastic.pace import Pace, evenly
 from shoal.elastic.process import Program
 from shoal.elastic.record import Record
+from shoal.elastic.replan import Formation, depth_for
 from shoal.elastic.seat import DRAINS, ROWS
 from shoal.elastic.watch import Watch
 
@@ -40,12 +41,15 @@ class ElasticJob(Program):
     shards: int
     hang_after_s: float
     rebalance: bool = False  # move shards away from slow workers
+    depth: int = 1  # stages that the plan cuts the model into
 
     def carry_out(self, launcher: Connection, forward: Callable[[Any], None]) -> Ended:
         return ElasticCrew(self, launcher, forward).run()
 
 
 class ElasticCrew:
+    tick_s = POLL_S  # the longest that it may look at nothing
+
     def __init__(self, job: ElasticJob, launcher: Connection, forward: Callable[[Any], None]) -> None:
         self.job, self.launcher, self._forward = job, launcher, forward
         self.orphaned = False  # the launcher was killed
@@ -53,12 +57,13 @@ class ElasticCrew:
         self.board_file = anonymous_file(StatusBoard.SIZE)
         self.mirror = heap_file()  # what workers hold alone lies here too: see `shoal.elastic.mirror`
         self.board = StatusBoard(self.board_file, ROWS)
-        self.membership = m.Membership(job.workers, job.least, job.shards)
+        self.membership = m.Membership(job.workers, job.least, job.shards * job.depth)
         self.processes = Forks(job, self.board, self._close_own)
         self.record = Record(lambda event: self.forward(Said(0, "event", event)))
         self.watch = Watch(job.hang_after_s)
         self.pace = Pace()
-        self.shares: tuple[int, ...] = ()  # shards of each member
+        self.formation = Formation(())
+        self.deepest = 1  # stages that the model can be cut into
         self.failure: Ended | None = None
         self.ended_s: float | None = None  # when the run got its result
         self.noticed: set[int] = set()  # faults of a rehearsal
@@ -71,20 +76,31 @@ class ElasticCrew:
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def run(self) -> Ended:
-        asked_before = signal.signal(signal.SIGTERM, lambda *_: self.board.ask_stop())
+        asked_before = signal.signal(signal.SIGTERM, lambda *_: self.ask_stop())
         gc.freeze()  # keep the collector from copying this process's pages into every worker
         try:
-            self._do(self.membership.begin(time.monotonic()))
+            self._begin()
             while self.failure is None and not self._over():
                 self._turn()
         finally:
             self.processes.end_all()
-            self.record.end()
+            self._leave()
             signal.signal(signal.SIGTERM, asked_before)
             self.board.close()
             os.close(self.board_file)
             os.close(self.mirror)
         return self.failure or Ended("")
+
+    def _begin(self) -> None:
+        self._do(self.membership.begin(time.monotonic()))
+
+    def _leave(self) -> None:
+        """The workers have ended."""
+        self.record.end()
+
+    def ask_stop(self) -> None:
+        """The run is to end after the step in flight; called from a signal handler, too."""
+        self.board.ask_stop()
 
     def _over(self) -> bool:
         if self.ended_s is None:
@@ -95,14 +111,17 @@ class ElasticCrew:
         pipes = {process.pipe: seat for seat, process in self.processes.items()}
         orders = {process.orders: seat for seat, process in self.processes.items()}
         until_look = max(0.0, self.looked_s + POLL_S - time.monotonic())
-        ready = wait([*pipes, *orders, *([] if self.orphaned else [self.launcher])], timeout=until_look)
+        launcher = [] if self.orphaned else [self.launcher]
+        sources: list[Connection | socket.socket] = [*pipes, *orders, *launcher, *self._agents()]
+        ready = wait(sources, timeout=min(until_look, self.tick_s))
         for source in ready:
             if source is self.launcher:
                 self._hear_launcher()
             elif isinstance(source, Connection):
                 self._hear(pipes[source])
-            elif isinstance(source, socket.socket) and orders[source] in self.processes:
+            elif isinstance(source, socket.socket) and orders.get(source) in self.processes:
                 self._asked_to_leave(orders[source])
+        self._hear_agents()
         now = time.monotonic()
         if now - self.looked_s < POLL_S:
             return
@@ -112,11 +131,18 @@ class ElasticCrew:
         self._look()
         self._listen_to_wishes()
 
+    def _agents(self) -> list[socket.socket]:
+        """Sockets to agents of other hosts."""
+        return []
+
+    def _hear_agents(self) -> None:
+        """What they have said, and what is to be said to them."""
+
     def _hear_launcher(self) -> None:
         """A launcher that leaves says so. One that was killed is only missed: the run goes on to its end without."""
         try:
             if self.launcher.recv_bytes() == STOP:
-                self.board.ask_stop()
+                self.ask_stop()
             else:
                 self.fail("the launcher ended the run")
         except (EOFError, ConnectionResetError):
@@ -155,6 +181,7 @@ class ElasticCrew:
             case "opened":
                 self._decide(m.Opened(seat))
             case "ready":
+                self.deepest = said.value
                 self._decide(m.Ready(seat))
             case "left":
                 self._decide(m.Left(seat, *said.value))
@@ -162,7 +189,7 @@ class ElasticCrew:
                 self._decide(m.Went(seat, *said.value))
                 self._write_roster()
             case "run":
-                self._know(Path(said.value))
+                self._know(seat, Path(said.value))
             case "event":
                 self._on_event(said.value)
             case "accused":
@@ -195,15 +222,15 @@ class ElasticCrew:
         members = self.membership.members
         if (
             told is None
-            or len(self.shares) != len(members)
+            or len(shares := self.formation.shares) != len(members)
             or any(len(p) != len(members) for p in told["phases"].values())
         ):
             return
-        for seat, evidence in self.pace.told(members, self.shares, told["phases"], told["steps"]).items():
+        for seat, evidence in self.pace.told(members, shares, told["phases"], told["steps"]).items():
             if seat in self.processes:
                 why = f"{self._name(seat)} is slow: {evidence}"
                 self._tell(m.Tell("slow", why, 0.0, (seat,)))
-                if self.job.rebalance and self.pace.deal(members, self.job.shards) != self.shares:
+                if self.job.rebalance and self.pace.deal(members, self.job.shards) != shares:
                     self._decide(m.Rebalance(seat, why))
 
     def _failed(self, seat: int, said: Said) -> None:
@@ -254,7 +281,8 @@ class ElasticCrew:
             position = self.board.read(seat % ROWS)
             since = max(position.since_s, self.awake_s)
             found.append((replace(position, since_s=since), look(self.processes[seat].pid)))
-        for row, evidence in self.watch.late(found, time.monotonic()):
+        whole = len(found) == sum(seat.at is m.At.active for seat in self.membership.seats.values())
+        for row, evidence in self.watch.late(found, time.monotonic(), whole=whole):
             seat = rows[row]
             self._decide(m.Suspect(seat, f"{self._name(seat)}: {evidence}"))
 
@@ -266,7 +294,7 @@ class ElasticCrew:
             return
         self.wish = wanted.number
         if wanted.drain == "all":
-            self.board.ask_stop()
+            self.ask_stop()
         elif wanted.drain.isdigit() and int(wanted.drain) < len(self.membership.members):
             seat = self.membership.members[int(wanted.drain)]
             self._decide(m.Drain(seat, wanted.why or f"{self._name(seat)} was asked to leave"))
@@ -279,7 +307,7 @@ class ElasticCrew:
         process = self.processes[seat]
         return f"{process.name} on {self.host} (pid {process.pid})"
 
-    def _know(self, path: Path) -> None:
+    def _know(self, seat: int, path: Path) -> None:
         """The run directory has a name; it may not be there yet."""
         if self.record.run_dir is None:
             self.wish = roster.wanted_of(path).number  # older wishes are not for this process
@@ -288,7 +316,7 @@ class ElasticCrew:
 
     def _write_roster(self) -> None:
         pids = [self.processes[s].pid if s in self.processes else None for s in self.membership.members]
-        self.record.write_roster(roster.entries(pids, self.shares, self.host, self.membership.epoch))
+        self.record.write_roster(roster.entries(pids, self.formation.owned, self.host, self.membership.epoch))
 
     def _tell(self, tell: m.Tell) -> None:
         who = [{"pid": self.processes[s].pid, "rank": self._rank(s)} for s in tell.seats if s in self.processes]
@@ -352,9 +380,9 @@ class ElasticCrew:
         self.board.ask_change(False)
         count = len(form.seats)
         self.pace.changed()
-        self.shares = (
-            self.pace.deal(form.seats, self.job.shards) if self.job.rebalance else evenly(count, self.job.shards)
-        )
+        depth = depth_for(count, self.job.depth, self.job.shards, self.deepest)
+        even = evenly(count // depth, self.job.shards)
+        self.formation = Formation(self.pace.deal(form.seats, self.job.shards) if self.job.rebalance else even, depth)
         heap = heap_file()
         arenas = [self.processes[s].arena[0] for s in form.seats if s in self.processes and self.processes[s].arena]
         shared = arenas if len(arenas) == count else []
@@ -367,24 +395,28 @@ class ElasticCrew:
                 for other in range(count)
                 if other != rank
             ]
-            order = {
-                "kind": "form",
-                "epoch": form.epoch,
-                "rank": rank,
-                "steps": form.steps,
-                "due": form.due,
-                "cold": form.cold,
-                "donor": form.donor,
-                "shares": self.shares,
-                "run": str(self.record.run_dir or ""),
-                "arenas": bool(shared),
-            }
+            order = {**self._terms(form, rank), "run": str(self.record.run_dir or ""), "arenas": bool(shared)}
             self.processes.order(seat, order, [heap, self.mirror, *shared, *mine])
         for left, right in pairs.values():
             left.close()
             right.close()
         os.close(heap)
         self._write_roster()
+
+    def _terms(self, form: m.Form, rank: int) -> dict[str, Any]:
+        """Of an epoch, as its member with this rank is told."""
+        return {
+            "kind": "form",
+            "epoch": form.epoch,
+            "rank": rank,
+            "steps": form.steps,
+            "due": form.due,
+            "cold": form.cold,
+            "donor": form.donor,
+            "shares": self.formation.shares,
+            "depth": self.formation.depth,
+            "hosts": False,  # whether there are several
+        }
 
     def _close_own(self) -> None:
         """In a forked worker: what is its agent's alone."""

@@ -9,19 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from shoal.comm.group import Group
 from shoal.comm.mesh import PeerLost
 from shoal.elastic import transfer
 from shoal.elastic.culprits import Wrong, culprits
 from shoal.elastic.membership import FRESH
 from shoal.elastic.mirror import Mirror
-from shoal.elastic.seat import Place, Released, Seat
+from shoal.elastic.replan import Formation, plan_of
+from shoal.elastic.seat import Place, Released, Seat, SeatReporter
 from shoal.models.registry import task_for
+from shoal.parallel.partition.measure import pieces
+from shoal.parallel.pipeline.head_and_tail import arguments_of
+from shoal.parallel.schedules.registry import MAKERS
 from shoal.recipe.plan import Plan
 from shoal.run.run import Run
 from shoal.run.tail import told_lately
 from shoal.train import checkpoint
 from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
+from shoal.train.first_batch import subject_of
 from shoal.train.held_parts import HeldParts
 from shoal.train.loop import Loop, Order, made_model, open_splits, settled, worker_of
 from shoal.train.not_finite import NotFinite
@@ -33,12 +39,7 @@ REMEMBERED = 8  # committed steps that every worker could still tell of, should 
 
 def holds_apart(plan: Plan) -> bool:
     """Whether workers hold what no other one does: it is mirrored after each step."""
-    return plan.states != "replicated"
-
-
-def plan_of(plan: Plan, shares: tuple[int, ...]) -> Plan:
-    """The plan over other workers, with so many shards each."""
-    return replace(plan, mesh={"data": len(shares)}, placement=shares)
+    return plan.states != "replicated" or plan.axes.size("pipe") > 1
 
 
 def run_elastic(seat: Seat, order: Order) -> dict[str, Any]:
@@ -53,7 +54,7 @@ class _Life:
         self.seat, self.order = seat, order
         recipe = order.recipe
         group = seat.alone()
-        self.worker = worker_of(group, plan_of(order.plan, (recipe.shards,)), recipe)
+        self.worker = worker_of(group, plan_of(order.plan, Formation((recipe.shards,))), recipe)
         self.splits = open_splits(group, order)
         seat.say("opened", None)
         made = made_model(order, self.splits)
@@ -61,12 +62,13 @@ class _Life:
         self.model = self.worker.model(made, compile=recipe.model.compile)
         self.worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
         self.worker.leave()
+        self.staged = order.plan.axes.size("pipe") > 1  # what a worker holds of the model differs by epoch
         self.loop: ElasticLoop | None = None
         self.tried = 0  # the step that was not finite on one worker, and is to be done by others
         self.mirror: Mirror | None = None
 
     def live(self) -> dict[str, Any]:
-        self.seat.ready()
+        self.seat.ready(self._deepest() if self.staged else 1)
         while True:
             try:
                 place = self.seat.wait()
@@ -76,8 +78,12 @@ class _Life:
             try:
                 if holds_apart(self.order.plan) and self.mirror is None:
                     self.mirror = Mirror(self.seat.mirror)
+                plan = plan_of(self.order.plan, place.formation)
+                if self.staged:
+                    self._build(place.group, plan)
                 stand = None if place.cold else self._hand_over(place)
-                self.worker.join(place.group, plan_of(self.order.plan, place.shares))
+                if not self.staged:
+                    self.worker.join(place.group, plan)
                 loop = self._begun(place) if place.cold else self._taken_over(place, stand)
                 if self.seat.report.rehearsal is not None:
                     self.seat.report.rehearsal.follow(self.worker, loop.run.path)
@@ -105,15 +111,33 @@ class _Life:
         elif self.loop is not None and self.worker.step:
             self.loop.due |= 0 in ranks  # what it has saved last may be wrong too
 
+    def _deepest(self) -> int:
+        """How many stages the model can be cut into."""
+        pipeline, module = self.order.plan.pipeline, self.worker.held.module
+        subject = subject_of(self.order.recipe, self.splits, self.task, self.worker.device)
+        found = pieces(module, arguments_of(self.task.loss, module, subject.batch), clock=False)
+        return len(found) // (MAKERS[pipeline.schedule].chunks or pipeline.chunks)
+
+    def _build(self, group: Group, plan: Plan) -> None:
+        """The model anew, and of it what this worker holds among others. What is being written goes on."""
+        recipe, writers = self.order.recipe, self.worker._writers
+        self.worker = worker = worker_of(group, plan, recipe)
+        worker._writers = writers
+        made = made_model(self.order, self.splits)
+        task = task_for(recipe.model, self.splits.train.facts)
+        subject = subject_of(recipe, self.splits, task, worker.device) if plan.splits_model else None
+        self.model = worker.model(made, compile=recipe.model.compile, subject=subject)
+        self.task = worker.held.task or task
+        worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
+
     def _held(self) -> tuple[int, bool]:
         """The newest step that can be gone on from, as far as this worker knows; whether what follows it is to be done.
 
         Where workers hold slices, a step that one of them did not end is taken back by all."""
         if self.loop is None:
             return FRESH, False
-        step = self.worker.step
-        held = step if self.mirror is None else min(step, self.mirror.newest)
-        return held, self.loop.due and held == step
+        held = self.worker.step if self.mirror is None else self.mirror.newest
+        return held, self.loop.due and held == self.loop.at
 
     def _begun(self, place: Place) -> "ElasticLoop":
         """Nobody holds a state: from the newest checkpoint of the run, or from the start."""
@@ -121,7 +145,8 @@ class _Life:
         if self.mirror is not None and worker.rank == 0:
             self.mirror.clear()
         again = bool(place.run) and (Path(place.run) / "recipe.toml").exists()
-        share_weights(worker.held.module, worker.group)
+        if not self.staged:
+            share_weights(worker.held.module, worker.group)
         recipe, why = settled(order.recipe, worker)
         origins = {**order.origins, "precision": why} if why else dict(order.origins)
         # the run was made by an epoch that was lost before it had begun, or all of its workers were lost later
@@ -153,9 +178,11 @@ class _Life:
         """Someone holds the newest step: those who do not take it from there. Where a taker's run stands, for it.
 
         Each worker is alone with this: for `Worker`, nobody else is there before `join`."""
-        self.worker.group, mesh = self.seat.nobody(), place.group.mesh
+        if not self.staged:
+            self.worker.group = self.seat.nobody()
         if self.mirror is not None:
             return self._restored(self.mirror.read(max(place.steps)))
+        mesh = place.group.mesh
         if mesh.rank == place.donor and place.takers:
             assert self.loop is not None
             state = self.loop.state()
@@ -179,9 +206,10 @@ class _Life:
             order = replace(self.order, recipe=replace(self.order.recipe, precision=stand["precision"]))
             loop = ElasticLoop(self.worker, order, Run(Path(place.run)), self.splits, self.task, self.model)
             self.loop = loop
+        loop.worker, loop.task, loop.model = self.worker, self.task, self.model
         if stand is not None:
             loop.stand(stand)
-        loop.due = place.due
+        loop.due, loop.at = place.due, max(place.steps)
         loop.enter(self.mirror, max(place.steps))
         loop.take_rank()
         return loop
@@ -190,7 +218,8 @@ class _Life:
 class ElasticLoop(Loop):
     """A `Loop` that can be entered and left between any two steps, by another rank each time."""
 
-    due = False  # evaluation and checkpoint of the last committed step are still to be done
+    due = False  # evaluation and checkpoint of step ``at`` are still to be done
+    at = 0
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -198,7 +227,7 @@ class ElasticLoop(Loop):
         self.told: set[tuple[str, int]] = set()  # (event, step) that an earlier rank 0 has told already
         self.told_up_to = 0
         self.last_of_epoch = False
-        self.began_s = time.perf_counter()  # the same clock in all processes of a host
+        self.began_s = time.perf_counter()
         self.result: dict[str, Any] | None = None
         self.mirror: Mirror | None = None
         self.parts: HeldParts | None = None  # of the epoch
@@ -254,7 +283,7 @@ class ElasticLoop(Loop):
             "figures": self.figures,
             "checkpoint": self.checkpoint,
             "last_of_epoch": self.last_of_epoch,
-            "began_s": self.began_s,
+            "spent_s": time.perf_counter() - self.began_s,  # clocks of two hosts have nothing in common
             "precision": self.recipe.precision,
             "recent": list(self.recent),
         }
@@ -263,7 +292,7 @@ class ElasticLoop(Loop):
         """The inverse of `state`, but for weights and optimiser."""
         self.best, self.samples, self.loss = facts["best"], facts["samples"], facts["loss"]
         self.figures, self.checkpoint = facts["figures"], facts["checkpoint"]
-        self.last_of_epoch, self.began_s = facts["last_of_epoch"], facts["began_s"]
+        self.last_of_epoch, self.began_s = facts["last_of_epoch"], time.perf_counter() - facts["spent_s"]
         self.recent = deque(facts["recent"], maxlen=REMEMBERED)
 
     def take_rank(self) -> None:
@@ -295,6 +324,8 @@ class ElasticLoop(Loop):
     def tell(self, event: str, **fields: Any) -> None:
         if (event, fields.get("step")) in self.told:
             return
+        if self.log is not None:
+            cast(SeatReporter, self.worker.group.report).fence()
         super().tell(event, **fields)
 
     # --- training ---------------------------------------------------------------------------------------------
@@ -311,7 +342,7 @@ class ElasticLoop(Loop):
         try:
             for step in steps:
                 rate = self._do(step)
-                self.due, self.last_of_epoch = True, step.last_of_epoch
+                self.due, self.at, self.last_of_epoch = True, step.number, step.last_of_epoch
                 self._committed(step, rate, time.perf_counter() - last)
                 if step.number == first:
                     seat.went(step.number)

@@ -35,12 +35,11 @@ class Wanted:
     why: str = ""
 
 
-def entries(pids: Sequence[int | None], shares: Sequence[int], host: str, epoch: int) -> list[Entry]:
-    """Of the workers by rank, with so many shards each; None for those that have ended."""
-    starts = [sum(shares[:rank]) for rank in range(len(shares))]
+def entries(pids: Sequence[int | None], owned: Sequence[range], host: str, epoch: int) -> list[Entry]:
+    """Of the workers by rank, with the shards that each works on; None for those that have ended."""
     return [
-        Entry(pid, rank, host, list(range(start, start + count)), epoch)
-        for rank, (pid, start, count) in enumerate(zip(pids, starts, shares, strict=True))
+        Entry(pid, rank, host, list(shards), epoch)
+        for rank, (pid, shards) in enumerate(zip(pids, owned, strict=True))
         if pid is not None
     ]
 

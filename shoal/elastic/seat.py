@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -15,7 +16,9 @@ from shoal.comm.group import HostGroup
 from shoal.comm.heap import Heap, heap_file
 from shoal.comm.mesh import Mesh, PeerLost
 from shoal.comm.status import Phase, Reporter, StatusBoard
+from shoal.comm.wired import WiredGroup
 from shoal.elastic.faults import RECOVERING, Fault, Rehearsal
+from shoal.elastic.replan import Formation
 
 ROWS = 900  # of the status board; seats take turns on them, and faults have the last ones
 _LENGTH = struct.Struct("<I")
@@ -38,9 +41,16 @@ class SeatReporter(Reporter):
     def __call__(self, phase: Phase, *, step: int | None = None, shard: int = -1, peer: int = -1) -> None:
         if self.member and phase in _LOOKS and self.board is not None and self.board.broken:
             raise PeerLost("the agent says that a worker has gone")
+        if phase in _LOOKS or phase is Phase.updating:
+            self.fence()
         super().__call__(phase, step=step, shard=shard, peer=peer)
         if self.rehearsal is not None and self.member:
             self.rehearsal.at(self.rank, self.position.step, phase)
+
+    def fence(self) -> None:
+        """Before anything that counts. Raises PeerLost where other hosts may be going on without this one."""
+        if self.member and self.board is not None and not self.board.leased(time.monotonic()):
+            raise PeerLost("the agent has lost those of the other hosts")
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,9 @@ class Place:
     due: bool  # what follows the newest step is still to be done
     cold: bool  # nobody holds anything
     donor: int  # the rank that hands the newest state on
-    shares: tuple[int, ...]  # shards of each rank
+    formation: Formation
     run: str  # the run directory; "" when there is none yet
-    group: HostGroup
+    group: HostGroup | WiredGroup
 
     @property
     def takers(self) -> list[int]:
@@ -113,7 +123,7 @@ class Seat:
         for file in arena:
             os.close(file)
         self._heap = self.mirror = -1
-        self._group: HostGroup | None = None
+        self._group: HostGroup | WiredGroup | None = None
         self._epoch = 0
         for asks in DRAINS:
             signal.signal(asks, self._pass_on)
@@ -134,10 +144,10 @@ class Seat:
         mesh = Mesh(rank, peers, self.report)
         return HostGroup(rank, len(peers), mesh, Heap(heap), arenas, self.report, self._emit)
 
-    def ready(self) -> None:
-        """The model is built; the memory of `alone` has been let go."""
+    def ready(self, deepest: int) -> None:
+        """The model is built, and can be cut into so many stages; the memory of `alone` has been let go."""
         self._close_heap()
-        self.say("ready", None)
+        self.say("ready", deepest)
 
     def wait(self) -> Place:
         """The next epoch. Raises Released, and PeerLost when the agent has gone."""
@@ -158,7 +168,11 @@ class Seat:
                 os.close(file)
             del files[:world]
         peers = [socket.socket(fileno=file) for file in files]
-        self._group = self._group_of(rank, [*peers[:rank], None, *peers[rank:]], self._heap, arenas)
+        places = [*peers[:rank], None, *peers[rank:]]
+        if order["hosts"]:
+            self._group = WiredGroup(rank, world, Mesh(rank, places, self.report), self.report, self._emit)
+        else:
+            self._group = self._group_of(rank, places, self._heap, arenas)
         self._epoch = order["epoch"]
         self.report.member, self.report.rank = True, rank
         if self.report.rehearsal is not None and order["epoch"] > 1:
@@ -169,7 +183,7 @@ class Seat:
             due=order["due"],
             cold=order["cold"],
             donor=order["donor"],
-            shares=tuple(order["shares"]),
+            formation=Formation(tuple(order["shares"]), order["depth"]),
             run=order["run"],
             group=self._group,
         )

@@ -1,4 +1,4 @@
-"""The global norm of a gradient that lies on several workers in parts, and whether any of them was asked to stop."""
+"""The global norm of a gradient that lies on several workers in parts, and what any of them was asked for."""
 
 import json
 import struct
@@ -17,12 +17,13 @@ from shoal.comm.layout import BLOCK
 from shoal.comm.slices import Piece, pieces_of
 from shoal.train.gradients import Gradients
 
-_HEAD = struct.Struct("<?I")  # asked to stop; how many sums of squares follow
+_HEAD = struct.Struct("<BI")  # what was asked for; how many sums of squares follow
+STOP, CHANGE = 1, 2  # what a worker may be asked for: see `StepFigures`
 
 
 class Norm(Protocol):
-    def __call__(self, squares: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
-        """From each set's `Gradients.reduce`: the norm over all workers, and whether one of them must stop.
+    def __call__(self, squares: Sequence[Tensor], asked: int) -> tuple[float, int]:
+        """From each set's `Gradients.reduce`: the norm over all workers, and what any of them is asked for.
 
         Called by all of them, after the gradients have been reduced and before they are hung up. A worker reads its own
         slices of the result alone: nobody else scales them, and under sharded states nobody else has them."""
@@ -31,8 +32,8 @@ class Norm(Protocol):
 class NormAlone:
     """This worker's sets are the whole gradient."""
 
-    def __call__(self, squares: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
-        return global_norm(chain.from_iterable(each.tolist() for each in squares)), stop
+    def __call__(self, squares: Sequence[Tensor], asked: int) -> tuple[float, int]:
+        return global_norm(chain.from_iterable(each.tolist() for each in squares)), asked
 
 
 class NormOverStages:
@@ -64,17 +65,17 @@ class NormOverStages:
                     places.append((number, start, start + piece.length))
         self._places = [json.loads(row) for row in group.gather(json.dumps(places).encode())]
 
-    def __call__(self, squares: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
+    def __call__(self, squares: Sequence[Tensor], asked: int) -> tuple[float, int]:
         own = torch.cat([each[index] for each, index in zip(squares, self._whole, strict=True)]).numpy()
         values = [_read(gradients, piece).cpu().numpy() for gradients, piece in self._pieces]
-        head = _HEAD.pack(stop, len(own))
+        head = _HEAD.pack(asked, len(own))
         rows = self._group.gather(b"".join([head, own.tobytes(), *(value.tobytes() for value in values)]))
         dtype = self._sets[0].dtype
         numbers: list[float] = []
         shared: dict[int, Tensor] = {}
         for row, places in zip(rows, self._places, strict=True):
-            asked, count = _HEAD.unpack_from(row)
-            stop |= asked
+            also, count = _HEAD.unpack_from(row)
+            asked |= also
             numbers += np.frombuffer(row, np.float64, count, _HEAD.size).tolist()
             rest = torch.frombuffer(bytearray(row[_HEAD.size + 8 * count :]) or bytearray(1), dtype=torch.uint8)
             at = 0
@@ -85,7 +86,7 @@ class NormOverStages:
                 at += size
         if shared:
             numbers += block_squares(torch.cat(list(shared.values()))).tolist()
-        return global_norm(numbers), stop
+        return global_norm(numbers), asked
 
 
 class NormOverParts:
@@ -104,14 +105,14 @@ class NormOverParts:
             if counts[piece.slot]
         ]
 
-    def __call__(self, squares: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
+    def __call__(self, squares: Sequence[Tensor], asked: int) -> tuple[float, int]:
         own = [float(_read(gradients, piece).to(torch.float64).square().sum()) for gradients, piece in self._pieces]
         numbers: list[float] = []
-        for row in self._group.gather(_HEAD.pack(stop, len(own)) + np.array(own, dtype=np.float64).tobytes()):
-            asked, count = _HEAD.unpack_from(row)
-            stop |= asked
+        for row in self._group.gather(_HEAD.pack(asked, len(own)) + np.array(own, dtype=np.float64).tobytes()):
+            also, count = _HEAD.unpack_from(row)
+            asked |= also
             numbers += np.frombuffer(row, np.float64, count, _HEAD.size).tolist()
-        return global_norm(numbers), stop
+        return global_norm(numbers), asked
 
 
 def _read(gradients: Gradients, piece: Piece) -> Tensor:

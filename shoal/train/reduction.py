@@ -11,7 +11,7 @@ from shoal.parallel.held import Held, Share
 from shoal.recipe.plan import Plan
 from shoal.train.checksum import parameter_checksum
 from shoal.train.gradients import Gradients, StepFigures, Trained
-from shoal.train.norm import Norm, NormAlone, NormOverParts, NormOverStages
+from shoal.train.norm import CHANGE, STOP, Norm, NormAlone, NormOverParts, NormOverStages
 from shoal.train.synchrony import exchange_of, placement_of
 
 
@@ -135,8 +135,8 @@ class Reduction:
         self._check_buffers()
         squares = [gradients.reduce() for gradients in self.sets]
         found = self.first.figures(0.0)
-        norm, stop = self._norm(squares, found.stop)
-        return replace(found, norm=norm, stop=stop)
+        norm, asked = self._norm(squares, STOP * found.stop | CHANGE * found.change)
+        return replace(found, norm=norm, stop=bool(asked & STOP), change=bool(asked & CHANGE))
 
     def hang(self, norm: float, clip: float = 0.0, *, keep_gradients: bool = True) -> None:
         """Hang the gradient, whose norm is ``norm``, on the parameters, clipped to the global norm ``clip``.

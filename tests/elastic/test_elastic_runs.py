@@ -227,7 +227,7 @@ def test_a_worker_that_raises_fails_the_run_as_without_elasticity(disturb):
         ({"sync": "parameter-server"}, "is not elastic yet"),
         ({"compression": "int8", "sync": "fast"}, "is not elastic yet"),
         ({"states": "zero1", "state_group": 1}, "is not elastic yet"),
-        ({"mesh": {"data": 2, "pipe": 2}}, "a mesh with pipe = 2 is not elastic yet"),
+        ({"mesh": {"data": 2, "tensor": 2}}, "a mesh with tensor = 2 is not elastic yet"),
         ({"placement": (7, 1)}, "leave --placement out"),
     ],
 )
