@@ -75,7 +75,7 @@ def keep_parameters(
 
 
 def _with_parameters(parts: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """Of chunks, in which the model's lists of layers are taken apart: the modules that have parameters of their own."""
+    """Of chunks, which take the model's lists of layers apart: the modules that have parameters of their own."""
     return {
         f"{number}.{name}": child
         for number, part in enumerate(parts)
@@ -100,13 +100,14 @@ def keep_states(
 ) -> torch.optim.Optimizer:
     """The optimiser, its states kept as the plan says; itself where that changes nothing.
 
-    ``step``: how many updates have been made. ``sizes``: elements of whole parameters, of which ``module`` has parts. ``sharing``, ``say``, ``tell``: as above. Raises UserError for an
-    optimiser whose states cannot be kept so."""
+    ``step``: how many updates have been made. ``sizes``: elements of whole parameters, of which ``module`` has parts.
+    ``sharing``, ``say``, ``tell``: as above. Raises UserError for an optimiser whose states cannot be kept so."""
     key = plan.changes_updates
     if not key:
         return optimizer
     check_streamable(optimizer, key, quantised=plan.optimizer_bits == 8)
-    origins = {p: Origin(name, (sizes or {}).get(name, p.numel())) for name, p in module.named_parameters()}
+    origins: dict[Tensor, Origin] = {}
+    origins |= {p: Origin(name, (sizes or {}).get(name, p.numel())) for name, p in module.named_parameters()}
     if any(p not in origins for group in optimizer.param_groups for p in group["params"]):
         raise UserError("the optimiser holds a parameter that is not the model's.")
     keeping = Keeping(

@@ -29,7 +29,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Origin:
-    """What is updated is a part of a parameter, flat from ``start`` on, or all of it: its bits do not depend on which."""
+    """What is updated is all of a parameter, or a part of it, flat from ``start`` on. Its bits are the same."""
 
     name: str
     elements: int  # of the whole parameter: they decide how its states are kept

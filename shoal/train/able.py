@@ -11,11 +11,6 @@ _QUANTISABLE = ("adam", "adamw", "sgd")
 def check_trainable(plan: Plan, recipe: Recipe | None = None) -> None:
     """Raises UserError for what a plan can say, `shoal plan` explains, and the training loop does not carry out: at
     all, or of this recipe."""
-    if plan.states != "replicated" and (plan.axes.size("expert") > 1 or plan.axes.size("context") > 1):
-        raise UserError(
-            f"plan: states = {plan.states!r} goes with mesh axes 'data', 'pipe' and 'tensor' so far: use "
-            f"states = 'replicated' with axes 'expert' and 'context'."
-        )
     memory = plan.memory
     if plan.splits_model and memory.budget_bytes:
         raise UserError(

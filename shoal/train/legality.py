@@ -52,11 +52,6 @@ def _check_pipeline(recipe: Recipe, plan: Plan, module: nn.Module, samples: int)
                 f"plan: schedule {pipeline.schedule!r} makes backward passes in two halves, which does not go with "
                 f"memory.recompute or offload_activations so far: use '1f1b' or 'interleaved'."
             )
-        if chunks > size and plan.states != "replicated":
-            raise UserError(
-                f"plan: states = {plan.states!r} is for one chunk a stage so far: use a schedule with one, such as "
-                f"'1f1b' or 'zb-h1', or states = 'replicated'."
-            )
     known = {name for name, _ in (*module.named_modules(), *module.named_parameters())} - {""}
     for cut in pipeline.cuts:
         if cut not in known:

@@ -47,9 +47,8 @@ class Reduction:
         else:
             owned, leaves = [ownership[held.plan.replica_of(rank)] for rank in ranks], shards
             most = (micro_batches,) * shards
-        if plan.sync == "exact" and (copies > 1 or held.experts is not None):
-            plan = replace(plan, sync="fast")  # several have a part of each shard's gradient: there is no tree
-        placement = placement_of(plan, owned, share.group.rank)
+        in_a_row = copies > 1 or held.experts is not None  # several have a part of each shard's gradient: no tree
+        placement = placement_of(plan, owned, share.group.rank, in_a_row=in_a_row)
         trained = _trained(held, share, plan)
         shapes = [tuple(p.shape) for p in trained.parameters.values()]
         return Gradients(

@@ -13,18 +13,15 @@ from torch import Tensor, nn
 from shoal.comm.exchange import Exchange, Terms
 from shoal.comm.group import Group, HostGroup
 from shoal.comm.server.optimizer import ELEMENTWISE, build
-from shoal.comm.shared_weights import SharedWeights
 from shoal.comm.sliced_heap import SlicedHeapExchange
-from shoal.comm.slices import Piece, Sharing, pieces_of
+from shoal.comm.slices import Piece, Sharing
 from shoal.comm.transport import make_exchange
 from shoal.data.ledger import Ledger
 from shoal.errors import UserError
 from shoal.memory.optimizer_need import state_bytes
-from shoal.parallel.held import Held
-from shoal.parallel.pipeline.engine import Pipeline
 from shoal.recipe.plan import Plan
 from shoal.train.gradients import Gradients, StepFigures
-from shoal.train.state_gathering import HostStates, State, cut
+from shoal.train.state_gathering import State, cut
 from shoal.train.synchrony import Everywhere
 
 
@@ -97,11 +94,11 @@ def settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Sharded(Everywhere):
-    """The user's optimiser says what is done; one of the same kind, over pieces, does it and holds the states."""
+    """Of one set of gradients. The user's optimiser says what is done; one of the same kind, over pieces, does it and
+    holds the states."""
 
     def __init__(
         self,
-        pipeline: Pipeline | None,
         gradients: Gradients,
         optimizer: torch.optim.Optimizer,
         weights: Weights,
@@ -109,7 +106,7 @@ class Sharded(Everywhere):
         pieces: Sequence[Piece],
         slices: Slices,
     ) -> None:
-        super().__init__(optimizer, pipeline)
+        super().__init__(optimizer)
         self._slices = slices
         self.gradients, self.weights, self.states, self.pieces = gradients, weights, states, pieces
         self.equal = weights.shared
@@ -136,7 +133,7 @@ class Sharded(Everywhere):
     def begin(self, ledger: Ledger) -> None:
         super().begin(ledger)
         self._take_over()
-        self._note_versions()
+        self.note_versions()
 
     @torch.no_grad()
     def _take_over(self) -> None:
@@ -147,7 +144,12 @@ class Sharded(Everywhere):
             if not whole or self._inner is None:
                 continue
             self._inner.state[part] = {key: cut(value, parameter, piece, part) for key, value in whole.items()}
-        self.optimizer.state.clear()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the states that the user's optimiser holds of these parameters."""
+        for parameter in self.gradients.parameters:
+            self.optimizer.state.pop(parameter, None)
 
     def own_states(self) -> list[State]:
         """Of the own pieces, in their order."""
@@ -180,10 +182,15 @@ class Sharded(Everywhere):
                 "call worker.settle() on every worker before they are read."
             )
 
-    @torch.no_grad()
     def step(self, number: int, figures: StepFigures) -> None:
+        self.update()
+        self._told.append((number, figures, {}))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Of the own pieces; what others have updated is there after `arrive`."""
         self._check_written()
-        self.optimizer.state.clear()
+        self._let_go()
         unused = set(self.gradients.unused())
         for piece, part in zip(self.pieces, self.parts, strict=True):
             part.grad = None if piece.slot in unused else self._slices.piece(piece).view(part.shape).to(part.dtype)
@@ -195,13 +202,8 @@ class Sharded(Everywhere):
             holder.grad = None  # the exchange writes the next one over it
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for before they step
         self.weights.updated()
-        if self._pipeline is not None:
-            self.arrive()
-            self._pipeline.share_tied()
-            self._note_versions()
-        self._told.append((number, figures, {}))
 
-    def _note_versions(self) -> None:
+    def note_versions(self) -> None:
         self._written = [parameter._version for parameter in self.gradients.parameters]
 
     def _check_written(self) -> None:
@@ -218,46 +220,6 @@ class Sharded(Everywhere):
         Of memory that workers share, its part."""
         own = state_bytes(self._inner) if self._inner is not None else 0
         return {**self.weights.held_bytes(), **self._slices.held_bytes(), "optimizer": own}
-
-
-def sharded(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Sharded:
-    """The update for ``plan.states``. Called by all workers, once the weights are those that training starts from."""
-    plan, group = held.plan, held.shares[0].group
-    layout, parameters, exchange = gradients.layout, gradients.parameters, gradients.exchange
-    sharing = sharing_of(plan, group)
-    pieces = pieces_of(layout, sharing.slices(group.rank))
-    among = group if sharing.members == group.world else group.split(sharing.groups())
-    if isinstance(among, HostGroup):
-        frozen = [p for p in held.module.parameters() if not p.requires_grad] if plan.states == "zero3" else []
-        shared = SharedWeights(among, layout, parameters, frozen)
-        assert isinstance(exchange, SlicedHeapExchange)
-        exchange.on_release = gradients.let_go
-        states = HostStates(among, layout, parameters)
-        return Sharded(held.pipeline, gradients, optimizer, shared, states, pieces, exchange)
-    from shoal.comm.distributed import DistributedGroup
-    from shoal.comm.gathered_weights import GatheredWeights
-    from shoal.comm.sliced import SlicedExchange
-    from shoal.train.gathering import BlockWeights
-    from shoal.train.sent_states import SentStates
-
-    assert isinstance(exchange, SlicedExchange)
-    assert isinstance(among, DistributedGroup)
-    if plan.states == "zero3" and held.pipeline is not None:
-        raise UserError(
-            "plan: states = 'zero3' between hosts needs whole blocks, and a pipeline cuts them: use states = 'zero2'."
-        )
-    ranks = sharing.groups()[group.rank // sharing.members]
-    gathered = GatheredWeights(among, group.rank, sharing, layout, parameters, exchange.count_gather)
-    weights = BlockWeights(
-        gathered,
-        held.module,
-        layout,
-        lambda: (exchange.most_passes([group.rank]), exchange.most_passes(ranks)),
-        releases=plan.states == "zero3",
-    )
-    exchange.before_finish = weights.complete
-    sent = SentStates(among, layout, parameters, sharing)
-    return Sharded(held.pipeline, gradients, optimizer, weights, sent, pieces, exchange)
 
 
 def sharing_of(plan: Plan, group: Group) -> Sharing:

@@ -62,11 +62,12 @@ class Update(Protocol):
     def close(self) -> None: ...
 
 
-def placement_of(plan: Plan, ownership: Sequence[range], rank: int) -> Placement:
+def placement_of(plan: Plan, ownership: Sequence[range], rank: int, *, in_a_row: bool = False) -> Placement:
+    """``in_a_row``: a worker's gradients are added up as they come, whatever the plan says."""
     own = plan.sync == "local" or (plan.sync == "parameter-server" and plan.staleness != 0)
     if own:
         return OwnPlacement(ownership[rank])
-    return Placement(ownership, rank, fast=plan.sync == "fast" or plan.compresses)
+    return Placement(ownership, rank, fast=in_a_row or plan.sync == "fast" or plan.compresses)
 
 
 def exchange_of(
@@ -101,16 +102,17 @@ def exchange_of(
     return made
 
 
-def update_of(held: Held, gradients: Gradients, optimizer: torch.optim.Optimizer) -> Update:
-    plan, group = held.plan, held.group
+def update_of(held: Held, sets: Sequence[Gradients], optimizer: torch.optim.Optimizer) -> Update:
+    """``sets``: one for each of ``held.shares``."""
+    plan, group, gradients = held.plan, held.group, sets[0]
     if plan.sync == "local":
         return Averaging(plan, group, gradients, optimizer)
     if plan.sync == "parameter-server":
         return (Stale if plan.staleness else Served)(held, gradients, optimizer)
     if plan.states != "replicated":
-        from shoal.train.sharded_states import sharded
+        from shoal.train.sharded_sets import sharded
 
-        return sharded(held, gradients, optimizer)
+        return sharded(held, sets, optimizer)
     return Everywhere(optimizer, held.pipeline)
 
 

@@ -229,7 +229,7 @@ class Worker:
         self._fingerprint = source.fingerprint
         self._check_resumed()
         if self._update is None:
-            self._update = update_of(self.held, reduction.first, self._optimizer)
+            self._update = update_of(self.held, reduction.sets, self._optimizer)
         if self.held.experts is not None:
             fetched = source.fetch(ledger.ids(0)[:1], 0)
             self.nothing = {name: tensor[:0].to(self.device) for name, tensor in fetched.items()}

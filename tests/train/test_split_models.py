@@ -187,7 +187,6 @@ def test_a_checkpoint_of_split_tensors_is_that_of_the_whole_model(run, tmp_path)
         (over("1f2b", pipe=2), "1f1b"),
         (over("interleaved", 9, pipe=2), "chunks"),
         (replace(over("zb-h1", pipe=2), memory=MemoryPlan(recompute="full")), "two halves"),
-        (replace(over("interleaved", 2, pipe=2), states="zero1"), "one chunk a stage"),
     ],
 )
 def test_what_cannot_be_split_is_refused_in_one_line(run, plan, says):
