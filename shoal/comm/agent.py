@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
+from shoal.comm import descriptors
 from shoal.comm.arena import Arenas, arena_files
 from shoal.comm.group import HostGroup
 from shoal.comm.heap import Heap, anonymous_file, heap_file
@@ -122,6 +123,7 @@ class Crew:
 
     def fork(self, launcher: Connection) -> None:
         workers, count = self.job.workers, self.job.processes
+        descriptors.make_room(workers, self.job.servers)
         heap, server_heap, own_files = heap_file(), heap_file(), arena_files(workers)
         pairs = {(a, b): socket.socketpair() for a in range(workers) for b in range(a + 1, count)}
         pipes = [socket.socketpair() for _ in range(count)]

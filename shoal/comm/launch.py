@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from shoal.comm import descriptors
 from shoal.comm.agent import END, STOP, Ended, Job, Said
 from shoal.errors import RunFailed, UserError
 
@@ -73,6 +74,7 @@ class Agent:
             raise UserError(f"a run needs at least 1 worker, got {workers}.")
         if servers > MOST_SERVERS:
             raise UserError(f"{servers} parameter servers on one host: use at most {MOST_SERVERS}, better 1 or 2.")
+        descriptors.check(workers, servers)
         program = cloudpickle.dumps((function, arguments))
         job = Job(program, workers, threads, hang_after_s, servers)
         return self.carry_out(job, workers, listen=listen, on_start=on_start)

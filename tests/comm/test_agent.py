@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import socket
 import threading
@@ -9,6 +10,7 @@ import threading
 import pytest
 import torch
 
+from shoal.comm import descriptors
 from shoal.comm.launch import Agent
 from shoal.comm.status import Phase
 from shoal.errors import RunFailed, UserError
@@ -222,3 +224,24 @@ def test_parts_of_a_group_have_words_and_memory_of_their_own(on_workers):
     assert told[0][1][:2] == [whole, first_row]
     assert told[3][1] == [whole, [3, 4, 0, 0], last_column]
     assert [(world, names) for *_, world, names in told] == [(1, (rank,)) for rank in range(4)]
+
+
+def test_workers_that_the_limit_of_open_files_does_not_allow_are_refused_before_any_is_made(monkeypatch, on_workers):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, descriptors.needed(8)))
+    with pytest.raises(UserError, match=r"9 workers .* need 364 open files, and the limit is 344: use at most 8 w"):
+        on_workers(9, _own_pid)
+    descriptors.check(8)
+    monkeypatch.undo()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+
+
+@pytest.mark.slow
+def test_an_agent_raises_its_own_limit_as_far_as_its_workers_need():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        with Agent() as agent:
+            assert len(agent.run(_own_pid, workers=20)) == 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
