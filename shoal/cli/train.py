@@ -33,6 +33,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--min-workers", type=int, metavar="M", help="with --elastic: wait, state in memory, below so many (1)"
     )
+    parser.add_argument(
+        "--agents", metavar="HOST:PORT,...", help="with --elastic on several hosts: the address of each one's agent"
+    )
+    parser.add_argument("--agent", type=int, metavar="I", help="which of the --agents this host is, from 0")
+    parser.add_argument(
+        "--emulate-hosts", type=int, metavar="N", help="with --elastic: as on so many hosts, all played by this one"
+    )
     parser.add_argument("--rebalance", action="store_true", help="with --elastic: move shards away from slow workers")
     parser.add_argument("--explain", action="store_true", help="show every value and where it came from, and stop")
 
@@ -46,6 +53,7 @@ def run(args: Namespace) -> int:
     if (args.min_workers is not None or args.rebalance) and not args.elastic:
         flag = "--min-workers" if args.min_workers is not None else "--rebalance"
         raise UserError(f"{flag} is for runs whose workers may change: add --elastic.")
+    _check_hosts(args)
     sampled: list[str] = []
     with display(args.json, speaks()) as show:
 
@@ -68,7 +76,27 @@ def run(args: Namespace) -> int:
     return INTERRUPTED if result["interrupted"] else DONE
 
 
+def _check_hosts(args: Namespace) -> None:
+    flags = {"--agents": args.agents, "--agent": args.agent, "--emulate-hosts": args.emulate_hosts}
+    named = [flag for flag, value in flags.items() if value is not None]
+    if named and not args.elastic:
+        raise UserError(f"{named[0]} is for runs whose hosts may change: add --elastic.")
+    if named and args.rebalance:
+        raise UserError("--rebalance moves shards between workers of one host: leave it out on several.")
+    if "--emulate-hosts" in named and len(named) > 1:
+        raise UserError(f"--emulate-hosts plays all hosts here: leave {named[0]} out.")
+    if (args.agents is None) != (args.agent is None):
+        raise UserError("--agents names all hosts and --agent says which of them this one is: give both.")
+
+
 def _trainer(args: Namespace) -> Callable[..., dict[str, Any]]:
+    if args.elastic and (args.agents is not None or args.emulate_hosts is not None):
+        from shoal.elastic.hosts import train_emulated, train_on_hosts
+
+        least = 1 if args.min_workers is None else args.min_workers
+        if args.emulate_hosts is not None:
+            return partial(train_emulated, hosts=args.emulate_hosts, least=least)
+        return partial(train_on_hosts, agents=args.agents.split(","), number=args.agent, least=least)
     if args.elastic:
         from shoal.elastic.api import train_elastic
 

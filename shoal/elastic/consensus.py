@@ -216,6 +216,9 @@ class Agent:
         """Leader: who has said nothing for so long that its lease has run out."""
         return tuple(a for a, at in self._heard.items() if now - at >= SILENT_S) if self.role is Role.leader else ()
 
+    def known_to_have_ended(self, agent: int) -> bool:
+        return self._heard.get(agent) == float("-inf")
+
     def ended(self, agent: int, now: float) -> None:
         """It is known that the agent's process has ended: nothing is to be waited for."""
         if self.role is Role.leader and agent in self._heard:

@@ -127,7 +127,8 @@ class Council:
             life = (agent, hosts[agent].life) if agent in hosts else None
             if life and now - self._counted.get(life, float("-inf")) > 1.0:
                 self._counted[life] = now
-                found.append(f.Lost(*life, "its agent does not answer any more"))
+                known = self.raft.known_to_have_ended(agent)
+                found.append(f.Lost(*life, "its agent has ended" if known else "its agent does not answer any more"))
         gathered = len(hosts) == self.fleet.agents or now - self._led_since > GATHER_S
         if hosts and gathered and not self.fleet.begun:
             found.append(f.Begin(self.wish))

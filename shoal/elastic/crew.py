@@ -150,7 +150,9 @@ class ElasticCrew:
 
     def forward(self, message: Said) -> None:
         """A launcher that does not read, because it is stopped, misses events: they are in the log."""
-        reads = bool(select.select([], [self.launcher], [], 0)[1])
+        asked = select.poll()
+        asked.register(self.launcher, select.POLLOUT)
+        reads = bool(asked.poll(0))
         if not self.orphaned and (reads or message.kind != "event"):
             try:
                 self._forward(message)

@@ -66,7 +66,14 @@ class NotLinked:
     pair: Pair
 
 
-News = Heard | Refused | Linked | NotLinked
+@dataclass(frozen=True)
+class Differs:
+    """The agent knows the token, and was started for another job."""
+
+    agent: int
+
+
+News = Heard | Refused | Linked | NotLinked | Differs
 
 
 def address_of(text: str) -> tuple[str, int]:
@@ -121,8 +128,9 @@ class _Wire:
 class Links:
     """``addresses`` of all agents, by number. Raises UserError when the own one cannot be listened at."""
 
-    def __init__(self, number: int, addresses: Sequence[tuple[str, int]], token: bytes) -> None:
-        self.number, self._token = number, token
+    def __init__(self, number: int, addresses: Sequence[tuple[str, int]], token: bytes, job: str) -> None:
+        """``job`` says what is trained, and how: agents that were started otherwise are not talked to."""
+        self.number, self._token, self._job = number, token, job
         self._places = [self._resolved(*address) for address in addresses]
         family, place = self._places[number]
         self._door = socket.socket(family, socket.SOCK_STREAM)
@@ -252,8 +260,8 @@ class Links:
             return
         theirs, ours = wire.take(_NONCE), secrets.token_bytes(_NONCE)
         pair = wire.pair
-        said = {"from": self.number, "to": wire.agent, "pair": [pair.epoch, pair.low, pair.high] if pair else []}
-        hello = json.dumps(said).encode()
+        links = [pair.epoch, pair.low, pair.high] if pair else []
+        hello = json.dumps({"from": self.number, "to": wire.agent, "job": self._job, "pair": links}).encode()
         proof = _proof(self._token, b"who", theirs, ours, hello)
         wire.unsent += _HELLO.pack(len(hello)) + hello + ours + proof
         wire.proof, wire.key = _proof(self._token, b"so", ours, theirs), _proof(self._token, b"key", theirs, ours)
@@ -274,6 +282,9 @@ class Links:
             raise EOFError
         said = json.loads(hello)
         if said["to"] != self.number or said["from"] not in self._retry_s:
+            raise EOFError
+        if said["job"] != self._job:
+            news.append(Differs(said["from"]))
             raise EOFError
         wire.agent, wire.key = said["from"], _proof(self._token, b"key", wire.nonce, theirs)
         wire.unsent += _proof(self._token, b"so", theirs, wire.nonce)

@@ -67,5 +67,6 @@ class Promises:
         if forget:
             with suppress(OSError):
                 self.path.unlink()
-            with suppress(OSError):  # others still have theirs
-                self.path.parent.rmdir()
+                if not list(self.path.parent.glob("*.log")):  # the last one: what all share goes, too
+                    (self.path.parent / "token").unlink()
+                    self.path.parent.rmdir()

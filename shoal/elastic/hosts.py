@@ -1,0 +1,216 @@
+"""What a program calls to train elastically on several hosts: once on each; or several hosts played by this machine."""
+
+import hashlib
+import json
+import os
+import secrets
+import socket
+import stat
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.comm.launch import Agent
+from shoal.elastic.api import PRELOAD, check_elastic
+from shoal.elastic.crew_of_hosts import HostsJob
+from shoal.elastic.links import address_of
+from shoal.errors import ShoalError, UserError
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Recipe
+from shoal.run.run import Run
+from shoal.train.api import start_of, stop_signals
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MOST_HOSTS = 32
+TOKEN_BYTES = 32
+
+
+def check_hosts(plan: Plan, shards: int, least: int) -> None:
+    """Raises UserError for plans whose workers share what one host has."""
+    check_elastic(plan, shards, least)
+    if plan.states != "replicated" or plan.splits_model:
+        what = f"states = {plan.states!r}" if plan.states != "replicated" else "a mesh with more than axis 'data'"
+        raise UserError(f"plan: {what} is elastic on one host only: leave it out, or --agents and --emulate-hosts.")
+    if plan.device not in ("", "auto", "cpu"):
+        raise UserError(f"plan: device = {plan.device!r}: elastic workers of several hosts train on processors so far.")
+
+
+def train_on_hosts(
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    agents: Sequence[str],
+    number: int,
+    run_dir: Path | None = None,
+    resume: str | Path | None = None,
+    start: str | None = None,
+    least: int = 1,
+    host: str = "",
+    origins: Mapping[str, str] | None = None,
+    progress: Callable[[Mapping[str, Any]], None] | None = None,
+    model: "Callable[[], nn.Module] | None" = None,
+    data: Any = None,
+    agent: Agent | None = None,
+) -> dict[str, Any]:
+    """As `shoal.elastic.api.train_elastic`, on several hosts: called on each, with its ``number`` among the ``agents``.
+
+    ``agents`` are addresses, host:port, the same list everywhere; ``plan.workers`` is how many train on all hosts
+    together. The run directory must be the same folder on all hosts. Any agent may end, and its workers with it: the
+    run goes on with the same bits as long as more than half of those that count are left, and the same call on that
+    host joins it again. Raises UserError for bad input, and RunFailed when a worker raised or this agent has ended."""
+    if not 2 <= len(agents) <= MOST_HOSTS:
+        raise UserError(f"--agents: {len(agents)} addresses: give 2 to {MOST_HOSTS}, better an odd number.")
+    if not 0 <= number < len(agents):
+        raise UserError(f"--agent {number}: the hosts are numbered 0 to {len(agents) - 1} in the order of --agents.")
+    addresses = tuple(address_of(text) for text in agents)
+    if len(set(addresses)) < len(addresses):
+        raise UserError("--agents: an address is there twice.")
+    job = _job(recipe, plan, addresses, run_dir, resume, start, least, dict(origins or {}), model, data)(number, host)
+    with nullcontext(agent) if agent else Agent(PRELOAD) as crew, stop_signals() as stop:
+        result: dict[str, Any] = crew.carry_out(job, 1, listen=_listener(progress), on_start=stop.reach)[0]
+    return result
+
+
+def train_emulated(
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    hosts: int,
+    run_dir: Path | None = None,
+    resume: str | Path | None = None,
+    start: str | None = None,
+    least: int = 1,
+    origins: Mapping[str, str] | None = None,
+    progress: Callable[[Mapping[str, Any]], None] | None = None,
+    model: "Callable[[], nn.Module] | None" = None,
+    data: Any = None,
+) -> dict[str, Any]:
+    """As `train_on_hosts`, with an agent on this machine for each of so many ``hosts``, called host-0, host-1, ...
+
+    An agent may be killed, stopped and thawed to see what happens; the result is that of those who are left."""
+    if not 2 <= hosts <= MOST_HOSTS:
+        raise UserError(f"--emulate-hosts {hosts}: use 2 to {MOST_HOSTS}.")
+    addresses = _free_addresses(hosts)
+    make = _job(recipe, plan, addresses, run_dir, resume, start, least, dict(origins or {}), model, data)
+    listen = _listener(progress)
+    found: dict[int, dict[str, Any]] = {}
+    failures: dict[int, ShoalError] = {}
+    asks: list[Callable[[], None]] = []
+
+    def ask_all() -> None:
+        for ask in asks:
+            with suppress(OSError):  # its agent has ended
+                ask()
+
+    def carry_out(number: int, crew: Agent) -> None:
+        try:
+            found[number] = crew.carry_out(make(number, f"host-{number}"), 1, listen=listen, on_start=asks.append)[0]
+        except ShoalError as error:
+            failures[number] = error
+
+    with ExitStack() as stack, stop_signals() as stop:
+        crews = [stack.enter_context(Agent(PRELOAD)) for _ in range(hosts)]
+        threads = [threading.Thread(target=carry_out, args=each, daemon=True) for each in enumerate(crews)]
+        for thread in threads:
+            thread.start()
+        stop.reach(ask_all)
+        for thread in threads:
+            thread.join()
+    if found:
+        return found[min(found)]
+    raise next((e for e in failures.values() if isinstance(e, UserError)), failures[min(failures)])
+
+
+def _free_addresses(count: int) -> tuple[tuple[str, int], ...]:
+    with ExitStack() as stack:
+        doors = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return tuple(("127.0.0.1", door.getsockname()[1]) for door in doors)
+
+
+def _listener(progress: Callable[[Mapping[str, Any]], None] | None) -> Callable[[int, Any], None]:
+    lock = threading.Lock()
+
+    def listen(_: int, event: Any) -> None:
+        if progress:
+            with lock:
+                progress(event)
+
+    return listen
+
+
+def _job(
+    recipe: Recipe,
+    plan: Plan,
+    addresses: tuple[tuple[str, int], ...],
+    run_dir: Path | None,
+    resume: str | Path | None,
+    start: str | None,
+    least: int,
+    origins: dict[str, str],
+    model: "Callable[[], nn.Module] | None",
+    data: Any,
+) -> Callable[[int, str], HostsJob]:
+    """What the agent of each host is sent, by its number and name. Raises UserError."""
+    import cloudpickle
+
+    from shoal.elastic.loop import run_elastic
+    from shoal.train.loop import Order
+
+    check_hosts(plan, recipe.shards, least)
+    folder = Run.find(resume).path if resume is not None else run_dir
+    if folder is None:
+        raise UserError("several hosts need to know where the run is: add --run-dir DIR, the same folder on all hosts.")
+    folder = folder.absolute()
+    begins = start_of(start, resume)
+    order = Order(recipe, plan, origins, folder, resume is not None, model, data, start=begins)
+    token = shared_token(folder)
+    told = [recipe.arithmetic_hash, plan.to_toml(), least, len(addresses), resume is not None, str(begins or "")]
+
+    def make(number: int, host: str) -> HostsJob:
+        return HostsJob(
+            code=cloudpickle.dumps((run_elastic, (order,))),
+            threads=recipe.threads,
+            workers=plan.workers,
+            least=least,
+            shards=recipe.shards,
+            hang_after_s=plan.hang_after_s,
+            number=number,
+            addresses=addresses,
+            token=token,
+            run_dir=folder,
+            job=hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+            host=host,
+        )
+
+    return make
+
+
+def shared_token(run_dir: Path) -> bytes:
+    """What all agents of the run know: a file in its directory that only its owner can read; the first one makes it.
+
+    Raises UserError where it cannot be made, or others can read it."""
+    place = run_dir / "agents" / "token"
+    own = place.with_name(f".token.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(TOKEN_BYTES))
+        try:
+            os.link(own, place)  # whole or not at all
+        except FileExistsError:
+            pass
+        finally:
+            own.unlink()
+        state = place.stat()
+        text = place.read_text()
+    except OSError as error:
+        raise UserError(f"cannot use {str(place)!r}: {error.strerror}.") from None
+    if state.st_uid != os.geteuid() or stat.S_IMODE(state.st_mode) & 0o077:
+        raise UserError(f"{str(place)!r} can be read by others: it is what agents know each other by. Remove it.")
+    if len(text) != 2 * TOKEN_BYTES:
+        raise UserError(f"{str(place)!r} holds no token: remove it.")
+    return text.encode()
