@@ -5,9 +5,9 @@ import socket
 
 from shoal.comm.arena import Arenas, arena_files
 from shoal.comm.group import HostGroup
-from shoal.comm.heap import Heap, heap_file
+from shoal.comm.heap import Heap, anonymous_file, heap_file
 from shoal.comm.mesh import Mesh
-from shoal.comm.status import Reporter
+from shoal.comm.status import Reporter, StatusBoard
 
 
 class Links:
@@ -17,6 +17,7 @@ class Links:
         self.world = world
         self._pairs = {(a, b): socket.socketpair() for a in range(world) for b in range(a + 1, world)}
         self._heap, self._arenas = heap_file(), arena_files(world)
+        self._board = anonymous_file(StatusBoard.SIZE)
 
     def taken(self, rank: int) -> HostGroup:
         """In the process that is to be this rank. A peer that dies is an end of file on its socket."""
@@ -27,7 +28,8 @@ class Links:
                     peers[peer] = end
                 else:
                     end.close()
-        report = Reporter(rank, os.getpid(), None)
+        # With the HTTP side there is one process more that wants a core: who waits for a peer is not to spin on it.
+        report = Reporter(rank, os.getpid(), StatusBoard(self._board, self.world + 1))
         mesh, heap = Mesh(rank, peers, report), Heap(self._heap)
         return HostGroup(rank, self.world, mesh, heap, Arenas(rank, self._arenas), report, lambda message: None)
 
@@ -35,5 +37,5 @@ class Links:
         for pair in self._pairs.values():
             for end in pair:
                 end.close()
-        for file in (self._heap, *self._arenas):
+        for file in (self._heap, self._board, *self._arenas):
             os.close(file)
