@@ -52,10 +52,16 @@ def test_the_weights_do_not_depend_on_the_number_of_workers(run, kind, precision
     agrees(run, wanted, splits(kind, 101), [plan(3, 5), plan(3, 3, 2)], clips=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("micro_batches", "tail"), [(1, "shorter than the shards"), (2, "longer than the shards")])
+@pytest.mark.parametrize(
+    ("precision", "micro_batches", "tail"),
+    [
+        pytest.param("float32", 1, "shorter than the shards", marks=pytest.mark.slow),
+        pytest.param("bfloat16", 2, "longer than the shards", marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1, "shorter than the shards", marks=pytest.mark.soak),
+        pytest.param("float32", 2, "longer than the shards", marks=pytest.mark.soak),
+    ],
+)
 def test_the_whole_matrix_gives_one_hash_a_recipe(run, kind, precision, micro_batches, tail):
     wanted = recipe(kind, precision=precision, micro_batches=micro_batches, clip=0.05)
     even = [Plan(mesh={"data": n}, device="cpu") for n in WORKERS]
