@@ -3,7 +3,7 @@
 The scheme is Chen et al.'s (2016), on saved-tensor hooks as torch.utils.checkpoint's: the graph holds an empty slot for
 each tensor that it would have saved; the first one that is asked for has the forward pass done again, which fills
 all and stops at the last. Beyond that one, buffers that the block writes (BatchNorm's running statistics) are set
-back for the second pass and written once, and each value is let go as soon as it has been used.
+back for the second pass and written once, and each value is let go once it has been used for the last time.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from shoal.errors import RunFailed, UserError
 from shoal.memory.meter import Hold, storage_of
 from shoal.memory.operations import Keep, Results, Reuse
 from shoal.memory.store import Kept, Store, saving_into
+from shoal.parallel.pipeline.backward import asked_again
 
 Mode = Literal["none", "selective", "full"]
 
@@ -185,9 +186,11 @@ class Pass:
     def _unpack(slot: _Slot) -> Tensor:
         if slot.value is None:
             slot.owner.again()
-        value, slot.value = slot.value, None
+        value = slot.value
         if value is None:
             raise slot.owner.differs("it saved fewer tensors than the first time")
+        if not asked_again():
+            slot.value = None
         return value.tensor
 
     def again(self) -> None:

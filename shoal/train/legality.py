@@ -13,7 +13,7 @@ from shoal.models.registry import build
 from shoal.parallel.context.model import check_sequence
 from shoal.parallel.experts.model import experts_split
 from shoal.parallel.layout.decide import layout_for
-from shoal.parallel.schedules import Kind, make_schedule, verify
+from shoal.parallel.schedules import make_schedule, verify
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 
@@ -46,12 +46,6 @@ def _check_pipeline(recipe: Recipe, plan: Plan, module: nn.Module, samples: int)
         made = make_schedule(pipeline.schedule, size, count, pipeline.chunks)
         verify(made)
         chunks = made.chunks
-        halves = any(action.kind is Kind.BACKWARD_INPUT for actions in made.actions for action in actions)
-        if halves and plan.memory.works_on_blocks:
-            raise UserError(
-                f"plan: schedule {pipeline.schedule!r} makes backward passes in two halves, which does not go with "
-                f"memory.recompute or offload_activations so far: use '1f1b' or 'interleaved'."
-            )
     known = {name for name, _ in (*module.named_modules(), *module.named_parameters())} - {""}
     for cut in pipeline.cuts:
         if cut not in known:

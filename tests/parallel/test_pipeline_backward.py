@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from shoal.memory import recompute
+from shoal.memory.apply import set_up
 from shoal.parallel.pipeline.backward import SplitBackward, whole
 from shoal.parallel.pipeline.boundary import edges, enter
+from shoal.recipe.memory_plan import MemoryPlan
 
 
 class Reused(nn.Module):
@@ -84,6 +87,36 @@ def test_two_halves_have_the_bits_of_one_pass_and_its_work(name):
     assert both == work
     if name in ("linear", "convolution"):
         assert first == work / 2  # as many multiplications as the other half
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_computed_again_for_two_halves_is_computed_once_and_kept_no_longer_than_needed(name, monkeypatch):
+    def halves():
+        make, shape = MODULES[name]
+        torch.manual_seed(0)
+        module = make()
+        (block,) = set_up(module, MemoryPlan(recompute="full"), blocks={"chunk": module})
+        values, entered = enter({"x": torch.randn(shape, requires_grad=True)})
+        made = module(values["x"])
+        calls = []
+        inner = block.inner
+        block.inner = lambda *a: calls.append(1) or inner(*a)
+        given = [torch.randn_like(r) for r in ([made] if torch.is_tensor(made) else [made[0], *made[1]])]
+        split = SplitBackward(entered.anchor, list(module.parameters()), [])
+        split.inputs(edges([made]), given, {})
+        kept = block.store.meter.live
+        split.weights()
+        return [*entered.gradients, *(p.grad for p in module.parameters())], len(calls), kept
+
+    wanted, _ = passed(name, halves=False)
+    found, again, kept = halves()
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert again == 1
+    if name in ("linear", "convolution"):
+        monkeypatch.setattr(recompute, "asked_again", lambda: True)
+        assert halves()[2] > kept > 0, "whatever the first half asked for is kept"
+        monkeypatch.setattr(recompute, "asked_again", lambda: False)
+        assert halves()[1] == 2, "the second half asks for what the first one had"
 
 
 def test_what_other_chunks_gave_of_a_tied_weight_is_added_first():

@@ -6,6 +6,9 @@ for the inputs and writes down what arrived at each such operation, and the seco
 2024; in the manner of torch.distributed.pipelining). What another kind of operation gives for its weights (norms,
 embeddings, recurrent layers) is made together with the rest: the first half asks for it too. The same goes for a weight
 that is used more than once, whose uses autograd adds in an order of its own.
+
+Where a chunk's activations are computed again, that happens in the half that asks for them first. What the second half
+asks for once more (`asked_again`) is kept until then, and nothing else is.
 """
 
 from collections import defaultdict
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 DEFERRED = frozenset(
     {"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0", "LinearBackward0", "ConvolutionBackward0"}
@@ -59,15 +63,17 @@ class SplitBackward:
         wanted = [*([] if self._anchor is None else [self._anchor]), *ask]
         if not kept:
             return dict.fromkeys(self._now)
-        hooks = []
+        hooks: list[RemovableHandle] = []
         for node, parameters in deferred.items():
             arrived: list[Tensor | None] = []
             hooks.append(node.register_prehook(_writer(arrived)))
             self._later.append((node, parameters, arrived))
         try:
+            _LATER.update(deferred)
             ends, given = [*kept, *extra], [*given, *extra.values()]
             found = torch.autograd.grad(ends, wanted, given, retain_graph=bool(deferred), allow_unused=True)
         finally:
+            _LATER.clear()
             for hook in hooks:
                 hook.remove()
         now = set(map(id, self._now))
@@ -89,6 +95,14 @@ class SplitBackward:
             if pairs:
                 into, gradients = zip(*pairs, strict=True)
                 torch.autograd.backward(into, gradients, inputs=wanted)
+
+
+_LATER: set[Node] = set()  # the operations that the first half under way leaves to the second
+
+
+def asked_again() -> bool:
+    """Whether the backward pass under way asks for a saved tensor that its second half will ask for too."""
+    return bool(_LATER) and torch._C._current_autograd_node() in _LATER
 
 
 def _writer(into: list[Tensor | None]) -> Callable[[tuple[Tensor | None, ...]], None]:
