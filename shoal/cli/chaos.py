@@ -11,7 +11,7 @@ from shoal.cli.output import json_line, table
 from shoal.cli.progress import display
 from shoal.cli.recipe_arguments import add_plan_arguments, add_recipe_arguments, choose
 
-HELP = "rehearse faults on a recipe: kill and stop workers at chosen places, compare the bits"
+HELP = "rehearse faults on a recipe: workers, memory, clocks, disks and checkpoints; compare the bits"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,23 +22,26 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KIND:rank=R,step=S,phase=P",
-        help="this fault instead of one of each kind in each phase",
+        help="this fault instead of the usual ones",
     )
-    parser.add_argument("--kinds", default="kill,stop", metavar="K,...", help="kill, stop (both)")
-    parser.add_argument("--phases", default="", metavar="P,...", help="loading, forward, backward, ... (all)")
+    parser.add_argument(
+        "--kinds", default="", metavar="K,...", help="kill, stop, thaw, flip, nan, skew, fill, tear, rot (all)"
+    )
+    parser.add_argument(
+        "--phases", default="", metavar="P,...", help="loading, forward, backward, bucket, ... (where each tells most)"
+    )
     parser.add_argument("--min-workers", type=int, default=1, metavar="M", help="wait below so many workers (1)")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="keep both runs in this folder")
 
 
 def run(args: Namespace) -> int:
     from shoal.elastic.chaos import rehearse, usual_faults
-    from shoal.elastic.faults import PHASES, Fault
+    from shoal.elastic.faults import KINDS, Fault
 
     chosen = choose(args)
-    phases = [name.strip() for name in args.phases.split(",")] if args.phases else PHASES
-    faults = [Fault.parse(text) for text in args.fault] or usual_faults(
-        chosen.plan.workers, [name.strip() for name in args.kinds.split(",")], phases
-    )
+    kinds = [name.strip() for name in args.kinds.split(",")] if args.kinds else KINDS
+    phases = [name.strip() for name in args.phases.split(",")] if args.phases else []
+    faults = [Fault.parse(text) for text in args.fault] or usual_faults(chosen.plan.workers, kinds, phases)
     with display(args.json) as show:
         found = rehearse(chosen.recipe, chosen.plan, faults, least=args.min_workers, folder=args.run_dir, progress=show)
     if args.json:
@@ -56,7 +59,7 @@ def summary(found: Mapping[str, Any]) -> str:
         for s in found["faults"]
     ]
     equal = "equal to those of the undisturbed run" if found["bits_equal"] else "NOT those of the undisturbed run"
-    once = "each in the log once" if found["told_once"] else "NOT each in the log once"
+    once = "each committed once" if found["told_once"] else "NOT each committed once"
     lines = [
         "",
         table(("fault", "noticed after", "next step after", "steps redone"), rows),
@@ -65,6 +68,7 @@ def summary(found: Mapping[str, Any]) -> str:
         f"weights {equal}",
     ]
     if not found["bits_equal"]:
+        lines += found["notes"]
         lines.append("shoal prove RECIPE names the first tensor that differs between numbers of workers")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Fault rehearsal: the same recipe undisturbed, and with workers killed and stopped at chosen places, compared."""
+"""Fault rehearsal: the same recipe undisturbed, and with faults at chosen places, compared step by step."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.comm.launch import Agent
 from shoal.elastic.api import PRELOAD, check_elastic, train_elastic
-from shoal.elastic.faults import KINDS, PHASES, Fault
+from shoal.elastic.faults import KINDS, PHASES, UPDATED, Fault, is_phase
 from shoal.errors import UserError, unknown_name
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 APART = 4  # steps from one fault to the next: a lost worker's place should be taken by then
 EVERY = 4  # steps between two evaluations and checkpoints, so that faults can happen in these too
+LEADS = ("evaluating", "saving")  # phases that rank 0 is sure to come to
+USUAL: Mapping[str, Sequence[str]] = {  # kind -> where it happens when no phases are named
+    "kill": PHASES,
+    "stop": ("forward", "exchanging", "updating"),  # each costs two seconds and more until it is noticed
+    "thaw": ("backward",),
+    "flip": ("forward", UPDATED),
+    "nan": ("forward",),
+    "skew": ("loading",),
+    "fill": ("loading",),
+    "tear": ("forward",),
+    "rot": ("forward",),
+}
 
 
 @dataclass(frozen=True)
@@ -29,27 +41,31 @@ class Survived:
 
     fault: str
     happened: bool
-    noticed_s: float | None  # from the fault to the agent's knowledge of it
-    recovered_s: float | None  # from the fault to the next committed step
+    noticed_s: float | None  # from the fault to somebody's knowledge of it; None: nobody had to
+    recovered_s: float | None  # from the fault to the next committed step, or the next whole checkpoint
     redone: int | None  # steps that had been begun and were done again
     why: str  # as the event log says it
 
 
-def usual_faults(workers: int, kinds: Sequence[str] = ("kill", "stop"), phases: Sequence[str] = PHASES) -> list[Fault]:
-    """One fault of each kind in each phase, on one rank after the other. Raises UserError for unknown ones.
+def usual_faults(workers: int, kinds: Sequence[str] = KINDS, phases: Sequence[str] = ()) -> list[Fault]:
+    """Faults of each kind, one after the other: in each of the phases, or where each kind tells most when there are
+    none. Raises UserError for unknown ones.
 
     Only rank 0 saves, and with little held-out data only the first ranks evaluate."""
     for kind in kinds:
         if kind not in KINDS:
             raise unknown_name("kind of fault", kind, KINDS, "--kinds")
     for phase in phases:
-        if phase not in PHASES:
+        if not is_phase(phase):
             raise unknown_name("phase", phase, PHASES, "--phases")
-    places = [(kind, phase) for kind in kinds for phase in phases]
-    faults = []
+    places = [(kind, phase) for kind in kinds for phase in phases or USUAL[kind]]
+    faults, step = [], 3
     for number, (kind, phase) in enumerate(places):
-        rank = 0 if phase in ("evaluating", "saving") else number % workers
-        faults.append(Fault("kill" if kind == "kill" else "stop", rank, 3 + APART * number, phase))
+        rank = 0 if phase in LEADS or kind == "fill" else number % workers
+        if kind == "skew":
+            rank = max(1, rank)  # rank 0 writes times into the log
+        faults.append(Fault(kind, rank, step, phase))
+        step += APART * (2 if kind in ("tear", "rot", "fill") else 1)
     return faults
 
 
@@ -69,8 +85,10 @@ def rehearse(
     """Train the recipe twice; what each fault did, and whether the bits are equal.
 
     Trains as many steps as the faults need, or ``steps`` when those are more. Returns faults (of `Survived`),
-    bits_equal, weights_sha256 of both, steps, told_once (every step is in the log once), goodput (seconds of the
-    undisturbed run over those of the other), ok. Both runs are kept in ``folder`` if there is one.
+    bits_equal (of the weights at the end, and of loss and norm of every step), differs_at (the first step that is not
+    equal, None), told_once (every step is in the log once, but for those that a checkpoint took back), notes (what
+    cannot be gone on with in the user's own code, and how that is known), steps, weights_sha256 of both, goodput
+    (seconds of the undisturbed run over those of the other), ok. Both runs are kept in ``folder`` if there is one.
     Raises UserError for bad input."""
     faults = list(faults) or usual_faults(plan.workers)
     check_elastic(plan, recipe.shards, least)
@@ -89,15 +107,17 @@ def rehearse(
         common: dict[str, Any] = {"progress": progress, "model": model, "data": data, "agent": crew}
         calm = train(recipe, plan, run_dir=Path(place) / "undisturbed", **common)
         rough = train_elastic(recipe, plan, least=least, faults=faults, run_dir=Path(place) / "disturbed", **common)
-        events = Run(Path(rough["run_dir"])).events()
+        before, events = Run(Path(calm["run_dir"])).events(), Run(Path(rough["run_dir"])).events()
     survived = [_survived(fault, events) for fault in faults]
-    told = [event["step"] for event in events if event["event"] == "committed"]
-    equal = calm["weights_sha256"] == rough["weights_sha256"]
-    once = told == list(range(1, steps + 1))
+    differs = first_difference(before, events)
+    equal = calm["weights_sha256"] == rough["weights_sha256"] and differs is None
+    once = told_once(events, steps)
     return {
         "ok": equal and once and all(s.recovered_s is not None for s in survived if s.happened),
         "bits_equal": equal,
+        "differs_at": differs,
         "told_once": once,
+        "notes": [] if equal else [explained(differs, faults, events)],
         "steps": steps,
         "workers": plan.workers,
         "goodput": calm["seconds"] / rough["seconds"],
@@ -107,14 +127,86 @@ def rehearse(
     }
 
 
+# --- what the logs say ----------------------------------------------------------------------------------------------
+
+
+def told_once(events: Sequence[Mapping[str, Any]], steps: int) -> bool:
+    """Whether steps 1 to ``steps`` were committed one after the other; `resumed` takes back what came after it."""
+    done = 0
+    for event in events:
+        if event["event"] == "resumed":
+            if event["step"] > done:
+                return False
+            done = event["step"]
+        elif event["event"] == "committed":
+            if event["step"] != done + 1:
+                return False
+            done += 1
+    return done == steps
+
+
+def first_difference(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first step whose loss or gradient norm is not the same in both logs, to the bit, however often it is told."""
+    wanted = {e["step"]: (e["loss"], e["grad_norm"]) for e in before if e["event"] == "committed"}
+    wrong = [
+        e["step"] for e in after if e["event"] == "committed" and wanted.get(e["step"]) != (e["loss"], e["grad_norm"])
+    ]
+    return min(wrong, default=None)
+
+
+def explained(step: int | None, faults: Sequence[Fault], events: Sequence[Mapping[str, Any]]) -> str:
+    """Where the difference comes from, as far as the place of the first one tells."""
+    if step is None:
+        return "every loss is equal and the weights are not: what the last step did to them depends on who did it"
+    earlier = [fault for fault in faults if fault.step <= step]
+    where = f"the first step that differs is {step}"
+    if not earlier:
+        return f"{where}, before any fault: the recipe does not give the same numbers twice. shoal prove says more"
+    if any(event["event"] == "resumed" and event["step"] < step for event in events):
+        return (
+            f"{where}, after workers went on from a checkpoint: something that the model, the data or the optimiser "
+            f"keeps is in no parameter, buffer or state_dict, and was lost with the processes"
+        )
+    return (
+        f"{where}, after {str(earlier[-1])!r}: something that changes the numbers is kept by each worker for itself "
+        f"(an attribute of the model or the data set, a generator of its own), and a new worker does not have it"
+    )
+
+
 def _survived(fault: Fault, events: Sequence[Mapping[str, Any]]) -> Survived:
     for index, event in enumerate(events):
-        if event.get("fault") == str(fault):
-            later = (e for e in events[index:] if e["event"] in ("recovered", "ended"))
-            after = next(later, None)
-            noticed = event["noticed_s"]
-            if after is None or after["event"] == "ended":  # a worker that was on its way out, or just come
-                return Survived(str(fault), True, noticed, None, None, event["why"])
-            took = noticed + after["time"] - event["time"]
-            return Survived(str(fault), True, noticed, took, after["redone"], event["why"])
+        if event.get("fault") != str(fault):
+            continue
+        if event["event"] == "rehearsed":
+            return _lived(fault, event["time"] - event["ago_s"], events)
+        later = (e for e in events[index:] if e["event"] in ("recovered", "ended"))
+        after = next(later, None)
+        noticed = event["noticed_s"]
+        if after is None or after["event"] == "ended":  # a worker that was on its way out, or just come
+            return Survived(str(fault), True, noticed, None, None, event["why"])
+        took = noticed + after["time"] - event["time"]
+        return Survived(str(fault), True, noticed, took, after["redone"], event["why"])
     return Survived(str(fault), False, None, None, None, "no worker came to this place")
+
+
+def _lived(fault: Fault, at: float, events: Sequence[Mapping[str, Any]]) -> Survived:
+    """Of a worker that lives through it: what was noticed, and when the next good thing happened."""
+    found = [event for event in events if event["time"] >= at]
+
+    def first(events: Sequence[Mapping[str, Any]], name: str, **wanted: bool) -> Mapping[str, Any] | None:
+        return next((e for e in events if e["event"] == name and all(bool(e[k]) is v for k, v in wanted.items())), None)
+
+    noticed, good = None, first(found, "committed")
+    if fault.kind == "nan" and (noticed := first(found, "replayed")):
+        good = first(found[found.index(noticed) :], "committed")
+    if fault.kind == "fill" and (noticed := first(found, "checkpointed", path=False)):
+        good = first(found[found.index(noticed) :], "checkpointed", path=True)
+    why = noticed["why"] if noticed else "nothing was lost, so that nothing was to be noticed"
+    return Survived(
+        str(fault),
+        True,
+        noticed["time"] - at if noticed else None,
+        good["time"] - at if good else None,
+        1 if fault.kind == "nan" and noticed else 0,
+        why,
+    )
