@@ -35,6 +35,22 @@ class Scripted(nn.Module):
 scripted = Scripted
 
 
+class Same(nn.Module):
+    """What comes in, times a weight of 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def staged() -> nn.Module:
+    """`Scripted` in the second of two stages."""
+    return nn.Sequential(Same(), Scripted())
+
+
 class Writes(nn.Module):
     """A model that changes its weights while it serves."""
 
