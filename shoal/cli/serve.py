@@ -51,6 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--api-keys", metavar="FILE", help="one key a line; or the variable SHOAL_API_KEYS, by commas")
     parser.add_argument("--admin-keys", metavar="FILE", help="who may POST /v1/reload; one key a line")
     parser.add_argument("--follow", action="store_true", help="serve each newer checkpoint of the run as it comes")
+    parser.add_argument("--canary", type=float, help="the share of requests that it gets until it is promoted; 1")
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, for HTTPS")
     parser.add_argument("--tls-key", metavar="FILE")
     parser.add_argument("--allow-origin", metavar="ORIGIN", help="whose pages may ask from a browser: none but our own")

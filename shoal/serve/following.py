@@ -35,6 +35,8 @@ async def follow(service: Service, run: Path) -> None:
             continue
         seen = name
         try:
-            await service.reload()
+            if service.has_canary:  # nobody has promoted it: the newer one takes its place
+                await service.roll_back()
+            await service.reload(share=service.options.canary)
         except HttpError as error:
             print(f"shoal: {name} is not served: {error.why}", file=sys.stderr)

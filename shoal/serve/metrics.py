@@ -32,13 +32,16 @@ class Metrics:
     def __init__(self) -> None:
         self.requests: dict[tuple[str, int], int] = {}
         self.seconds: dict[str, Histogram] = {}
+        self.by_version: dict[tuple[int, int], int] = {}
+        self.seconds_by_version: dict[int, Histogram] = {}
         self.refused = 0
         self.cancelled = 0
         self.replicas_lost = 0
         self.reloads = 0
         self.engines: dict[int, Mapping[str, float]] = {}
 
-    def request(self, route: str, status: int, seconds: float) -> None:
+    def request(self, route: str, status: int, seconds: float, version: int | None = None) -> None:
+        """``version``: of the weights that worked on it; None: none did."""
         key = route, status
         self.requests[key] = self.requests.get(key, 0) + 1
         self.refused += status == 429
@@ -46,6 +49,9 @@ class Metrics:
         if histogram is None:
             histogram = self.seconds[route] = Histogram()
         histogram.add(seconds)
+        if version is not None:
+            self.by_version[version, status] = self.by_version.get((version, status), 0) + 1
+            self.seconds_by_version.setdefault(version, Histogram()).add(seconds)
 
     def text(self, now: Mapping[str, float]) -> str:
         """``now`` are gauges of this moment: name -> value."""
@@ -72,6 +78,19 @@ class Metrics:
             "from the last byte of a request to the last byte of its answer",
             (line for route, h in sorted(self.seconds.items()) for line in h.lines(name, f'route="{route}"')),
         )
+        family(
+            "shoal_version_requests_total",
+            "counter",
+            "answered requests by the version of the weights that worked on them",
+            (
+                f'shoal_version_requests_total{{version="{version}",status="{status}"}} {count}'
+                for (version, status), count in sorted(self.by_version.items())
+            ),
+        )
+        name = "shoal_version_request_seconds"
+        found = sorted(self.seconds_by_version.items())
+        lines = (line for version, h in found for line in h.lines(name, f'version="{version}"'))
+        family(name, "histogram", "as shoal_request_seconds, by the version of the weights", lines)
         for name, count, meaning in (
             ("shoal_refused_total", self.refused, "requests answered with 429"),
             ("shoal_cancelled_total", self.cancelled, "requests whose client left before the answer"),

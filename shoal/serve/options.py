@@ -47,6 +47,7 @@ class ServeOptions:
     hang_s: float = 60.0  # a model process that works on one batch for longer is killed, and its requests run again
     api_keys: tuple[str, ...] = ()  # (): none is asked for, which is allowed on loopback only
     admin_keys: tuple[str, ...] = ()  # for /v1/reload; (): there is no such address
+    canary: float = 1.0  # of requests, that each newer checkpoint of a followed run gets until it is promoted
     follow: bool = False  # serve each newer checkpoint of the run as soon as it is there
     tls_cert: str = ""
     tls_key: str = ""
@@ -74,6 +75,10 @@ class ServeOptions:
         for name in ("latency_ms", "queue", "drain_s", "idle_timeout_s", "calm_s"):
             if getattr(self, name) < 0:
                 raise UserError(f"serve: {name} must not be negative, got {getattr(self, name)}.")
+        if not 0 < self.canary <= 1:
+            raise UserError(f"serve: canary is a share of the requests, above 0 and at most 1, got {self.canary}.")
+        if self.canary < 1 and not (self.follow and self.admin_keys):
+            raise UserError("serve: --canary needs --follow, and --admin-keys for those who promote what it tries out.")
         if self.task and self.task not in TASKS:
             raise unknown_name("task", self.task, TASKS, "--task")
         if not 0 <= self.port < 65536:

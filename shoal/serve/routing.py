@@ -130,7 +130,7 @@ class Router:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.replicas: dict[int, Replica] = {}
-        self.line = Line()
+        self._lines: dict[int, Line] = {}  # by version of the weights: one's crowd is not in the other's way
         self._requests: dict[int, Request] = {}
         self._where: dict[int, int] = {}
         self._versions: dict[int, int] = {}
@@ -144,15 +144,20 @@ class Router:
         return len(self._requests)
 
     @property
+    def waiting(self) -> int:
+        """Requests that no process has yet."""
+        return sum(map(len, self._lines.values()))
+
+    @property
     def sent(self) -> int:
         return len(self._where)
 
     def arrive(self, request: Request, now: float, version: int = 0) -> list[Instruction]:
-        """A request for this version of the weights: no other answers it while any process of this one is there."""
-        room = any(self._has_room(replica) for replica in self.replicas.values())
-        if not room and len(self.line) >= self.limits.waiting:
+        """A request for this version of the weights: no other ever answers it."""
+        room = any(self._has_room(replica) for replica in self.replicas.values() if replica.version == version)
+        if not room and self.waiting >= self.limits.waiting:
             wait = self.wait_s()
-            why = f"{len(self.line)} requests wait already, as many as may: come back in about {max(1, round(wait))} s"
+            why = f"{self.waiting} requests wait already, as many as may: come back in about {max(1, round(wait))} s"
             return [Refuse(request.id, 429, why, max(1.0, wait))]
         if not room and self._rate and now + self.wait_s() > request.deadline:
             wait = self.wait_s()
@@ -162,8 +167,20 @@ class Router:
         self._requests[request.id] = request
         self._versions[request.id] = version
         heapq.heappush(self._deadlines, (request.deadline, request.id))
-        self.line.push(request)
+        self._line(version).push(request)
         return self._send(now)
+
+    def _line(self, version: int) -> Line:
+        return self._lines.setdefault(version, Line())
+
+    def forget(self, version: int) -> list[Instruction]:
+        """No process of this version will come any more: whoever still waits for one is refused."""
+        told: list[Instruction] = []
+        for id in [id for id, wanted in self._versions.items() if wanted == version and id not in self._where]:
+            self._close(id)
+            told.append(Refuse(id, 503, "the weights that this request began with are gone: ask again", 1.0))
+        self._lines.pop(version, None)
+        return told
 
     def wait_s(self) -> float:
         """How long one who comes now would wait for an answer, by the rate of late; 0.0 before any answer."""
@@ -233,7 +250,7 @@ class Router:
                 why = f"a model process died each of the {request.attempt} times that it worked on this request"
                 told.append(Refuse(id, 500, why))
             else:
-                self.line.push(request, first=True)
+                self._line(self._versions[id]).push(request, first=True)
         return [*told, *self._send(now)]
 
     def expire(self, now: float) -> list[Instruction]:
@@ -255,22 +272,24 @@ class Router:
         return not replica.leaving and not replica.alone and len(replica.open) < self.limits.window
 
     def _send(self, now: float) -> list[Instruction]:
+        return [sent for version in list(self._lines) for sent in self._send_of(version, now)]
+
+    def _send_of(self, version: int, now: float) -> list[Instruction]:
+        line = self._lines[version]
         sends: list[Instruction] = []
-        while (request := self.line.peek()) is not None:
+        while (request := line.peek()) is not None:
             must_be_alone = request.attempt >= ATTEMPTS_TOGETHER
-            version = self._versions[request.id]
-            elsewhere = all(replica.version != version for replica in self.replicas.values())
             candidates = [
                 (replica.work, len(replica.open), number)
                 for number, replica in self.replicas.items()
-                if self._has_room(replica) and not (must_be_alone and replica.open)
-                if elsewhere or replica.version == version
+                if replica.version == version and self._has_room(replica)
+                if not (must_be_alone and replica.open)
             ]
             if not candidates:
                 break
             number = min(candidates)[2]
             replica = self.replicas[number]
-            self.line.pop()
+            line.pop()
             if not replica.open:
                 replica.heard = now
             replica.open[request.id] = request
@@ -282,8 +301,7 @@ class Router:
 
     def _close(self, id: int) -> None:
         request = self._requests.pop(id)
-        del self._versions[id]
-        self.line.drop(id)
+        self._line(self._versions.pop(id)).drop(id)
         number = self._where.pop(id, None)
         if number is not None:
             replica = self.replicas[number]

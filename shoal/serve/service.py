@@ -1,14 +1,14 @@
 """The service: asks the model processes on behalf of whoever asks it, over HTTP or in process."""
 
 import asyncio
+import sys
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -16,57 +16,18 @@ from shoal.errors import ShoalError
 from shoal.serve.engine import Begun, Cancel, Failed, Figures, FromEngine, Item, Kind, Request, Result
 from shoal.serve.http.messages import HttpError
 from shoal.serve.metrics import Metrics
+from shoal.serve.model import Model
 from shoal.serve.options import ServeOptions
 from shoal.serve.replicas import Replicas
 from shoal.serve.routing import Instruction, Limits, Refuse, Router, Send, Withdraw
 from shoal.serve.scaling import Bounds, Scaler
+from shoal.serve.versions import Versions
+from shoal.serve.waiting import Asker, Held, T, now_held, unless
 
 _encode = msgspec.msgpack.Encoder().encode
 STREAMS = 64  # generations that one model process may have, at least
 _MAY_DIFFER = {"name", "source"}  # facts that a newer model may have otherwise
-T = TypeVar("T")
 TICK_S = 0.5  # how often deadlines and stuck processes are looked at while requests are open
-
-
-class Model:
-    """What is known of the model on this side: ``facts`` as shoal.serve.target tells them."""
-
-    def __init__(self, facts: Mapping[str, Any]) -> None:
-        self.facts = facts
-        self.name = str(facts["name"])
-        self.task = str(facts["task"])
-        self.created = int(time.time())
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    version: int  # of the weights
-    late: bool  # it came when the server was about to leave
-
-
-_held: ContextVar[_Held | None] = ContextVar("held", default=None)
-
-
-class _Asker:
-    """Where the answers to one request go."""
-
-    __slots__ = ("answer", "items")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, streams: bool) -> None:
-        self.answer: asyncio.Future[msgspec.Raw] = loop.create_future()
-        self.items: asyncio.Queue[msgspec.Raw | None] | None = asyncio.Queue() if streams else None
-
-
-async def _first(*futures: "asyncio.Future[Any]") -> None:
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def _unless(broken: "asyncio.Future[ShoalError]", waited: "asyncio.Future[T]") -> T:
-    """What is waited for. Raises what ``broken`` says if that comes before, or with it."""
-    await _first(waited, broken)
-    if broken.done():
-        raise broken.result()
-    return waited.result()
 
 
 class Service:
@@ -81,20 +42,20 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._begun = time.monotonic()
         self._router = Router(Limits(window=2 * options.at_once, waiting=options.queue))
-        self._askers: dict[int, _Asker] = {}
+        self._askers: dict[int, Asker] = {}
         self._next = 0
         self._tick: asyncio.TimerHandle | None = None
         self._first_up: asyncio.Future[None] = self._loop.create_future()
         self._model: Model | None = None
         self.broken: asyncio.Future[ShoalError] = self._loop.create_future()  # why no model process can be kept alive
         self._numbers = count()
-        self._version = 0  # of the weights, for requests that come now
+        self._versions = Versions()  # of the weights
         self._fleets: dict[int, Replicas] = {}  # by version: that one, a newer one that is not ready, old ones at work
-        self._holds: dict[int, int] = {}  # requests of clients that began with a version and have not ended
+        self._inside = 0  # requests of clients that have begun and not ended
         self._none_held = asyncio.Event()
         self._none_held.set()
         self._came_up = asyncio.Event()
-        self._reloading = False
+        self._sources: dict[int, str] = {}  # of the versions that answer
         self._open_fleet(0, options)
         self._scaler: Scaler | None = None
         self._asleep_since_asked = 0.0  # when the first request came to a server without model processes
@@ -112,8 +73,8 @@ class Service:
 
     @property
     def replicas(self) -> Replicas:
-        """The model processes that answer requests that come now."""
-        return self._fleets[self._version]
+        """The model processes that answer requests that come now, but for a canary's."""
+        return self._fleets[self._versions.current]
 
     def _open_fleet(self, version: int, options: ServeOptions) -> Replicas:
         fleet = self._fleets[version] = Replicas(
@@ -121,8 +82,14 @@ class Service:
         )
 
         def told(broken: "asyncio.Future[ShoalError]") -> None:
-            if not broken.cancelled() and version == self._version and not self.broken.done():
+            if broken.cancelled() or version not in self._fleets:
+                return
+            if version == self._versions.current and not self.broken.done():
                 self.broken.set_result(broken.result())
+            elif version == self._versions.canary:
+                self._versions.withdraw()
+                print(f"shoal: the canary is withdrawn: {broken.result()}", file=sys.stderr, flush=True)
+                self._end_fleet(version)
 
         fleet.broken.add_done_callback(told)
         return fleet
@@ -136,14 +103,15 @@ class Service:
     async def start(self) -> None:
         """Until the first model process can work. Raises the ShoalError that says why none can."""
         self.replicas.start()
-        ready = await _unless(self.broken, self.replicas.ready)
+        ready = await unless(self.broken, self.replicas.ready)
         self._model = Model(ready.facts)
+        self._sources[0] = str(ready.facts["source"])
         if self._model.task == "text-generation":  # a step takes all that run, not one batch
             window = max(STREAMS, self._router.limits.window)
             self._router.limits = Limits(window=window, waiting=self.options.queue)
         self.seconds = dict(ready.seconds)
         self.weights_bytes = ready.weights_bytes
-        await _unless(self.broken, self._first_up)
+        await unless(self.broken, self._first_up)
         self.seconds["all"] = time.monotonic() - self._begun
         self._scale()
 
@@ -151,61 +119,124 @@ class Service:
     def hold(self) -> Iterator[None]:
         """Around all that is done for one request of a client: every part of it is answered by one version of the
         weights, and it is answered though the server begins to drain meanwhile."""
-        held = _Held(self._version, self.draining)
-        self._holds[held.version] = self._holds.get(held.version, 0) + 1
+        held = Held(self.draining)
+        self._inside += 1
         self._none_held.clear()
-        token = _held.set(held)
+        token = now_held.set(held)
         try:
             yield
         finally:
-            _held.reset(token)
-            self._holds[held.version] -= 1
-            if not self._holds[held.version]:
-                del self._holds[held.version]
+            now_held.reset(token)
+            if held.version is not None:
+                self._versions.end(held.version)
                 self._retire_old()
-            if not self._holds:
+            self._inside -= 1
+            if not self._inside:
                 self._none_held.set()
 
-    async def reload(self, target: str = "") -> dict[str, Any]:
-        """Serve another target, or what the same one has become, from the next request on.
+    async def reload(self, target: str = "", share: float = 1.0) -> dict[str, Any]:
+        """Serve another target, or what the same one has become: from the next request on, or, with a share below 1,
+        that share of the requests, until `promote` or `roll_back`.
 
         The new model is loaded beside the old one, which answers until it is there; those who began with the old one
-        end with it. Raises HttpError: 409 while another reload is going on, or when the new model takes or gives
-        something else; 422 when it cannot be loaded. The old one goes on then."""
-        if self._reloading:
+        end with it. Raises HttpError: 409 while another reload or canary is going on, or when the new model takes or
+        gives something else; 422 when it cannot be loaded. The old one goes on then."""
+        if self._versions.loading:
             raise HttpError(409, "another reload is going on")
-        self._reloading = True
+        if self.has_canary:
+            raise HttpError(409, "a canary is being tried out: promote it or roll it back first")
         version = max(self._fleets) + 1
-        old = self.model
+        self._versions.load(version)
         options = replace(self.options, target=target or self.options.target)
         fleet = self._open_fleet(version, options)
-        fleet.wanted = max(1, self.replicas.wanted)
+        fleet.wanted = max(1, round(share * self.replicas.wanted))
         fleet.start()
         try:
-            await _first(fleet.ready, fleet.broken)
-            if fleet.broken.done():
-                raise HttpError(422, str(fleet.broken.result()))
-            model = Model(fleet.ready.result().facts)
-            differs = [k for k in {*model.facts, *old.facts} - _MAY_DIFFER if model.facts.get(k) != old.facts.get(k)]
+            facts, old = (await self._or_422(fleet, fleet.ready)).facts, self.model.facts
+            differs = [k for k in {*facts, *old} - _MAY_DIFFER if facts.get(k) != old.get(k)]
             if differs:
                 raise HttpError(409, f"the new model has another {sorted(differs)[0]}: it needs a server of its own")
-            up = asyncio.ensure_future(self._up(fleet, fleet.wanted))
-            await _first(up, fleet.broken)
-            up.cancel()
-            if fleet.broken.done():
-                raise HttpError(422, str(fleet.broken.result()))
+            await self._until_up(fleet)
         except BaseException:
             self._end_fleet(version)
             raise
         finally:
-            self._reloading = False
-        self.options = options
-        self._model = Model({**model.facts, "name": old.name})
-        self._version = version
+            self._versions.loaded()
+        self._sources[version] = str(facts["source"])
+        if share < 1.0:
+            self._versions.try_out(version, share)
+        else:
+            self._serve_only(version)
+        return self._told(version)
+
+    async def _until_up(self, fleet: Replicas) -> None:
+        """All the processes that it wants. Raises HttpError 422 when they cannot be kept alive."""
+        up = asyncio.ensure_future(self._up(fleet, fleet.wanted))
+        try:
+            await self._or_422(fleet, up)
+        finally:
+            up.cancel()
+
+    async def _or_422(self, fleet: Replicas, waited: "asyncio.Future[T]") -> T:
+        try:
+            return await unless(fleet.broken, waited)
+        except ShoalError as error:
+            raise HttpError(422, str(error)) from None
+
+    @property
+    def has_canary(self) -> bool:
+        return self._versions.canary is not None
+
+    async def promote(self) -> dict[str, Any]:
+        """The canary answers all requests from now on. Raises HttpError 409 without one."""
+        version = self._canary()
+        fleet = self._fleets[version]
+        if fleet.wanted < self.replicas.wanted:
+            fleet.scale(self.replicas.wanted)
+            await self._until_up(fleet)
+        if self._versions.canary != version:
+            raise HttpError(409, "the canary has been rolled back meanwhile")
+        self._serve_only(version)
+        return self._told(version)
+
+    async def roll_back(self) -> dict[str, Any]:
+        """The canary gets no more requests, and ends with those that it has. Raises HttpError 409 without one."""
+        self._canary()
+        self._versions.withdraw()
+        self._retire_old()
+        return self._told(self._versions.current)
+
+    def _canary(self) -> int:
+        if self._versions.canary is None:
+            raise HttpError(409, "there is no canary: serve an earlier checkpoint as the target, to go back to it")
+        return self._versions.canary
+
+    def _serve_only(self, version: int) -> None:
+        self.options = self._fleets[version].options
+        self._model = Model({**self.model.facts, "source": self._sources[version]})
+        self._versions.replace(version)
         self.metrics.reloads += 1
         self._retire_old()
         self._scale()
-        return {"model": old.name, "source": model.facts["source"], "version": version}
+
+    def _told(self, version: int) -> dict[str, Any]:
+        return {
+            "model": self.model.name,
+            "source": self._sources[version],
+            "version": version,
+            "versions": self.versions(),
+        }
+
+    def versions(self) -> list[dict[str, Any]]:
+        """Those that answer: {"version", "source", "share"}."""
+        canary, share = self._versions.canary, self._versions.share
+        shares = {self._versions.current: 1.0 - share} | ({} if canary is None else {canary: share})
+        return [{"version": v, "source": self._sources[v], "share": s} for v, s in shares.items() if v in self._sources]
+
+    def counted(self, route: str, status: int, seconds: float) -> None:
+        """A request of a client has been answered."""
+        held = now_held.get()
+        self.metrics.request(route, status, seconds, None if held is None else held.version)
 
     async def _up(self, fleet: Replicas, wanted: int) -> None:
         while sum(number in self._router.replicas for number in fleet.links) < wanted:
@@ -214,7 +245,7 @@ class Service:
 
     def _retire_old(self) -> None:
         """Ends the fleets of old versions that nobody holds any more."""
-        for version in [v for v in self._fleets if v < self._version and v not in self._holds]:
+        for version in self._versions.done(self._fleets):
             self._end_fleet(version)
 
     def _end_fleet(self, version: int) -> None:
@@ -225,6 +256,8 @@ class Service:
             self.metrics.engines.pop(number, None)
             self._carry_out(self._router.lost(number, time.monotonic()))
         fleet = self._fleets.pop(version)
+        self._sources.pop(version, None)
+        self._carry_out(self._router.forget(version))
         fleet.end()
         self._loop.run_in_executor(None, fleet.wait)
 
@@ -253,23 +286,25 @@ class Service:
 
     def _submit(
         self, kind: Kind, payload: msgspec.Struct, cost: int, client: str, priority: int, streams: bool
-    ) -> tuple[int, _Asker]:
-        held = _held.get() or _Held(self._version, self.draining)
+    ) -> tuple[int, Asker]:
+        held = now_held.get() or Held(self.draining, self._versions.current)
         if held.late:
             raise HttpError(503, "the server is shutting down", retry_after_s=1)
+        if held.version is None:
+            held.version = self._versions.begin()
         now = time.monotonic()
         id, self._next = self._next, self._next + 1
         request = Request(
             id, kind, msgspec.Raw(_encode(payload)), cost, now, now + self.options.timeout_s, priority, client
         )
-        asker = self._askers[id] = _Asker(self._loop, streams)
+        asker = self._askers[id] = Asker(self._loop, streams)
         self._scale(coming=1)
         self._carry_out(self._router.arrive(request, now, held.version))
         if self._tick is None:
             self._tick = self._loop.call_later(TICK_S, self._look)
         return id, asker
 
-    def _forget(self, id: int, asker: _Asker) -> None:
+    def _forget(self, id: int, asker: Asker) -> None:
         self._askers.pop(id, None)
         if not asker.answer.done() or asker.answer.cancelled():  # whoever waited for it was cancelled, and it with him
             asker.answer.cancel()
@@ -350,7 +385,7 @@ class Service:
         if wanted and not self.replicas.wanted:
             self._asleep_since_asked = now
         known = self._router.replicas.items()
-        staying = [n for n, replica in known if not replica.leaving and replica.version == self._version]
+        staying = [n for n, replica in known if not replica.leaving and replica.version == self._versions.current]
         if wanted != self.replicas.wanted:
             for number in sorted(staying, key=self._router.load)[: max(0, len(staying) - wanted)]:
                 self._router.leave(number)
@@ -384,7 +419,7 @@ class Service:
         """What /metrics shows of this moment."""
         return {
             "requests_open": len(self._router),
-            "requests_waiting": len(self._router.line),
+            "requests_waiting": self._router.waiting,
             "replicas": len(self._router.replicas),
             "replicas_wanted": self.replicas.wanted,
             **{f"mesh_{axis}": size for axis, size in self.options.mesh.items()},
@@ -398,7 +433,7 @@ class Service:
         self.draining = True
         with suppress(TimeoutError):
             await asyncio.wait_for(self._none_held.wait(), within_s)
-        return not self._holds
+        return not self._inside
 
     def close(self) -> None:
         """Ends the model processes; whoever still waits gets 503."""

@@ -1,7 +1,10 @@
 """Other weights come in under load: no request fails, and none is answered by two versions."""
 
+import asyncio
 import json
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,11 @@ import torch
 from serve.conftest import Served, gone, save_bert
 from serve.saved_runs import text_run
 
+from shoal.errors import UserError
 from shoal.run.run import Run
+from shoal.serve import following
+from shoal.serve.options import ServeOptions
+from shoal.serve.versions import Versions
 from shoal.train import checkpoint
 
 Start = Callable[..., Served]
@@ -120,3 +127,87 @@ def test_each_newer_checkpoint_of_a_run_that_is_followed_is_served(served: Start
     after = server.post("/predict", ask)[1]["predictions"][0]["scores"]
     assert abs(after["a"] - before["a"]) > 1e-3
     assert json.loads(server.get("/v1/models")[1])["data"][0]["id"] == run.path.name
+
+
+def test_a_canary_answers_its_share_and_nothing_else_until_it_is_promoted(served: Start, tmp_path: Path) -> None:
+    first = save_bert(tmp_path / "first", "classification", classes=3)
+    second = changed(first, tmp_path / "second")
+    (tmp_path / "keys").write_text(ADMIN)
+    server = served(first, "--batch", "4", "--admin-keys", tmp_path / "keys")
+    admin = {"authorization": f"Bearer {ADMIN}"}
+
+    def by_version() -> dict[str, float]:
+        lines = server.get("/metrics")[1].decode().splitlines()
+        found = [line for line in lines if line.startswith("shoal_version_requests_total{")]
+        return {line.split('"')[1]: float(line.rpartition(" ")[2]) for line in found}
+
+    def post(path: str, body: Any) -> tuple[int, Any]:
+        return server.post(f"/v1/reload{path}", body, **admin)
+
+    assert [post(path, {})[0] for path in ("/promote", "/rollback")] == [409, 409], "there is none yet"
+    assert server.post("/v1/reload/promote", {})[0] == 401
+    status, told = post("", {"target": str(second), "share": 0.25})
+    assert status == 200, told
+    assert [(one["version"], one["share"]) for one in told["versions"]] == [(0, 0.75), (1, 0.25)]
+    assert post("", {})[0] == 409, "one at a time"
+    with Clients(server, {"text": TEXTS}) as clients:
+        while sum(by_version().values()) < 60:
+            pass
+        os.kill(server.replicas()[-1], signal.SIGKILL)
+        while sum(by_version().values()) < 120:
+            server.get("/health/live")  # takes nobody's turn
+    assert clients.failed == [], "not even when a process of the canary is killed"
+    assert len(clients.seen) == 2, "each answer is wholly of the one or of the other"
+    shares = by_version()
+    assert abs(shares["1"] - 0.25 * sum(shares.values())) <= 1
+    assert post("/rollback", {})[1]["versions"] == [{"version": 0, "source": str(first), "share": 1.0}]
+    assert server.processes_become(2)
+    only = [server.post("/predict", {"text": "a"})[1]["predictions"] for _ in range(6)]
+    assert all(one == only[0] for one in only)
+    assert post("", {"target": str(second), "share": 0.25})[0] == 200
+    status, told = post("/promote", {})
+    assert (status, [one["source"] for one in told["versions"]]) == (200, [str(second)])
+    assert server.processes_become(2)
+    assert server.post("/predict", {"text": "a"})[1]["predictions"] != only[0]
+
+
+def test_a_version_is_needed_until_the_last_request_that_began_with_it_has_ended() -> None:
+    versions = Versions()
+    versions.try_out(1, 0.5)
+    begun = [versions.begin() for _ in range(6)]
+    assert begun == [0, 1, 0, 1, 0, 1]
+    assert versions.done([0, 1]) == []
+    versions.withdraw()
+    assert versions.done([0, 1]) == [], "three requests that began with it have not ended"
+    for version in begun:
+        versions.end(version)
+    assert versions.done([0, 1]) == [1]
+    assert {versions.begin() for _ in range(4)} == {0}
+
+
+def test_a_followed_checkpoint_comes_as_a_canary_and_a_newer_one_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[Any] = []
+    names = iter(["step-00000001", "step-00000002", "step-00000002", "step-00000003"])
+
+    class Asked:
+        has_canary = False
+        options = ServeOptions(canary=0.1, follow=True, admin_keys=(ADMIN,))
+
+        async def reload(self, share: float) -> None:
+            done.append(share)
+            self.has_canary = True
+
+        async def roll_back(self) -> None:
+            done.append("rolled back")
+
+    monkeypatch.setattr(following, "LOOK_S", 0.0)
+    monkeypatch.setattr(following, "newest_name", lambda run: next(names))
+    with pytest.raises(RuntimeError):  # no more names
+        asyncio.run(following.follow(Asked(), tmp_path))  # type: ignore[arg-type]
+    assert done == [0.1, "rolled back", 0.1]
+    with pytest.raises(UserError, match="needs --follow"):
+        ServeOptions(canary=0.1)
+    with pytest.raises(UserError, match="a share of the requests"):
+        ServeOptions(canary=0.0)

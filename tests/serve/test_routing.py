@@ -123,7 +123,7 @@ def test_every_request_has_exactly_one_end_whatever_dies(events, window, waiting
     world, arrived, cancelled = play(events, Router(Limits(window=window, waiting=waiting)), poison)
     assert set(world.ends) | cancelled == set(range(arrived))
     assert not [id for id, ends in world.ends.items() if len(ends) + (id in cancelled) != 1]
-    assert world.router.sent == len(world.router.line) == len(world.router) == 0
+    assert world.router.sent == world.router.waiting == len(world.router) == 0
     assert all(replica.work == 0 and not replica.alone for replica in world.router.replicas.values())
 
 

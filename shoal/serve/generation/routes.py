@@ -30,7 +30,8 @@ from shoal.serve.http.messages import HttpError, HttpRequest, HttpResponse, Http
 from shoal.serve.http.predict import check_model, read_json
 
 if TYPE_CHECKING:
-    from shoal.serve.service import Model, Service
+    from shoal.serve.model import Model
+    from shoal.serve.service import Service
 
 _pieces = msgspec.msgpack.Decoder(list[Piece])
 _outcome = msgspec.msgpack.Decoder(Outcome)

@@ -7,7 +7,7 @@ from typing import Any
 from shoal import __version__
 from shoal.serve.intake.task import Intake
 from shoal.serve.intake.tensors import NPY, SAFETENSORS
-from shoal.serve.service import Model
+from shoal.serve.model import Model
 
 _SCORES = {
     "type": "object",
@@ -84,8 +84,12 @@ def describe(model: Model, intake: Intake | None, paths: set[str]) -> dict[str, 
     if intake is None:
         described |= import_module("shoal.serve.generation.routes").PATHS
     if "/v1/reload" in paths:
-        content = {"application/json": {"schema": {"type": "object", "properties": {"target": {"type": "string"}}}}}
-        described["/v1/reload"] = _post("Serve newer weights, or other ones (admin key)", content, {"type": "object"})
+        properties = {"target": {"type": "string"}, "share": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}}
+        content = {"application/json": {"schema": {"type": "object", "properties": properties}}}
+        answer = {"type": "object"}
+        described["/v1/reload"] = _post("Serve newer weights, or other ones (admin key)", content, answer, needed=False)
+        for verb, what in (("promote", "The canary answers everything"), ("rollback", "The canary is withdrawn")):
+            described[f"/v1/reload/{verb}"] = _post(f"{what} (admin key)", content, answer, needed=False)
     return {
         "openapi": "3.1.0",
         "info": {"title": f"Shoal: {model.name}", "version": __version__, "description": f"Task: {model.task}."},
@@ -131,8 +135,9 @@ def _get(summary: str, media: str) -> dict[str, Any]:
     return {"get": {"summary": summary, "responses": _responses({media: {"schema": {"type": kind}}})}}
 
 
-def _post(summary: str, content: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
-    body = {"required": True, "content": content}
+def _post(summary: str, content: Mapping[str, Any], answer: Mapping[str, Any], needed: bool = True) -> dict[str, Any]:
+    """``needed``: whether there must be a body."""
+    body = {"required": needed, "content": content}
     success = {"application/json": {"schema": answer}}
     return {
         "post": {

@@ -10,7 +10,7 @@ import msgspec
 
 from shoal.serve.http.description import describe
 from shoal.serve.http.keys import digests, matching
-from shoal.serve.http.messages import HTML, TEXT, HttpError, HttpRequest, HttpResponse, Route, json_response
+from shoal.serve.http.messages import HTML, TEXT, HttpError, HttpRequest, HttpResponse, HttpStream, Route, json_response
 from shoal.serve.http.predict import Predict, read_json
 from shoal.serve.intake.task import Intake
 
@@ -24,6 +24,8 @@ OPEN_PATHS = {
     "/health/live",
     "/health/ready",
     RELOAD,
+    f"{RELOAD}/promote",
+    f"{RELOAD}/rollback",
 }  # without an API key: they tell nothing of the model
 
 
@@ -49,7 +51,7 @@ def _entry(service: "Service") -> dict[str, Any]:
     entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "shoal"}
     known = ("task", "kind", "parameters", "dtype", "labels", "shape", "columns", "context", "vocab")
     facts = {name: model.facts[name] for name in known if name in model.facts}
-    return {**entry, **facts}
+    return {**entry, **facts, "versions": service.versions()}
 
 
 async def models(service: "Service", request: HttpRequest) -> HttpResponse:
@@ -60,17 +62,36 @@ async def one_model(service: "Service", request: HttpRequest) -> HttpResponse:
     return json_response(_entry(service))
 
 
-def _reload(keys: Sequence[bytes]) -> Route:
-    async def reload(service: "Service", request: HttpRequest) -> HttpResponse:
-        """{} for what the target has become, {"target": path} for another one: an earlier checkpoint, for example."""
+async def reload(service: "Service", request: HttpRequest) -> HttpResponse:
+    """{} for what the target has become, {"target": path} for another one: an earlier checkpoint, for example. With a
+    "share" below 1 it is a canary: it answers so large a share of the requests, until it is promoted or rolled back."""
+    body = read_json(request.body or b"{}")
+    target, share = body.get("target", ""), body.get("share", 1.0)
+    if not isinstance(target, str):
+        raise HttpError(400, "'target' must be a text", param="target")
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+        raise HttpError(400, "'share' must be a number above 0, and at most 1", param="share")
+    return json_response(await service.reload(target, float(share)))
+
+
+async def promote(service: "Service", request: HttpRequest) -> HttpResponse:
+    return json_response(await service.promote())
+
+
+async def roll_back(service: "Service", request: HttpRequest) -> HttpResponse:
+    return json_response(await service.roll_back())
+
+
+ADMIN: Mapping[str, Route] = {RELOAD: reload, f"{RELOAD}/promote": promote, f"{RELOAD}/rollback": roll_back}
+
+
+def _for_admins(route: Route, keys: Sequence[bytes]) -> Route:
+    async def checked(service: "Service", request: HttpRequest) -> HttpResponse | HttpStream:
         if not matching(request, keys):
             raise HttpError(401, "no valid admin key: send it as 'Authorization: Bearer KEY'")
-        target = read_json(request.body or b"{}").get("target", "")
-        if not isinstance(target, str):
-            raise HttpError(400, "'target' must be a text", param="target")
-        return json_response(await service.reload(target))
+        return await route(service, request)
 
-    return reload
+    return checked
 
 
 def _page(name: str) -> Route:
@@ -103,7 +124,8 @@ def open_routes(service: "Service", intake: Intake | None) -> Mapping[tuple[str,
     else:
         routes |= import_module("shoal.serve.generation.routes").ROUTES
     if service.options.admin_keys:
-        routes["POST", RELOAD] = _reload(digests(service.options.admin_keys))
+        keys = digests(service.options.admin_keys)
+        routes |= {("POST", path): _for_admins(route, keys) for path, route in ADMIN.items()}
     description = msgspec.json.encode(describe(service.model, intake, {path for _, path in routes}))
 
     async def openapi(service: "Service", request: HttpRequest) -> HttpResponse:

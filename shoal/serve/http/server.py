@@ -139,7 +139,7 @@ class HttpServer:
 
     def counted(self, request: HttpRequest, status: int, seconds: float) -> None:
         route = request.path if request.path in self._paths else "other"
-        self.service.metrics.request(route, status, seconds)
+        self.service.counted(route, status, seconds)
 
     def report(self, error: BaseException) -> None:
         """Where in the code it happened and of what kind it was: an error's text may hold a piece of a request."""
