@@ -1,6 +1,7 @@
 """Serving a classifier beside its bare forward pass, in turns: throughput, latency, overload, processor time, memory.
 
     python bench/serve.py [--rounds 5] [--seconds 2] [--dtypes float32,bfloat16]
+    python bench/serve.py --doubled      (2 replicas, and 2 pipeline stages, against one process: two minutes)
 
 The model is all-MiniLM-L6-v2 with a new head of 2 classes; each request is one text of 32 tokens. The control is the
 same model in a process of its own that does nothing but forward passes of 32 x 32 tokens, with the allocator settings
@@ -12,6 +13,7 @@ groups too), for a second or two at a time, with pauses of the same length in wh
 """
 
 import argparse
+import http.client
 import json
 import os
 import platform
@@ -33,6 +35,7 @@ from shoal.serve.load.subject import Bare
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "serve.json"
+DOUBLED_RESULTS = HERE / "results" / "serve_doubled.json"
 BATCH, CLIENTS = 32, 64
 WARM_S = 0.5  # of a load, not counted
 WORDS = "the model answers a question about the text that it was given and then waits for the next one of many"
@@ -119,6 +122,11 @@ class Server:
             "cpu_ms": 1e3 * (self.cpu_s() - before) / len(seen.samples),
         }
 
+    def answer(self, body: Path) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", int(self.port))
+        connection.request("POST", "/predict", body.read_bytes())
+        return connection.getresponse().read()
+
     def close(self) -> None:
         self.process.terminate()
         self.process.wait()
@@ -134,8 +142,6 @@ def closing(thing: Control | Server) -> Iterator:
 
 def cold_start(folder: Path, body: Path, cwd: Path) -> dict:
     """Seconds from the start of the process to the first answer."""
-    import http.client
-
     with closing(Server([str(folder)], cwd)) as server:
         connection = http.client.HTTPConnection("127.0.0.1", int(server.port))
         connection.request("POST", "/predict", body.read_bytes())
@@ -193,17 +199,18 @@ def classification(dtype: str, folder: Path, body: Path, cwd: Path, rounds: int,
     }
 
 
-def replicas(folder: Path, body: Path, cwd: Path, rounds: int, seconds: float) -> dict:
+def doubled(flags: list[str], folder: Path, body: Path, cwd: Path, rounds: int, seconds: float) -> dict:
     """Two model processes against one; the control: two bare processes at once against one. Core 1 is shared."""
     gains, controls = [], []
-    one, two = [str(folder), "--dtype", "float32"], [str(folder), "--dtype", "float32", "--replicas", "2"]
+    one = [str(folder), "--dtype", "float32"]
     with (
         closing(Server(one, cwd)) as single,
-        closing(Server(two, cwd, cores=(0, 1))) as double,
+        closing(Server([*one, *flags], cwd, cores=(0, 1))) as double,
         closing(Control(folder, "float32")) as a,
         closing(Control(folder, "float32", core=1)) as b,
     ):
         memory = [sum(map(proportional, server.pids)) for server in (single, double)]
+        answers = [server.answer(body) for server in (single, double)]
         for _ in range(rounds):
             slow, fast = (server.load(body, 128, seconds)["ok_a_second"] for server in (single, double))
             gains.append(fast / slow)
@@ -214,10 +221,15 @@ def replicas(folder: Path, body: Path, cwd: Path, rounds: int, seconds: float) -
             controls.append(sum(process.answer()["a_second"] for process in (a, b)) / alone)
     return {
         "gain": statistics.median(gains),
+        "gains": gains,
         "bare_gain": statistics.median(controls),
         "pss_one": memory[0],
         "pss_two": memory[1],
+        "equal_answers": answers[0] == answers[1],
     }
+
+
+DOUBLED = {"replicas": ["--replicas", "2"], "stages": ["--mesh", "pipe=2"]}
 
 
 def main() -> None:
@@ -226,6 +238,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--ahead", action="store_true")
+    parser.add_argument("--doubled", action="store_true", help="only two replicas, and two stages, against one process")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     go_ahead(os.getpid())
@@ -237,6 +250,11 @@ def main() -> None:
         small.write_text('{"input": [[0.5]]}')
         (cwd / "noop.py").write_text(NOOP)
         told: dict = {"machine": platform.platform(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
+        if args.doubled:
+            told |= {name: doubled(DOUBLED[name], folder, body, cwd, args.rounds, args.seconds) for name in DOUBLED}
+            DOUBLED_RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+            print(json.dumps(told, indent=1))
+            return
         told["cold_start"] = [cold_start(folder, body, cwd) for _ in range(3)]
         for dtype in args.dtypes.split(","):
             told[dtype] = classification(dtype, folder, body, cwd, args.rounds, args.seconds)
@@ -244,7 +262,7 @@ def main() -> None:
         with closing(Server(["noop:make"], cwd)) as server:
             runs = [server.load(small, CLIENTS, args.seconds) for _ in range(args.rounds)]
         told["noop_requests_a_core_second"] = 1e3 / statistics.median(run["cpu_ms"] for run in runs)
-        told["replicas"] = replicas(folder, body, cwd, args.rounds, args.seconds)
+        told |= {name: doubled(DOUBLED[name], folder, body, cwd, args.rounds, args.seconds) for name in DOUBLED}
         told["load_after"] = os.getloadavg()[0]
     RESULTS.write_text(json.dumps(told, indent=1) + "\n")
     print(json.dumps({k: v for k, v in told.items() if k not in ("float32", "bfloat16")}, indent=1))
