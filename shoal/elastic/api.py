@@ -10,6 +10,7 @@ from shoal.cluster.detect import launched_workers
 from shoal.comm.launch import Agent
 from shoal.elastic.crew import ElasticJob
 from shoal.elastic.faults import MOST, Fault
+from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS
 from shoal.errors import ShoalError, UserError
 from shoal.recipe.memory_plan import CHEAP, MemoryPlan
 from shoal.recipe.plan import Plan
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 PRELOAD = (*TRAINS, "shoal.elastic.loop")
-MOST_WORKERS = 128  # of one host: each has a socket to each other one
 
 
 def check_elastic(plan: Plan, shards: int, least: int) -> None:
@@ -38,7 +38,12 @@ def check_elastic(plan: Plan, shards: int, least: int) -> None:
         )
     if plan.axes.size("pipe") > 1:
         _check_stages(plan)
-    if plan.sync != "exact" or plan.compresses:
+    if plan.sync == "parameter-server" and plan.staleness:
+        raise UserError(
+            f"plan: staleness = {plan.staleness} is not elastic yet: use staleness = 0, which keeps the bits, or leave "
+            f"--elastic out."
+        )
+    if plan.sync not in ("exact", "parameter-server") or plan.compression != "none":
         what = f"sync = {plan.sync!r}" if plan.sync != "exact" else f"compression = {plan.compression!r}"
         raise UserError(f"plan: {what} is not elastic yet: leave it out, or leave --elastic out.")
     held = replace(plan.memory, recompute="none", recompute_every=2, recompute_operations=CHEAP, blocks=())
@@ -52,8 +57,11 @@ def check_elastic(plan: Plan, shards: int, least: int) -> None:
         raise UserError("--elastic deals the shards out evenly over those who are there: leave --placement out.")
     if not 1 <= least <= plan.workers:
         raise UserError(f"--min-workers {least}: it must be from 1 to the {plan.workers} workers that the run has.")
-    if plan.workers > MOST_WORKERS:
-        raise UserError(f"--elastic: {plan.workers} workers on one host: use at most {MOST_WORKERS}.")
+    if plan.workers > MOST_WORKERS or plan.server_processes > MOST_SERVERS:
+        raise UserError(
+            f"--elastic: {plan.workers} workers and {plan.server_processes} servers on one host: use at most "
+            f"{MOST_WORKERS} and {MOST_SERVERS}."
+        )
     if launched_workers() is not None:
         raise UserError("--elastic starts its own workers: run it without torchrun, which restarts all of them.")
 
@@ -101,6 +109,8 @@ def train_elastic(
 
     plan = plan or Plan()
     check_elastic(plan, recipe.shards, least)
+    if rebalance and (plan.axes.size("pipe") > 1 or plan.server_processes):
+        raise UserError("--rebalance moves shards between workers that are all alike: leave it out with this plan.")
     if len(faults) > MOST:
         raise UserError(f"{len(faults)} faults in one run: use at most {MOST}.")
     folder = Run.find(resume).path if resume is not None else run_dir
@@ -123,6 +133,7 @@ def train_elastic(
         hang_after_s=plan.hang_after_s,
         rebalance=rebalance,
         depth=plan.axes.size("pipe"),
+        servers=plan.server_processes,
     )
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:

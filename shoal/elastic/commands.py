@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.elastic import roster
+from shoal.elastic.replan import MOST_SERVERS
 from shoal.errors import RunFailed, UserError
 from shoal.run.run import Run
 
@@ -14,32 +15,40 @@ LOOK_S = 0.05
 LATELY = 50  # committed steps that an estimate is made from
 
 
-def resize(target: str | Path, workers: int, *, wait_s: float = 120.0) -> dict[str, Any]:
-    """Train a running run on so many workers; returns when it does: before, workers, step, pause_s, why.
+def resize(target: str | Path, workers: int = 0, *, servers: int = 0, wait_s: float = 120.0) -> dict[str, Any]:
+    """Train a running run on so many workers, or with so many parameter servers; returns when it does: before, workers
+    or servers, step, pause_s, why.
 
     Raises UserError when nobody trains the run or the number cannot be, RunFailed when it does not come about."""
     run = Run.find(target)
-    before = _trained(run)
-    shards = run.recipe.shards
-    if not 1 <= workers <= shards:
-        raise UserError(f"--workers {workers}: the run has {shards} shards, each worker needs one: use 1 to {shards}.")
+    trained = _trained(run)
+    serve = sum(not entry.shards for entry in trained)
+    what, asked_for = ("servers", servers) if servers else ("workers", workers)
+    before = serve if servers else len(trained) - serve
+    most = MOST_SERVERS if servers else run.recipe.shards * run.plan.axes.size("pipe")
+    if servers and not serve:
+        raise UserError(f"--servers {servers}: {str(run.path)!r} has no parameter servers: use --workers.")
+    if not 1 <= asked_for <= most:
+        each = f"the run has {run.recipe.shards} shards, each worker needs one" if workers else "that cannot be"
+        raise UserError(f"--{what} {asked_for}: {each}: use 1 to {most}.")
     asked = time.time()
-    if len(before) == workers:
-        return {"before": workers, "workers": workers, "step": None, "pause_s": 0.0, "why": "it is so already"}
-    roster.wish(run.path, workers=workers)
+    if before == asked_for:
+        return {"before": before, what: before, "step": None, "pause_s": 0.0, "why": "it is so already"}
+    roster.wish(run.path, **{what: asked_for})
+    processes = len(trained) - before + asked_for
 
     def answer() -> Mapping[str, Any] | None:
         for event in run.events():
             if event["event"] == "refused" and event["time"] >= asked:
                 raise UserError(str(event["why"]))
-            if event["event"] in ("resized", "recovered") and event["time"] >= asked and event["workers"] == workers:
+            if event["event"] in ("resized", "recovered") and event["time"] >= asked and event["workers"] == processes:
                 return event
         return None
 
-    found = _waited(run, answer, wait_s, f"{workers} workers")
+    found = _waited(run, answer, wait_s, f"{asked_for} {what}")
     return {
-        "before": len(before),
-        "workers": workers,
+        "before": before,
+        what: asked_for,
         "step": found["step"],
         "pause_s": found["cost_s"],
         "why": found["why"],

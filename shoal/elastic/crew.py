@@ -23,7 +23,7 @@ from shoal.elastic.kernel import look
 from shoal.elastic.pace import Pace, evenly
 from shoal.elastic.process import Program
 from shoal.elastic.record import Record
-from shoal.elastic.replan import Formation, depth_for
+from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS, Formation, depth_for, servers_for
 from shoal.elastic.seat import DRAINS, ROWS
 from shoal.elastic.watch import Watch
 
@@ -42,6 +42,7 @@ class ElasticJob(Program):
     hang_after_s: float
     rebalance: bool = False  # move shards away from slow workers
     depth: int = 1  # stages that the plan cuts the model into
+    servers: int = 0  # parameter servers beside the workers
 
     def carry_out(self, launcher: Connection, forward: Callable[[Any], None]) -> Ended:
         return ElasticCrew(self, launcher, forward).run()
@@ -57,7 +58,9 @@ class ElasticCrew:
         self.board_file = anonymous_file(StatusBoard.SIZE)
         self.mirror = heap_file()  # what workers hold alone lies here too: see `shoal.elastic.mirror`
         self.board = StatusBoard(self.board_file, ROWS)
-        self.membership = m.Membership(job.workers, job.least, job.shards * job.depth)
+        self.servers = job.servers  # that are wanted: they sit on seats like workers
+        most = min(job.shards * job.depth, MOST_WORKERS) + (MOST_SERVERS if job.servers else 0)
+        self.membership = m.Membership(job.workers + job.servers, job.least + min(job.servers, 1), most)
         self.processes = Forks(job, self.board, self._close_own)
         self.record = Record(lambda event: self.forward(Said(0, "event", event)))
         self.watch = Watch(job.hang_after_s)
@@ -300,8 +303,16 @@ class ElasticCrew:
         elif wanted.drain.isdigit() and int(wanted.drain) < len(self.membership.members):
             seat = self.membership.members[int(wanted.drain)]
             self._decide(m.Drain(seat, wanted.why or f"{self._name(seat)} was asked to leave"))
+        elif wanted.servers > 0 and self.servers:
+            self._serve_by(wanted.servers, wanted.why or f"{wanted.servers} servers were asked for")
         elif wanted.workers > 0:
-            self._decide(m.Resize(wanted.workers, wanted.why or f"{wanted.workers} workers were asked for"))
+            why = wanted.why or f"{wanted.workers} workers were asked for"
+            self._decide(m.Resize(wanted.workers + self.servers, why))
+
+    def _serve_by(self, servers: int, why: str) -> None:
+        """With as many workers as before."""
+        workers, self.servers = self.membership.wanted - self.servers, min(servers, MOST_SERVERS)
+        self._decide(m.Resize(workers + self.servers, why))
 
     # --- what is told -----------------------------------------------------------------------------------------
 
@@ -382,16 +393,20 @@ class ElasticCrew:
         self.board.ask_change(False)
         count = len(form.seats)
         self.pace.changed()
-        depth = depth_for(count, self.job.depth, self.job.shards, self.deepest)
-        even = evenly(count // depth, self.job.shards)
-        self.formation = Formation(self.pace.deal(form.seats, self.job.shards) if self.job.rebalance else even, depth)
+        servers = servers_for(count, self.servers)
+        depth = depth_for(count - servers, self.job.depth, self.job.shards, self.deepest)
+        even = evenly((count - servers) // depth, self.job.shards)
+        relieves = self.job.rebalance and len(even) == count
+        shares = self.pace.deal(form.seats, self.job.shards) if relieves else even
+        self.formation = Formation(shares, depth, servers)
         heap = heap_file()
         arenas = [self.processes[s].arena[0] for s in form.seats if s in self.processes and self.processes[s].arena]
         shared = arenas if len(arenas) == count else []
         pairs = {(a, b): socket.socketpair() for a in range(count) for b in range(a + 1, count)}
         for rank, seat in enumerate(form.seats):
             if seat in self.processes:
-                self.processes[seat].name = f"rank {rank}"
+                server = rank - self.formation.workers
+                self.processes[seat].name = f"rank {rank}" if server < 0 else f"server {server}"
             mine = [
                 pairs[min(rank, other), max(rank, other)][0 if rank < other else 1].fileno()
                 for other in range(count)
@@ -417,6 +432,7 @@ class ElasticCrew:
             "donor": form.donor,
             "shares": self.formation.shares,
             "depth": self.formation.depth,
+            "servers": self.formation.servers,
             "hosts": False,  # whether there are several
         }
 

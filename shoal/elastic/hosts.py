@@ -32,8 +32,9 @@ TOKEN_BYTES = 32
 def check_hosts(plan: Plan, shards: int, least: int) -> None:
     """Raises UserError for plans whose workers share what one host has."""
     check_elastic(plan, shards, least)
-    if plan.states != "replicated" or plan.splits_model:
+    if plan.states != "replicated" or plan.splits_model or plan.sync != "exact":
         what = f"states = {plan.states!r}" if plan.states != "replicated" else "a mesh with more than axis 'data'"
+        what = what if plan.sync == "exact" else f"sync = {plan.sync!r}"
         raise UserError(f"plan: {what} is elastic on one host only: leave it out, or --agents and --emulate-hosts.")
     if plan.device not in ("", "auto", "cpu"):
         raise UserError(f"plan: device = {plan.device!r}: elastic workers of several hosts train on processors so far.")

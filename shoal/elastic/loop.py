@@ -17,6 +17,7 @@ from shoal.elastic.membership import FRESH
 from shoal.elastic.mirror import Mirror
 from shoal.elastic.replan import Formation, plan_of
 from shoal.elastic.seat import Place, Released, Seat, SeatReporter
+from shoal.elastic.serving import serve_epoch
 from shoal.models.registry import task_for
 from shoal.parallel.partition.measure import pieces
 from shoal.parallel.pipeline.head_and_tail import arguments_of
@@ -39,7 +40,7 @@ REMEMBERED = 8  # committed steps that every worker could still tell of, should 
 
 def holds_apart(plan: Plan) -> bool:
     """Whether workers hold what no other one does: it is mirrored after each step."""
-    return plan.states != "replicated" or plan.axes.size("pipe") > 1
+    return plan.states != "replicated" or plan.axes.size("pipe") > 1 or plan.sync == "parameter-server"
 
 
 def run_elastic(seat: Seat, order: Order) -> dict[str, Any]:
@@ -66,6 +67,7 @@ class _Life:
         self.loop: ElasticLoop | None = None
         self.tried = 0  # the step that was not finite on one worker, and is to be done by others
         self.mirror: Mirror | None = None
+        self.served = False  # it has been a server
 
     def live(self) -> dict[str, Any]:
         self.seat.ready(self._deepest() if self.staged else 1)
@@ -78,6 +80,9 @@ class _Life:
             try:
                 if holds_apart(self.order.plan) and self.mirror is None:
                     self.mirror = Mirror(self.seat.mirror)
+                if place.server >= 0:
+                    self._serve(place)
+                    raise PeerLost("the workers have gone")
                 plan = plan_of(self.order.plan, place.formation)
                 if self.staged:
                     self._build(place.group, plan)
@@ -111,6 +116,14 @@ class _Life:
         elif self.loop is not None and self.worker.step:
             self.loop.due |= 0 in ranks  # what it has saved last may be wrong too
 
+    def _serve(self, place: Place) -> None:
+        """Until the epoch ends."""
+        assert self.mirror is not None
+        self.mirror.enter(place.rank, len(place.steps), FRESH if place.cold else max(place.steps), 0)
+        self.served = True
+        trained = [name for name, p in self.worker.held.module.named_parameters() if p.requires_grad]
+        serve_epoch(place, trained[::-1], self.mirror)
+
     def _deepest(self) -> int:
         """How many stages the model can be cut into."""
         pipeline, module = self.order.plan.pipeline, self.worker.held.module
@@ -134,10 +147,10 @@ class _Life:
         """The newest step that can be gone on from, as far as this worker knows; whether what follows it is to be done.
 
         Where workers hold slices, a step that one of them did not end is taken back by all."""
-        if self.loop is None:
+        if self.loop is None and not self.served:
             return FRESH, False
         held = self.worker.step if self.mirror is None else self.mirror.newest
-        return held, self.loop.due and held == self.loop.at
+        return held, self.loop is not None and self.loop.due and held == self.loop.at
 
     def _begun(self, place: Place) -> "ElasticLoop":
         """Nobody holds a state: from the newest checkpoint of the run, or from the start."""
@@ -158,7 +171,7 @@ class _Life:
         loop = ElasticLoop(worker, order, run, self.splits, self.task, self.model)
         loop.begin(first=place.epoch == 1, lenient=again)
         worker.group.gather(b"")  # all have taken the checkpoint, or none counts as holding anything
-        loop.enter(self.mirror, FRESH)
+        loop.enter(self.mirror, FRESH, len(place.steps))
         self.loop = loop
         return loop
 
@@ -210,7 +223,7 @@ class _Life:
         if stand is not None:
             loop.stand(stand)
         loop.due, loop.at = place.due, max(place.steps)
-        loop.enter(self.mirror, max(place.steps))
+        loop.enter(self.mirror, max(place.steps), len(place.steps))
         loop.take_rank()
         return loop
 
@@ -248,11 +261,11 @@ class ElasticLoop(Loop):
 
     # --- handing on -------------------------------------------------------------------------------------------
 
-    def enter(self, mirror: Mirror | None, step: int) -> None:
-        """An epoch begins, from a step that ``mirror`` holds."""
+    def enter(self, mirror: Mirror | None, step: int, world: int) -> None:
+        """An epoch of so many processes begins, from a step that ``mirror`` holds."""
         self.mirror, self.parts = mirror, None
         if mirror is not None:
-            mirror.enter(self.worker.rank, self.worker.world, step)
+            mirror.enter(self.worker.rank, world, step, self.worker.step)
 
     def state(self) -> Checkpoint:
         """All that another worker needs to be in this one's place."""

@@ -28,7 +28,8 @@ from shoal.errors import ShoalError
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.held_parts import HeldPart
 
-MOST_RANKS = 128
+MOST_RANKS = 160
+_ROW = 2 + 2 * MOST_RANKS  # numbers of a half: workers, the step it begins from, and two marks of each worker
 _REGION = 1 << 40  # bytes of addresses; what is not touched costs nothing
 _ALIGNED = 64
 _NEVER = -1
@@ -51,9 +52,9 @@ class Mirror:
 
     def __init__(self, file: int) -> None:
         self._file = file
-        size = 2 * (1 + 2 * MOST_RANKS)
+        size = 2 * _ROW
         header = mmap.mmap(file, -(-size * 8 // PAGE) * PAGE)
-        self._header = np.frombuffer(header, dtype=np.int64, count=size).reshape(2, 1 + 2 * MOST_RANKS)
+        self._header = np.frombuffer(header, dtype=np.int64, count=size).reshape(2, _ROW)
         self._half = 0
         self._rank = self._world = 0
         self._pens: list[_Pen] = []
@@ -72,7 +73,7 @@ class Mirror:
         return found
 
     def _marks(self, half: int, number: int) -> np.ndarray:
-        start = 1 + number * MOST_RANKS
+        start = 2 + number * MOST_RANKS
         row: np.ndarray = self._header[half, start : start + MOST_RANKS]
         return row
 
@@ -93,14 +94,21 @@ class Mirror:
         """Forget everything: the run starts over, or from a checkpoint. One worker does it, before `enter` of all."""
         self._header[:, 0] = 0
 
-    def enter(self, rank: int, world: int, step: int) -> None:
-        """Begin an epoch that goes on from a whole ``step``; -1: from nothing. Before the first `write` of anybody, all
-        must have entered."""
+    @property
+    def begins(self) -> int:
+        """The step that this epoch goes on from, once its rank 0 has entered."""
+        return int(self._header[self._half, 1])
+
+    def enter(self, rank: int, world: int, step: int, begins: int) -> None:
+        """Begin an epoch that goes on from a whole ``step``, -1: from nothing here, but perhaps from a checkpoint of
+        step ``begins``. Before the first `write` of anybody, all must have entered."""
         self._half = 1 - self._whole(step).half if step > _NEVER else 0
         self._rank, self._world = rank, world
         self._pens = [_Pen(self._file, _region(self._half, number, rank)) for number in range(2)]
         for number in range(2):
             self._marks(self._half, number)[rank] = _NEVER
+        if rank == 0:
+            self._header[self._half, 1] = begins
         self._header[self._half, 0] = world
         self._other_half = True
 

@@ -9,20 +9,27 @@ from dataclasses import dataclass, replace
 from shoal.recipe.pipeline_plan import PipelinePlan
 from shoal.recipe.plan import Plan
 
+MOST_WORKERS, MOST_SERVERS = 128, 16  # of one host: each has a socket to each other one
+
 
 @dataclass(frozen=True)
 class Formation:
-    """``shares``: shards of each replica, whose stages are ranks next to each other."""
+    """``shares``: shards of each replica, whose stages are ranks next to each other. ``servers`` are the last ranks."""
 
     shares: tuple[int, ...]
     depth: int = 1
+    servers: int = 0
+
+    @property
+    def workers(self) -> int:
+        return len(self.shares) * self.depth
 
     @property
     def owned(self) -> list[range]:
         """The shards that each rank works on, alone or with the other stages of its replica."""
         starts = [sum(self.shares[:each]) for each in range(len(self.shares))]
         replicas = [range(start, start + count) for start, count in zip(starts, self.shares, strict=True)]
-        return [owned for owned in replicas for _ in range(self.depth)]
+        return [owned for owned in replicas for _ in range(self.depth)] + [range(0)] * self.servers
 
 
 def depth_for(workers: int, wanted: int, shards: int, deepest: int) -> int:
@@ -33,9 +40,15 @@ def depth_for(workers: int, wanted: int, shards: int, deepest: int) -> int:
     return min(deeper) if deeper else max((d for d in fits if d < wanted), default=min(fits, default=1))
 
 
+def servers_for(processes: int, wanted: int) -> int:
+    """How many of so many processes are parameter servers: one at least is a worker."""
+    return min(wanted, processes - 1)
+
+
 def plan_of(plan: Plan, formation: Formation) -> Plan:
     """The plan over other workers."""
     shares, depth = formation.shares, formation.depth
     if depth == 1:
-        return replace(plan, mesh={"data": len(shares)}, placement=shares, pipeline=PipelinePlan())
+        servers = formation.servers or plan.servers
+        return replace(plan, mesh={"data": len(shares)}, placement=shares, pipeline=PipelinePlan(), servers=servers)
     return replace(plan, mesh={"data": len(shares), "pipe": depth}, placement=shares)

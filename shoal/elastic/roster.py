@@ -31,6 +31,7 @@ class Wanted:
 
     number: int
     workers: int = 0  # 0: leave it
+    servers: int = 0
     drain: str = ""  # a rank, or "all": the run ends after the step in flight, saved
     why: str = ""
 

@@ -13,15 +13,16 @@ from typing import Any, NoReturn
 
 from shoal.comm.arena import Arenas
 from shoal.comm.group import HostGroup
-from shoal.comm.heap import Heap, heap_file
+from shoal.comm.heap import MOST_PARTS, MOST_WORKERS, Heap, heap_file
 from shoal.comm.mesh import Mesh, PeerLost
-from shoal.comm.status import Phase, Reporter, StatusBoard
+from shoal.comm.status import SERVERS, Phase, Reporter, StatusBoard
 from shoal.comm.wired import WiredGroup
 from shoal.elastic.faults import RECOVERING, Fault, Rehearsal
 from shoal.elastic.replan import Formation
 
 ROWS = 900  # of the status board; seats take turns on them, and faults have the last ones
 _LENGTH = struct.Struct("<I")
+_OF_SERVERS = MOST_PARTS // MOST_WORKERS - 1  # the number of the part of an epoch's heap that servers share
 _FILES_AT_ONCE = 200  # the kernel passes at most 253 in one message
 _LOOKS = (Phase.loading, Phase.forward, Phase.evaluating)  # where a step can be dropped without a trace
 DRAINS = {signal.SIGTERM: b"T", signal.SIGUSR1: b"1"}  # signals that ask one worker to leave, and how it passes them on
@@ -63,8 +64,14 @@ class Place:
     cold: bool  # nobody holds anything
     donor: int  # the rank that hands the newest state on
     formation: Formation
+    rank: int  # workers come first, then servers
     run: str  # the run directory; "" when there is none yet
     group: HostGroup | WiredGroup
+
+    @property
+    def server(self) -> int:
+        """Which parameter server this is; below 0: it is a worker."""
+        return self.rank - self.formation.workers
 
     @property
     def takers(self) -> list[int]:
@@ -144,6 +151,20 @@ class Seat:
         mesh = Mesh(rank, peers, self.report)
         return HostGroup(rank, len(peers), mesh, Heap(heap), arenas, self.report, self._emit)
 
+    def _beside_servers(self, rank: int, workers: int, places: list[socket.socket | None], arenas: Arenas) -> HostGroup:
+        """Of all workers, with sockets to the servers; of a server alone, with sockets to the workers."""
+        others = places[workers:] if rank < workers else places[:workers]
+        if rank < workers:
+            group = self._group_of(rank, places[:workers], self._heap, arenas.part(range(workers)))
+        else:
+            group = self._group_of(0, [None], -1, self._arenas)
+            for peer in places[workers:]:
+                if peer is not None:
+                    peer.close()  # servers do not speak to each other
+        group.servers = Mesh(-1, others, self.report, first=SERVERS if rank < workers else 0)
+        group.server_heap = Heap(self._heap).part(_OF_SERVERS, 0)
+        return group
+
     def ready(self, deepest: int) -> None:
         """The model is built, and can be cut into so many stages; the memory of `alone` has been let go."""
         self._close_heap()
@@ -169,7 +190,10 @@ class Seat:
             del files[:world]
         peers = [socket.socket(fileno=file) for file in files]
         places = [*peers[:rank], None, *peers[rank:]]
-        if order["hosts"]:
+        workers = world - order["servers"]
+        if order["servers"]:
+            self._group = self._beside_servers(rank, workers, places, arenas)
+        elif order["hosts"]:
             self._group = WiredGroup(rank, world, Mesh(rank, places, self.report), self.report, self._emit)
         else:
             self._group = self._group_of(rank, places, self._heap, arenas)
@@ -183,7 +207,8 @@ class Seat:
             due=order["due"],
             cold=order["cold"],
             donor=order["donor"],
-            formation=Formation(tuple(order["shares"]), order["depth"]),
+            formation=Formation(tuple(order["shares"]), order["depth"], order["servers"]),
+            rank=rank,
             run=order["run"],
             group=self._group,
         )
@@ -193,6 +218,8 @@ class Seat:
         self.report.member = False
         if self._group is not None:
             self._group.mesh.close()
+            if isinstance(self._group, HostGroup) and self._group.servers is not None:
+                self._group.servers.close()
             self._group = None
         self._close_heap()
 

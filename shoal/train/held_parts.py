@@ -14,7 +14,7 @@ from shoal.parallel.held import Held
 from shoal.train.sharded_states import Sharded
 from shoal.train.state import optimizer_facts
 from shoal.train.state_gathering import is_vector
-from shoal.train.synchrony import Update
+from shoal.train.synchrony import Served, Update
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class HeldParts:
     def __init__(self, held: Held, update: Update, optimizer: torch.optim.Optimizer) -> None:
         self._held, self._optimizer = held, optimizer
         self._sharded = update if isinstance(update, Sharded) else None
+        elsewhere = update.gradients.parameters if isinstance(update, Sharded | Served) else []
+        self._elsewhere = set(map(id, elsewhere))  # not whole here: this worker's pieces, or what servers hold
         self.aliases: dict[str, str] = {}
         self._weights: list[HeldPart] = []
         self._named: list[tuple[str, nn.Parameter]] = []
@@ -43,7 +45,6 @@ class HeldParts:
                 self._weights.append(HeldPart(f"model/{names[piece.slot]}", shape, piece.start, part))
 
     def _name_whole(self) -> None:
-        cut = set(map(id, self._sharded.gradients.parameters)) if self._sharded is not None else set()
         first: dict[int, str] = {}
         for name, tensor in self._held.module.state_dict(keep_vars=True).items():
             if not isinstance(tensor, Tensor):
@@ -52,19 +53,19 @@ class HeldParts:
                 self.aliases[f"model/{name}"] = f"model/{first[id(tensor)]}"
                 continue
             first[id(tensor)] = name
-            if id(tensor) not in cut:
+            if id(tensor) not in self._elsewhere:
                 self._weights.append(HeldPart(f"model/{name}", tuple(tensor.shape), 0, tensor.detach()))
-        if self._sharded is None:
+        if not self._elsewhere:
             self._named = list(self._held.module.named_parameters())
 
     def tensors(self) -> list[HeldPart]:
         """After a step: valid until the next update."""
         found = list(self._weights)
         for name, parameter in self._named:
-            found += _states(name, self._optimizer.state.get(parameter, {}), tuple(parameter.shape), 0, parameter)
+            found += state_parts(name, self._optimizer.state.get(parameter, {}), tuple(parameter.shape), 0, parameter)
         if self._sharded is not None:
             for name, shape, start, part, state in self._pieces(self._sharded):
-                found += _states(name, state, shape, start, part)
+                found += state_parts(name, state, shape, start, part)
         return found
 
     @staticmethod
@@ -84,9 +85,10 @@ class HeldParts:
         return found
 
 
-def _states(
+def state_parts(
     name: str, state: Mapping[str, Any], shape: tuple[int, ...], start: int, part: Tensor
 ) -> Iterable[HeldPart]:
+    """Of what an optimiser holds of ``part`` of a parameter of this shape, from element ``start`` on."""
     for key, value in state.items():
         if is_vector(value, part):
             yield HeldPart(f"optimizer/{name}/{key}", shape, start, value)

@@ -29,7 +29,7 @@ def test_a_minimum_without_elastic_is_refused(shoal):
 
 def test_resize_says_what_it_took(shoal, library):
     done = {"before": 4, "workers": 2, "step": 12, "pause_s": 0.21, "why": "asked"}
-    library("shoal.elastic.commands", resize=lambda run, workers, wait_s: {**done, "run": run, "asked": workers})
+    library("shoal.elastic.commands", resize=lambda run, workers, servers, wait_s: {**done, "run": run, "asked": workers})
     assert shoal("resize", "runs/a", "--workers", "2")[1] == (
         "4 -> 2 workers from step 12 on, 0.21 s between two steps\n"
     )

@@ -224,7 +224,7 @@ def test_a_worker_that_raises_fails_the_run_as_without_elasticity(disturb):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sync": "parameter-server"}, "is not elastic yet"),
+        ({"sync": "local"}, "is not elastic yet"),
         ({"compression": "int8", "sync": "fast"}, "is not elastic yet"),
         ({"states": "zero1", "state_group": 1}, "is not elastic yet"),
         ({"mesh": {"data": 2, "tensor": 2}}, "a mesh with tensor = 2 is not elastic yet"),

@@ -42,7 +42,7 @@ def written(mirrors: list[Mirror], step: int, ranks: tuple[int, ...] = (0, 1)) -
 def entered(file: int, step: int, world: int = 2) -> list[Mirror]:
     mirrors = [Mirror(file) for _ in range(world)]
     for rank, mirror in enumerate(mirrors):
-        mirror.enter(rank, world, step)
+        mirror.enter(rank, world, step, step)
     return mirrors
 
 
@@ -103,12 +103,12 @@ def test_the_memory_of_an_older_epoch_is_given_back_once_a_newer_one_has_a_whole
 
     big = torch.zeros(1 << 20)
     first = Mirror(file)
-    first.enter(0, 1, -1)
+    first.enter(0, 1, -1, 0)
     for step in (1, 2):
         first.write(step, [HeldPart("model/w", (1 << 20,), 0, big)], facts(0, step))
     whole = used()
     second = Mirror(file)
-    second.enter(0, 1, 2)
+    second.enter(0, 1, 2, 2)
     second.write(3, [HeldPart("model/w", (1 << 20,), 0, big)], facts(0, 3))
     assert used() > whole
     second.write(4, [HeldPart("model/w", (1 << 20,), 0, big)], facts(0, 4))

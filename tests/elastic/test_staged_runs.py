@@ -1,5 +1,7 @@
 """Stages of a pipeline are killed, added and taken away: the depth changes between steps, the bits do not."""
 
+from typing import Any
+
 import pytest
 from elastic.test_elastic_runs import asks, on_commit
 from train.tiny_runs import recipe, splits
@@ -18,16 +20,14 @@ RESNET = recipe("resnet", steps=STEPS, clip=0.05, report=REPORT)  # buffers, a n
 GPT = recipe("gpt", steps=STEPS, report=REPORT)  # a tensor that two stages use, dropout
 TWO = {"mesh": {"pipe": 2}}
 
-PLACES = [
+PLACES: list[Any] = [
     ("forward", 0),
     ("backward", 1),
-    ("waiting", 1),
     ("exchanging", 0),
-    ("updating", 0),
     ("updating", 1),
-    ("evaluating", 1),
-    ("saving", 0),
-]
+    *(pytest.param(*place, marks=pytest.mark.slow) for place in
+      (("waiting", 1), ("updating", 0), ("evaluating", 1), ("saving", 0))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("phase", "rank"), PLACES)

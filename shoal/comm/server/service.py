@@ -48,6 +48,7 @@ class Service:
         self._arrived: dict[int, _Arrived] = {}
         self._facts: list[tuple[int, int, bytes]] = []  # (worker, clock, row) that the lead has not seen
         self._summed: dict[int, int] = {}  # bucket -> of which round
+        self.updates = 0  # that have been made
 
     def handle(self, worker: int, message: Message) -> Out:
         """Never raises for what a message says: it is refused, counted, and its sender told."""
@@ -300,6 +301,7 @@ class Service:
         if commit["factor"] != 1.0:
             self.store.scale(flat, commit["factor"])
         self.store.apply(flat, commit["groups"], commit["share"], commit["unused"])
+        self.updates += 1
         if self.setup.synchronous:
             for worker in [w for w, arrived in self._arrived.items() if arrived.clock == instruction.clock]:
                 del self._arrived[worker]

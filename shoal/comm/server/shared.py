@@ -1,5 +1,7 @@
 """Servers of the same host: doorbells over socket pairs, numbers in shared memory. No port, no name, no copy."""
 
+from collections.abc import Callable
+
 from shoal.comm.heap import Heap
 from shoal.comm.mesh import Mesh, PeerLost
 from shoal.comm.server import wire
@@ -47,11 +49,23 @@ def links(mesh: Mesh) -> list[SharedLink]:
     return [SharedLink(mesh, server) for server in range(mesh.world)]
 
 
-def serve(server: int, mesh: Mesh, heap: Heap, report: Reporter) -> None:
-    """The life of a server process: until its last worker has gone. ``mesh`` has a socket to each worker."""
+def serve(
+    server: int,
+    mesh: Mesh,
+    heap: Heap,
+    report: Reporter,
+    *,
+    updated: Callable[[Service], None] = lambda service: None,
+    first: Callable[[], int] = lambda: 0,
+) -> None:
+    """The life of a server process: until its last worker has gone. ``mesh`` has a socket to each worker.
+
+    ``updated`` is called after each update, before any worker hears of it; ``first`` is what the first step is
+    called."""
     service = Service(server, heap, shared=True)
     here = set(mesh.others)
     taken = [0] * mesh.world
+    updates = 0
     sent = [0] * mesh.world
 
     def answer(out: Out) -> None:
@@ -71,8 +85,12 @@ def serve(server: int, mesh: Mesh, heap: Heap, report: Reporter) -> None:
                 while (raw := mesh.take(worker, _SERVED, taken[worker])) is not None:
                     taken[worker] += 1
                     message, _ = unpacked(raw)
-                    report(Phase.updating, step=message.clock)
-                    answer(service.handle(worker, message))
+                    report(Phase.updating, step=first() + message.clock)
+                    out = service.handle(worker, message)
+                    if service.updates > updates:
+                        updates = service.updates
+                        updated(service)
+                    answer(out)
             except PeerLost:
                 here.discard(worker)
                 answer(service.leave(worker))

@@ -192,6 +192,11 @@ class Store:
 
     # --- the optimiser's state --------------------------------------------------------------------------------
 
+    def held(self) -> Iterator[tuple[Part, Tensor, Mapping[str, Any]]]:
+        """Each part, where it lies, and what the optimiser holds of it."""
+        for part, parameter in zip(self.parts, self._parameters, strict=True):
+            yield part, parameter.detach(), self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+
     def state(self) -> Iterator[Chunk]:
         """All that the optimiser holds, in pieces."""
         if self.optimizer is None:
