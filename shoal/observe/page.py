@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from html import escape
 
-from shoal.observe import communication_section, figures, memory_section, tables, timeline
+from shoal.observe import communication_section, figures, memory_section, pipeline_section, tables, timeline
 from shoal.observe.comparison import comparison
 from shoal.observe.figures import Named
 from shoal.observe.headline import date, headline
@@ -22,6 +22,7 @@ def render(subjects: Sequence[Subject], style: str, script: str, now: float) -> 
     sections = [
         ("learning", "Learning", *_learning(runs)),
         ("speed", "Speed", *_speed(runs)),
+        ("pipeline", "Pipeline", *_pipeline(subjects)),
         ("communication", "Communication", *_communication(subjects)),
         ("memory", "Memory", *_memory(subjects)),
         ("life", "Checkpoints and restarts", *_life(subjects)),
@@ -68,6 +69,11 @@ def _speed(runs: Sequence[Named]) -> tuple[str, bool]:
     panels = f'<div class="{look}"><h3>Shares of a step</h3>{shares}</div>' if shares else ""
     panels += f'<div class="{look}"><h3>Time spent waiting for data</h3>{waits}</div>' if waits else ""
     return f'<div class="charts">{charts}</div><div class="panels">{panels}</div>', bool(charts or panels)
+
+
+def _pipeline(subjects: Sequence[Subject]) -> tuple[str, bool]:
+    text = pipeline_section.section([(subject.name, subject.pipeline) for subject in subjects])
+    return text, bool(text)
 
 
 def _communication(subjects: Sequence[Subject]) -> tuple[str, bool]:

@@ -12,6 +12,7 @@ from shoal.observe.communication import read_communication
 from shoal.observe.curves import read_curves
 from shoal.observe.memory_section import read_memory
 from shoal.observe.page import render
+from shoal.observe.pipeline_section import of_run
 from shoal.observe.subject import Subject
 from shoal.recipe.typed import flatten, to_mapping
 from shoal.run.run import Run
@@ -59,6 +60,7 @@ def _subject(run: Run, name: str) -> Subject:
         recipe_hash=recipe.arithmetic_hash,
         communication=read_communication(events),
         memory=read_memory(events),
+        pipeline=of_run(run, events),
     )
 
 

@@ -9,6 +9,7 @@ from shoal.observe.communication import Communication
 from shoal.observe.curves import Curves
 from shoal.observe.figures import targets_matter
 from shoal.observe.memory_section import Told
+from shoal.observe.pipeline_section import Pipelined
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Subject:
     recipe_hash: str
     communication: Communication | None = None  # where the log tells of it
     memory: Told | None = None  # of a run under a budget
+    pipeline: Pipelined | None = None  # of a run in stages
 
     @property
     def weights(self) -> str:

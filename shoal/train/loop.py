@@ -300,7 +300,6 @@ class Loop:
 
     def _beside(self, step: Step, rate: float, seconds: float) -> dict[str, Any]:
         """What is told of a committed step beside its figures; of communication, on rank 0 only."""
-        found = self.worker.communication() if self.log else None
         return {
             "epoch": step.epoch,
             "index": step.index,
@@ -308,7 +307,8 @@ class Loop:
             "samples": step.samples,
             "seconds": seconds,
             "parts": step.parts,
-            **({"comm": found} if found else {}),
+            **step.beside,
+            **({"comm": found} if self.log and (found := self.worker.communication()) else {}),
             **({"memory": took} if (took := self.worker.memory.take_told()) else {}),
         }
 

@@ -1,9 +1,10 @@
 """One step of a run, as one worker goes through it."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from shoal.errors import UserError
 from shoal.models.task import Task
 from shoal.train.checksum import compare
 from shoal.train.gradients import StepFigures, writes_gradients
+from shoal.train.memory import due
 from shoal.train.not_finite import NotFinite, Spoilt, all_spoilt
 from shoal.train.reduction import Reduction
 from shoal.train.stages import StageWork
@@ -65,6 +67,8 @@ class Step:
         if reduction.held.pipeline is not None:
             self.parts["stages"] = 0.0  # waiting for other stages
         self.figures: StepFigures | None = None
+        self.beside: dict[str, Any] = {}  # what is told of it in the log besides
+        self._of_stage = [0.0, 0.0, 0.0, 0]  # see the event `committed`
         self._crew, self._reduction, self._update = crew, reduction, update
         self._ledger, self._zero_based, self._batches = ledger, number, batches
         self._on_commit = on_commit
@@ -155,6 +159,7 @@ class Step:
         self.parts["forward"] += found.forward_s - work.loading_s
         self.parts["backward"] += found.backward_s
         self.parts["stages"] += found.waiting_s
+        self._of_stage = [found.forward_s + found.backward_s, found.waiting_s, found.seconds, found.peak.together]
         self._mark = time.perf_counter()
 
     @property
@@ -235,6 +240,9 @@ class Step:
             self._update.arrive()
         self.committed = True
         self._on_commit(figures)
+        if self._reduction.held.pipeline is not None and due(self.number):
+            rows = self._crew.group.gather(json.dumps(self._of_stage).encode())
+            self.beside["stages"] = [json.loads(row) for row in rows]
         self._lap("update")
         return figures
 

@@ -12,11 +12,13 @@ from train.tiny_runs import recipe, splits
 from shoal.data.source import Splits
 from shoal.errors import UserError
 from shoal.models.registry import build
-from shoal.parallel.schedules import make_schedule
+from shoal.observe.pipeline_section import facts, of_run
+from shoal.parallel.schedules import formulas, make_schedule
 from shoal.parallel.schedules.csv_file import to_csv
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.pipeline_plan import PipelinePlan
 from shoal.recipe.plan import Plan
+from shoal.run.run import Run
 from shoal.train import checkpoint
 from shoal.train.api import train
 
@@ -153,6 +155,18 @@ def test_chunks_are_computed_again_for_backward_passes_in_two_halves_to_the_same
         for memory in (MemoryPlan(recompute="full"), MemoryPlan(recompute="full", offload_activations="disk")):
             found = run(wanted, plan=replace(plan, memory=memory), data=data)
             assert found["weights_sha256"] == alone["weights_sha256"], (plan, memory)
+
+
+def test_the_log_says_what_each_step_was_for_every_stage(run):
+    wanted, data = recipe("gpt", micro_batches=2, steps=4), splits("gpt", 64)
+    found = Run(Path(run(wanted, plan=over("1f1b", data=2, pipe=2), data=data)["run_dir"]))
+    told = [event["stages"] for event in found.events() if event["event"] == "committed"]
+    assert len(told) == 4
+    for ranks in told:  # of four shards with two micro-batches each
+        assert [peak for *_, peak in ranks] == [formulas.peak("1f1b", place, 2, 8) for place in (0, 1, 0, 1)]
+        assert all(0 < busy <= seconds and 0 <= waiting < seconds for busy, waiting, seconds, _ in ranks)
+    staged = of_run(found)
+    assert facts(staged)["still_by_formula"] == pytest.approx(1 / 9)
 
 
 def test_a_checkpoint_of_any_mix_of_axes_goes_on_in_any_other(run, tmp_path):
