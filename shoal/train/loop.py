@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
 from shoal.run.tensorboard import TensorBoardLog
+from shoal.train.attempt import carried_out
 from shoal.train.checkpoint import Checkpoint, load
 from shoal.train.evaluation import evaluate
 from shoal.train.first_batch import prepare_memory, subject_of
-from shoal.train.not_finite import NotFinite
 from shoal.train.optimizers import make_optimizer
 from shoal.train.precision import autocast, measure_precision
 from shoal.train.sampling import sample_text
@@ -197,10 +198,9 @@ class Loop:
         rate = learning_rate(self.recipe, step.number, self.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        try:
-            self._try(step)
-        except NotFinite as found:
-            self._replay(step, found)
+        why, cost_s = carried_out(step, partial(self._try, step), self.worker, self.run.checkpoints)
+        if why:
+            self.tell("replayed", step=step.number, why=why, cost_s=cost_s)
         if self.order.observe:
             self.order.observe(self.worker, step)
         return rate
@@ -209,18 +209,6 @@ class Loop:
         with autocast(self.recipe.precision, self.worker.device):  # around all: each weight is cast once a step
             step.run(self.model, self.task)
         step.commit(wait=self.order.observe is not None)
-
-    def _replay(self, step: Step, first: NotFinite) -> None:
-        """A fault of the moment does not come twice. Raises NotFinite when it does."""
-        if not self.worker.plan.alike:
-            raise first
-        begun = time.perf_counter()
-        step.again()
-        try:
-            self._try(step)
-        except NotFinite as second:
-            raise second.again() from first
-        self.tell("replayed", step=step.number, why=str(first), cost_s=time.perf_counter() - begun)
 
     def _after_first(self) -> None:
         """What can be done only once the optimiser has its state and a resumed run has been accepted."""

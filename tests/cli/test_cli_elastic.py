@@ -57,6 +57,7 @@ def test_chaos_fails_when_a_bit_differs_and_shows_each_fault(shoal, library, equ
             "ok": equal,
             "bits_equal": equal,
             "told_once": True,
+            "notes": [] if equal else ["the first step that differs is 4"],
             "steps": 12,
             "workers": plan.workers,
             "goodput": 0.9,
@@ -68,6 +69,6 @@ def test_chaos_fails_when_a_bit_differs_and_shows_each_fault(shoal, library, equ
     assert asked == [Fault("kill", 1, 5, "backward")]
     assert code == (0 if equal else 1)
     assert "kill rank 1 at step 5, backward  0.02 s         0.30 s           1" in out
-    assert ("weights NOT those" in out) == (not equal)
+    assert ("weights NOT those" in out) == ("the first step that differs is 4" in out) == (not equal)
     code, out, _ = shoal("chaos", "--workers", "2", "--fault", "kill:step=5", "--json")
     assert json.loads(out.splitlines()[-1])["faults"][0]["noticed_s"] == 0.02

@@ -10,7 +10,9 @@ from train.tiny_runs import recipe, splits
 from shoal.data.ledger import Ledger
 from shoal.errors import RunFailed
 from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Reporting
 from shoal.run.run import Run
+from shoal.train import checkpoint
 from shoal.train.checksum import Diverged, compare, parameter_checksum
 from shoal.train.loop import Order, run_recipe
 
@@ -121,6 +123,17 @@ def test_a_flipped_bit_in_one_workers_parameters_is_caught_before_the_next_commi
         with_fault(Planted("bit", rank), workers)
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert [e["step"] for e in map(json.loads, lines) if e["event"] == "committed"] == list(range(1, STEP + 1))
+
+
+def test_what_a_wrong_rank_0_has_saved_is_put_out_of_the_way_and_the_run_goes_on_from_before(with_fault, tmp_path, run):
+    made = replace(RESNET, report=Reporting(evaluate_every=0, checkpoint_every=1, sample=False))
+    with pytest.raises(RunFailed, match=f"differ in step {STEP + 1}: rank 0 disagrees with the others"):
+        with_fault(Planted("bit", 0), made=made)
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / f"doubtful-step-{STEP:08d}").is_dir()
+    assert checkpoint.newest(folder)[0].step == STEP - 1
+    again = run(made, 2, data=DATA, resume=tmp_path / "run")
+    assert again["weights_sha256"] == run(made, 1, data=DATA)["weights_sha256"]
 
 
 def test_without_the_vote_the_flipped_bit_would_be_trained_on(with_fault, monkeypatch, run):
