@@ -33,6 +33,12 @@ def pieces(model: nn.Module, example: Example, *, clock: bool = True, runs: int 
     return price(line, example, runs if clock else 0)
 
 
+def piece_names(model: nn.Module, example: Example) -> tuple[str, ...]:
+    """What ``pieces`` calls them, without what they cost."""
+    line = Line(record(model, example))
+    return names(line, starts(line))
+
+
 def price(line: Line, example: Example, runs: int) -> tuple[Piece, ...]:
     """See ``pieces``; ``runs`` 0 counts operations."""
     if example is None:

@@ -19,7 +19,7 @@ from shoal.parallel.layout.treatment import Layout
 from shoal.parallel.partition.balance import balance
 from shoal.parallel.partition.chunks import Chunk, Chunks
 from shoal.parallel.partition.cut import cut
-from shoal.parallel.partition.measure import pieces
+from shoal.parallel.partition.measure import piece_names, pieces
 from shoal.parallel.tensor.apply import split_model
 from shoal.recipe.plan import Plan
 from shoal.serve.forward import arguments_of, given
@@ -40,14 +40,15 @@ class _Part:
 class SplitModel:
     """``module``'s tensors have their shapes, and no memory: it is the model's signature and structure."""
 
-    def __init__(self, module: nn.Module, plan: Plan, facts: Mapping[str, Any]) -> None:
-        """Takes the weights out of ``module``. Raises UserError for what cannot be split as the plan says."""
+    def __init__(self, module: nn.Module, plan: Plan, facts: Mapping[str, Any], clock: bool = True) -> None:
+        """Takes the weights out of ``module``. It is cut where the clock says, or, the same in every process that does
+        so, where the number of operations does. Raises UserError for what cannot be split as the plan says."""
         self.module, self.plan = module, plan
         axes = plan.axes
         self._layout: Layout = layout_for(module, plan)
         self._variants: dict[Names | None, Chunks] = {}
         if axes.size("pipe") > 1:
-            self._variants = _cut(module, facts, axes.size("pipe"))
+            self._variants = _cut(module, facts, axes.size("pipe"), clock)
         self._parts = {
             (stage, slice): self._part(stage, slice)
             for stage in range(axes.size("pipe"))
@@ -110,9 +111,9 @@ def _named_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]
         yield from module.named_buffers(remove_duplicate=False)
 
 
-def _cut(module: nn.Module, facts: Mapping[str, Any], stages: int) -> dict[Names | None, Chunks]:
+def _cut(module: nn.Module, facts: Mapping[str, Any], stages: int, clock: bool) -> dict[Names | None, Chunks]:
     """By the arrays that a batch can have: a forward pass takes other ways with a mask than without, and all ways are
-    cut at the same places, which are chosen by the clock."""
+    cut at the same places."""
     examples = _examples(module, facts)
     if not examples:  # nobody knows what it takes: it is followed without an example, and cut by its operations
         return {None: cut(module, stages)}
@@ -121,12 +122,11 @@ def _cut(module: nn.Module, facts: Mapping[str, Any], stages: int) -> dict[Names
     for names, example in examples.items():
         args, named = arguments_of(given(example, facts))
         arguments = inspect.signature(module.forward).bind(*args, **named).arguments
-        table = pieces(module, arguments, runs=3) if not places else pieces(module, arguments, clock=False)
-        called = [piece.name for piece in table]
+        called = list(piece_names(module, arguments))
+        if len(called) < stages:
+            raise UserError(f"--mesh pipe={stages}: a {type(module).__name__} has {len(called)} pieces, too few.")
         if not places:
-            if len(called) < stages:
-                raise UserError(f"--mesh pipe={stages}: a {type(module).__name__} has {len(called)} pieces, too few.")
-            places = [called[number] for number in balance(table, stages)]
+            places = [called[number] for number in balance(pieces(module, arguments, clock=clock, runs=3), stages)]
         made[names] = cut(module, stages, example=arguments, at=[called.index(name) for name in places])
     return made
 
