@@ -22,15 +22,14 @@ class Messages:
 
     link = "shared memory"
 
-    def __init__(self, group: HostGroup) -> None:
-        """Called by all workers of the group."""
-        everybody = [range(group.world)]
-        own, pairs = group.split(everybody), group.split(everybody)  # messages between two come in their own order
-        self.rank, self.world, self._names = group.rank, group.world, group.names
+    def __init__(self, own: HostGroup, pairs: HostGroup) -> None:
+        """Called by all workers of the group. ``pairs``: the same workers, for messages between two, which come in an
+        order of their own."""
+        self.rank, self.world, self._names = own.rank, own.world, own.names
         self._mesh, self._pairs = own.mesh, pairs.mesh
-        self._shown = [own.heap.tensor(2 * CHUNK, torch.uint8).view(2, CHUNK) for _ in range(group.world)]
+        self._shown = [own.heap.tensor(2 * CHUNK, torch.uint8).view(2, CHUNK) for _ in range(own.world)]
         self.stood: Stood = []
-        self._clock = group.counters.clock
+        self._clock = own.counters.clock
         self._sequence = 0
         self._operation = 0
 

@@ -55,14 +55,14 @@ class Native:
 
     link = "shared memory"
 
-    def __init__(self, group: HostGroup) -> None:
-        """Called by all workers of the group."""
+    def __init__(self, own: HostGroup) -> None:
+        """Called by all workers of the group, of which this is the only use."""
         library = build.ranks()
         assert library is not None
-        own = self._group = group.split([range(group.world)])
+        self._group = own
         self._operation = 0
-        self._mesh, self._names, self._report = own.mesh, group.names, group.report
-        self._clock = group.counters.clock
+        self._mesh, self._names, self._report = own.mesh, own.names, own.report
+        self._clock = own.counters.clock
         self.stood: Stood = []
         self._before: Position | None = None  # where this worker stood when it went to sleep
         self._slept_for, self._slept_at = -1, 0.0
@@ -75,19 +75,19 @@ class Native:
         self._in_place.argtypes, self._in_place.restype = (c_void_p,), c_uint64
         library.shoal_ranks_bytes.argtypes, library.shoal_ranks_bytes.restype = (c_int, c_size_t), c_size_t
         unlimited = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
-        ring = min(LARGEST_RING, RINGS // group.world**2 // PAGE * PAGE) if unlimited else RING
-        self._memory = own.heap.tensor(library.shoal_ranks_bytes(group.world, ring), torch.uint8)
+        ring = min(LARGEST_RING, RINGS // own.world**2 // PAGE * PAGE) if unlimited else RING
+        self._memory = own.heap.tensor(library.shoal_ranks_bytes(own.world, ring), torch.uint8)
         me = weakref.ref(self)  # the library holds on to the function, and that must not hold on to this
         self._asleep = _Asleep(lambda whom: carrier._sleeps(whom) if (carrier := me()) else 1)
         bases = own.arenas.bases
-        arenas = (c_void_p * group.world)(*bases) if own.arenas.bytes else None
+        arenas = (c_void_p * own.world)(*bases) if own.arenas.bytes else None
         opened = library.shoal_ranks_open
         opened.restype = c_void_p
         opened.argtypes = (c_void_p, c_int, c_int, c_char_p, c_void_p, c_int, c_size_t, c_void_p, c_size_t, _Asleep)
-        label = f"of ranks {', '.join(map(str, group.names))}".encode()
+        label = f"of ranks {', '.join(map(str, own.names))}".encode()
         self._ranks = opened(
-            self._memory.data_ptr(), group.rank, group.world, label, (c_int * group.world)(*group.names),
-            _cores(group), ring, arenas, own.arenas.bytes, self._asleep,
+            self._memory.data_ptr(), own.rank, own.world, label, (c_int * own.world)(*own.names),
+            _cores(own), ring, arenas, own.arenas.bytes, self._asleep,
         )  # fmt: skip
         if not self._ranks:
             raise RunFailed(self._error().decode())

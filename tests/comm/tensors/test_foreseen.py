@@ -139,3 +139,17 @@ def changing(group, rounds, remembered):
 @pytest.mark.parametrize("remembered", [4096, 5])
 def test_an_order_that_changes_all_the_time_gives_what_one_process_computes(under_torchrun, remembered):
     assert under_torchrun(3, changing, 250, remembered) == [[]] * 3
+
+
+def parted(group):
+    """Sums in parts of unequal sizes, in the whole, and in parts of other ones."""
+    parts = [make_collectives(group.split(rows)) for rows in ([[0, 1], [2]], [[2, 0], [1]])]
+    whole = make_collectives(group)
+    ones = torch.full((3,), group.rank + 1.0)
+    return [collectives.all_reduce(ones)[0].item() for collectives in (*parts, whole)]
+
+
+def test_parts_may_be_uneven_and_have_one_worker(under_torchrun, on_group):
+    wanted = [[3.0, 4.0, 6.0], [3.0, 2.0, 6.0], [3.0, 4.0, 6.0]]
+    assert under_torchrun(3, parted) == wanted
+    assert on_group(3, parted) == wanted
