@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--host", help="the address to listen on; others than loopback need --api-keys")
     parser.add_argument("--task", help="instead of the one that the target was made for")
     parser.add_argument("--name", help="the model's name, for clients")
-    parser.add_argument("--dtype", help="float32 or bfloat16")
+    parser.add_argument("--dtype", help="float32, bfloat16, int8, or auto: the fastest that is near enough")
     parser.add_argument("--mesh", metavar="pipe=N,tensor=N", help="split the model over so many processes a replica")
     parser.add_argument("--replicas", type=int, help="model processes, which share one copy of the weights")
     parser.add_argument(
@@ -107,9 +107,24 @@ def _lines(told: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in told["seconds"].items() if name != "all")
     size = count(told["parameters"])
     each = "".join(f", {axis} {size}" for axis, size in told["mesh"].items())
+    numbers = f"{_precision(told['precision'])}\n" if told["precision"] else ""
     who = f"group(s) of{each[1:]}" if each else "model process(es)"
     return (
         f"{told['model']}: {told['task']}, {size} parameters, {told['dtype']}, {told['replicas']} {who}\n"
+        f"{numbers}"
         f"ready in {told['seconds']['all']:.2f} s ({parts})\n"
         f"{told['url']}  (try it there; {told['url']}/docs describes it; Ctrl-C ends)"
     )
+
+
+def _precision(told: dict[str, Any]) -> str:
+    """What was measured for --dtype auto."""
+    if told["why"]:
+        return f"{told['chosen']}: {told['why']}"
+    arms = []
+    for one in told["measured"]:
+        times = " and ".join(f"{ms:.3g}" for ms in one["ms"].values())
+        near = "" if one["dtype"] == "float32" else f" (same first choice {one['agree']:.1%}, error {one['error']:.2g})"
+        arms.append(f"{one['dtype']} {times} ms{near}")
+    rows = " and ".join(told["measured"][0]["ms"])
+    return f"{told['chosen']} is the fastest that is near enough; {rows} at a time: {', '.join(arms)}"

@@ -27,7 +27,7 @@ def open_forward(model: nn.Module, facts: Mapping[str, Any]) -> Forward:
 
 def given(batch: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Tensor]:
     """The batch in the numbers that the model computes with."""
-    dtype = getattr(torch, facts["dtype"])
+    dtype = torch.float32 if facts["dtype"] == "int8" else getattr(torch, facts["dtype"])
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
 
 

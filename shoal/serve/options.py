@@ -19,6 +19,9 @@ TASKS = (
 )
 
 
+DTYPES = ("auto", "float32", "bfloat16", "int8")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     target: str = "latest"  # a run, a checkpoint, a Hugging Face folder, or module:factory
@@ -26,7 +29,7 @@ class ServeOptions:
     name: str = ""  # of the model, for clients; "": the folder's
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "float32"  # auto: what is measured to be fastest
     replicas: int = 1  # model processes; they share one copy of the weights
     mesh: Mapping[str, int] = field(default_factory=dict)  # axis -> processes that hold one model together: a replica
     min_replicas: int = -1  # when nothing is asked: 0: none, the first request wakes one; -1: replicas
@@ -83,8 +86,10 @@ class ServeOptions:
             raise unknown_name("task", self.task, TASKS, "--task")
         if not 0 <= self.port < 65536:
             raise UserError(f"serve: port must be from 0 to 65535, got {self.port}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"serve: dtype must be float32 or bfloat16, got {self.dtype!r}.")
+        if self.dtype not in DTYPES:
+            raise UserError(f"serve: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.mesh and self.dtype in ("auto", "int8"):
+            raise UserError(f"serve: a model on a mesh is served in float32 or bfloat16, not in {self.dtype}.")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise UserError("serve: give both --tls-cert and --tls-key, or neither.")
         if any(len(key) < 8 for key in (*self.api_keys, *self.admin_keys)):

@@ -104,7 +104,7 @@ class Parent:
             from shoal.comm.agent import die_with_parent
             from shoal.serve.groups.mesh import plan_of
             from shoal.serve.replica import engine_module, group_module
-            from shoal.serve.target import load
+            from shoal.serve.target import fitted, load
             from shoal.serve.weights import share_weights
 
             die_with_parent(os.getppid())
@@ -113,6 +113,9 @@ class Parent:
             imported = time.monotonic()
             self._loaded = load(order.target, order.task, order.dtype, order.name)
             loaded = time.monotonic()
+            if order.dtype == "auto":
+                self._loaded = fitted(self._loaded, order.options["batch"], order.options["threads"])
+            fitted_at = time.monotonic()
             model, facts = self._loaded.model, self._loaded.facts
             self._plan = plan_of(order.mesh)
             if self._plan.splits_model:
@@ -135,7 +138,8 @@ class Parent:
         seconds = {
             "import": imported - self._begun,
             "load": loaded - imported,
-            "share": time.monotonic() - loaded,
+            **({"precision": fitted_at - loaded} if order.dtype == "auto" else {}),
+            "share": time.monotonic() - fitted_at,
         }
         self._say(Ready(self._loaded.facts, seconds, weights))
 

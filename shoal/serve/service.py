@@ -26,7 +26,7 @@ from shoal.serve.waiting import Asker, Held, T, now_held, unless
 
 _encode = msgspec.msgpack.Encoder().encode
 STREAMS = 64  # generations that one model process may have, at least
-_MAY_DIFFER = {"name", "source"}  # facts that a newer model may have otherwise
+_MAY_DIFFER = {"name", "source", "dtype", "precision"}  # facts that a newer model may have otherwise
 TICK_S = 0.5  # how often deadlines and stuck processes are looked at while requests are open
 
 

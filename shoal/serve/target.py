@@ -19,6 +19,7 @@ from shoal.models.gpt import GPT, GPTConfig
 from shoal.models.huggingface import load_folder
 from shoal.models.weights_file import read_json
 from shoal.serve.generation.chat import chat_facts
+from shoal.serve.precision import fastest, in_dtype
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Loaded:
 
 def load(target: str, task: str = "", dtype: str = "float32", name: str = "") -> Loaded:
     """The model in evaluation mode on the CPU; ``task`` is one of shoal.serve.options.TASKS, or "" to infer it.
+    ``dtype`` "auto" gives float32, from which `fitted` finds better ones.
 
     Raises UserError when there is no such target, and when it is not made for the task."""
     path = Path(target)
@@ -50,13 +52,20 @@ def load(target: str, task: str = "", dtype: str = "float32", name: str = "") ->
         facts["task"] = task
     if facts["task"] == "embeddings":
         facts = {"pooling": "mean", "normalise": False, **facts}
-    model = loaded.model.eval().requires_grad_(False).to(getattr(torch, dtype))
+    model = loaded.model.eval().requires_grad_(False)
     facts |= {
         "name": name or facts["name"],
-        "dtype": dtype,
+        "dtype": "float32" if dtype == "auto" else dtype,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+    model = in_dtype(model, dtype, facts["task"])
     return Loaded(model, json.loads(json.dumps(facts)))
+
+
+def fitted(loaded: Loaded, batch: int, threads: int) -> Loaded:
+    """In the numbers that are measured to be the fastest and near enough."""
+    model, told = fastest(loaded.model, loaded.facts, batch, threads)
+    return Loaded(model, {**loaded.facts, **told})
 
 
 _ALSO = {"tensors": ("classification", "image-classification")}  # tasks that another one's model may be told to do

@@ -49,7 +49,7 @@ async def metrics(service: "Service", request: HttpRequest) -> HttpResponse:
 def _entry(service: "Service") -> dict[str, Any]:
     model = service.model
     entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "shoal"}
-    known = ("task", "kind", "parameters", "dtype", "labels", "shape", "columns", "context", "vocab")
+    known = ("task", "kind", "parameters", "dtype", "precision", "labels", "shape", "columns", "context", "vocab")
     facts = {name: model.facts[name] for name in known if name in model.facts}
     return {**entry, **facts, "versions": service.versions()}
 
