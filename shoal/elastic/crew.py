@@ -25,6 +25,7 @@ from shoal.elastic.process import Program
 from shoal.elastic.record import Record
 from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS, Formation, depth_for, servers_for
 from shoal.elastic.seat import DRAINS, ROWS
+from shoal.elastic.waste import Waste
 from shoal.elastic.watch import Watch
 
 POLL_S = 0.1  # between two looks at positions and at wanted.json
@@ -64,7 +65,7 @@ class ElasticCrew:
         self.processes = Forks(job, self.board, self._close_own)
         self.record = Record(lambda event: self.forward(Said(0, "event", event)))
         self.watch = Watch(job.hang_after_s)
-        self.pace = Pace()
+        self.pace, self.waste = Pace(), Waste((), 0, 0.0)
         self.formation = Formation(())
         self.deepest = 1  # stages that the model can be cut into
         self.failure: Ended | None = None
@@ -219,6 +220,7 @@ class ElasticCrew:
         if event.get("event") == "committed":
             self.watch.committed(event["seconds"])
             self.step = event["step"]
+            self.waste.committed(self.step, time.monotonic())
             self._compare(event.get("comm"))
         self.forward(Said(0, "event", event))
 
@@ -333,6 +335,7 @@ class ElasticCrew:
 
     def _tell(self, tell: m.Tell) -> None:
         who = [{"pid": self.processes[s].pid, "rank": self._rank(s)} for s in tell.seats if s in self.processes]
+        lost = tell.event == "lost" and tell.seats[0] in self.waste.seats
         self.record.tell(
             {
                 "event": tell.event,
@@ -345,8 +348,12 @@ class ElasticCrew:
                 **self._noticed(tell),
                 **({"redone": max(0, self.begun - self.membership.step + 1)} if tell.event == "recovered" else {}),
                 **dict(tell.more),
+                **(self.waste.told(self._newest_begun, time.monotonic()) if lost else {}),
             }
         )
+
+    def _newest_begun(self) -> int:
+        return max((self.board.read(seat % ROWS).step for seat in self.waste.seats), default=0)
 
     def _noticed(self, tell: m.Tell) -> dict[str, Any]:
         """In a rehearsal: how long ago the fault that was noticed had happened."""
@@ -373,8 +380,8 @@ class ElasticCrew:
                 case m.Release(seat):
                     self.processes.order(seat, {"kind": "release"}, [])
                 case m.Break():
-                    members = [seat % ROWS for seat in self.membership.members]
-                    self.begun = max((self.board.read(row).step for row in members), default=0)
+                    self.begun = self._newest_begun()
+                    self.waste.broke(self.begun, time.monotonic())
                     self.board.call_broken(True)
                 case m.Ask():
                     self.board.ask_change(True)
@@ -393,6 +400,7 @@ class ElasticCrew:
         self.board.ask_change(False)
         count = len(form.seats)
         self.pace.changed()
+        self.waste = Waste(form.seats, max(form.steps), time.monotonic())
         servers = servers_for(count, self.servers)
         depth = depth_for(count - servers, self.job.depth, self.job.shards, self.deepest)
         even = evenly((count - servers) // depth, self.job.shards)

@@ -64,6 +64,7 @@ def test_a_kill_in_any_phase_costs_at_most_a_step_and_no_bit(disturb, undisturbe
     assert lost["fault"] == f"kill rank {rank} at step {step}, {phase}"
     assert "SIGKILL" in lost["why"]
     assert lost["noticed_s"] < 5, "ten times the aim: other tests may run beside this one"
+    assert (lost["cost_s"] > 0, lost["steps"] <= 2) == (True, True), "the work of all since the last committed step"
     assert recovered["step"] - lost["step"] <= 2
     assert recovered["before"] == 3
     assert run.result["samples"] == sum(e["samples"] for e in run.of("committed"))
