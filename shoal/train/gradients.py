@@ -16,8 +16,9 @@ from shoal.errors import UserError
 from shoal.train.checksum import parameter_checksum
 
 _STOP, _CHECKSUM, _WAITED, _CHANGE, _TOUCHED, _FIRED = range(6)  # in a row of facts; then sums and counts by leaf
-_TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is
+_TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is: Muon and Adafactor say "torch.optim" alone
 
+Sums = dict[int, torch.Tensor]  # of one slot: by the number of the buffer, that of the partial sums first
 ExchangeFactory = Callable[[Layout, int, Callable[[torch.Tensor], tuple[float, float]], torch.dtype], Exchange]
 
 
@@ -88,11 +89,11 @@ class Gradients:
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))  # type: ignore[no-untyped-call]
             for index, parameter in enumerate(self.parameters)
         ]
-        self._views: list[list[torch.Tensor]] = []  # [slot][buffer]: in the flat buffers
-        self._at: list[list[torch.Tensor]] = []  # the same in the step under way, adopted gradients in their places
-        self._state_views: list[list[torch.Tensor]] = []
+        self._views: list[Sums] = []  # of each slot: in the flat buffers
+        self._at: list[Sums] = []  # the same in the step under way, adopted gradients and further sums among them
+        self._state_views: list[Sums] = []
+        self._state_at: list[Sums] = []
         self._viewed: list[int] = []
-        self._scratch: list[torch.Tensor] = []
         self._passes: tuple[int, ...] = ()
         self._program = self._state_program = Accumulation((), 0, 0)
         self._now: Accumulate | None = None
@@ -130,7 +131,8 @@ class Gradients:
         self._state_program = self._placement.accumulation(tuple(min(1, p) for p in passes))
         self.exchange.begin(passes)
         self._bind()
-        self._at = [list(views) for views in self._views]
+        self._at = [dict(views) for views in self._views]
+        self._state_at = [dict(views) for views in self._state_views]
         self._open = [0] * len(self.layout.buckets)
         for buckets in self._buckets_of:
             for bucket in buckets:
@@ -146,13 +148,8 @@ class Gradients:
             parameter.grad = None
 
     def _bind(self) -> None:
-        """Views of every slot in every buffer of the program; made again only when the buffers are others."""
-        partials = list(self.exchange.partials)
-        extra = max(self._program.buffers - self._program.partials, self._state_program.buffers - len(partials), 0)
-        while len(self._scratch) < extra:
-            like = partials[0]
-            self._scratch.append(torch.zeros_like(like))
-        buffers = [*partials, *self._scratch[:extra]]
+        """Views of every slot in every partial sum; made again only when these are others."""
+        buffers = self.exchange.partials
         identity = [b.data_ptr() for b in buffers]
         if identity == self._viewed:
             return
@@ -160,7 +157,7 @@ class Gradients:
         count = len(self.parameters)
         shapes = [p.shape for p in self.parameters] + [b.shape for b in self._state]
         views = [
-            [b[s.offset : s.offset + s.size].view(shape) for b in buffers]
+            {number: b[s.offset : s.offset + s.size].view(shape) for number, b in enumerate(buffers)}
             for s, shape in zip(self.layout.slots, shapes, strict=True)
         ]
         self._views, self._state_views = views[:count], views[count:]
@@ -219,7 +216,7 @@ class Gradients:
                 change = begun ^ buffer
             else:  # an infinity that stays (a mask) has not changed, though inf - inf is not a number
                 change = torch.where(buffer == begun, torch.zeros_like(buffer), buffer - begun)
-            self._put(self._state_views[index], change, now)
+            self._put(self._state_at[index], change, now)
             if last:
                 self._finish_slot(count + index)
 
@@ -259,20 +256,25 @@ class Gradients:
 
     def _adopt(self, index: int, buffer: int, gradient: torch.Tensor) -> None:
         """Let a gradient that comes first stay where it is and be the buffer, where that can be: a copy saved."""
-        view = self._views[index][buffer]
+        view = self._views[index][0]
         if gradient.dtype != view.dtype or gradient.stride() != view.stride() or _users(gradient) > _ALONE:
             return
         if buffer >= len(self.exchange.partials) or self.exchange.adopt(buffer, index, gradient):
             self._at[index][buffer] = gradient
 
-    @staticmethod
-    def _put(views: Sequence[torch.Tensor], value: torch.Tensor, now: Accumulate) -> None:
-        if not now.first:
-            views[now.buffer].add_(value)
-        elif views[now.buffer] is not value:
-            views[now.buffer].copy_(value)
+    def _put(self, sums: Sums, value: torch.Tensor, now: Accumulate) -> None:
+        """A sum beside the partial ones is made when its first value cannot stay where it is, and goes once added."""
+        held = sums.get(now.buffer)
+        if held is None:
+            sums[now.buffer] = torch.empty_like(sums[0]).copy_(value)
+        elif not now.first:
+            held.add_(value)
+        elif held is not value:
+            held.copy_(value)
         for add in now.then:
-            views[add.into].add_(views[add.other])
+            sums[add.into].add_(sums[add.other])
+            if add.other >= len(self.exchange.partials):
+                del sums[add.other]
 
     def _finish_slot(self, slot: int) -> None:
         for bucket in self._buckets_of[slot]:
@@ -375,10 +377,8 @@ class Gradients:
         return [index for index, reached in enumerate(used) if not reached]
 
     def sums_bytes(self, passes: tuple[int, ...]) -> int:
-        """What sums of gradients take in a step: an extra one has its place beside a gradient that is adopted, too."""
-        program = self._placement.accumulation(passes)
-        sums = program.partials + 2 * (program.buffers - program.partials)
-        return self.layout.elements * self.dtype.itemsize * sums
+        """What sums of gradients take in a step: an adopted gradient lies in the place of its part of one."""
+        return self.layout.elements * self.dtype.itemsize * self._placement.accumulation(passes).buffers
 
     @property
     def checksums(self) -> list[float]:
@@ -400,7 +400,7 @@ class Gradients:
         """Nobody will read these slots of this worker's partial sums any more in this step: ZeRO-2 frees them."""
         for slot in slots:
             if slot < len(self._at):
-                self._at[slot] = []
+                self._at[slot] = {}
 
     def first_not_finite(self) -> str:
         """The first parameter, in the model's order, whose gradient is not finite; "" for none."""
@@ -445,5 +445,5 @@ class Gradients:
 def writes_gradients(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimiser may write to p.grad: those of torch.optim do not, but for some ``foreach`` kernels."""
     optimizer = getattr(optimizer, "inner", optimizer)  # shoal.memory.streamed's leaves them to the one inside
-    trusted = type(optimizer).__module__.startswith(_TRUSTED)
+    trusted = f"{type(optimizer).__module__}.".startswith(_TRUSTED)
     return not trusted or any(group.get("foreach") for group in optimizer.param_groups)

@@ -42,6 +42,7 @@ def test_a_budget_is_kept_predicted_and_told(run):
     assert most["peak"] == sum(most[k] for k in ("weights", "gradients", "optimizer", "checkpoint", "data")) + max(
         most["activations"], most["update"]
     )
+    assert most["gradients"] == 3 * 7 * 32768 * 4  # of 7 blocks: a sum, and the two beside it that a tree of 8 needs
     budget = most["peak"] - most["activations"] // 2
     for placement in ((8,), (3, 5)):
         saved = run(wide(), plan=plan(*placement, memory=MemoryPlan(peak_bytes=budget)), data=splits("gpt", 1024))

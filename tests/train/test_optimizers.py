@@ -79,6 +79,9 @@ def test_an_optimiser_that_is_trusted_leaves_the_gradients_as_they_are(name, ker
 def test_an_optimiser_that_writes_to_gradients_gets_a_copy_of_its_own(run):
     data = splits("mlp", 41, held_out=0)
     assert writes_gradients(make_optimizer(FOREACH, torch.nn.Linear(2, 2), 0.1))
+    for kind in (torch.optim.Muon, torch.optim.Adafactor):  # which live in torch.optim itself
+        optimizer = kind([torch.zeros(4, 4, requires_grad=True)], lr=0.1)
+        assert not writes_gradients(optimizer)
     assert run(short(FOREACH), 3, data=data)["weights_sha256"] == plainly(short(FOREACH), data)
 
 
