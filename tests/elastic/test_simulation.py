@@ -2,10 +2,11 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
+from shoal.data.ledger import Ledger
 from shoal.elastic import membership as m
 from shoal.elastic import simulation
 from shoal.elastic.simulation import Simulation, Wrong
@@ -121,3 +122,47 @@ def test_a_rank_0_that_does_not_look_what_has_been_told_is_found(monkeypatch):
 
     monkeypatch.setattr(simulation.Simulation, "_join", tells_again)
     assert "the log has steps" in first_wrong(Simulation)
+
+
+def samples_of(applied: Sequence[simulation.Applied], ledger: Ledger) -> Counter[tuple[int, int]]:
+    """(epoch, id) of every sample that went into a worker's weights, and how often."""
+    seen: Counter[tuple[int, int]] = Counter()
+    for step, shards in applied:
+        epoch = ledger.position(step - 1)[0]
+        seen.update((epoch, int(one)) for shard in shards for ids in ledger.shard(step - 1, shard) for one in ids)
+    return seen
+
+
+class Ending(Simulation):
+    """Keeps what the first worker that came to the end had applied."""
+
+    applied: tuple[simulation.Applied, ...] = ()
+
+    def _finish(self, worker):
+        self.applied = self.applied or tuple(worker.state)
+        super()._finish(worker)
+
+
+def check_samples(seeds: range) -> int:
+    """Faults and resizes that a seed draws; returns how many workers were lost in all."""
+    ledger, lost = Ledger(101, 16, 8, 1, 0), 0
+    for seed in seeds:
+        made = Ending(seed)
+        outcome = made.run()
+        lost += outcome.lost
+        if outcome.ended != "finished":  # all new workers died, one after the other, before anybody could join
+            assert made.log == [], f"seed {seed}"
+            continue
+        wanted = [(step, tuple(range(made.shards))) for step in range(1, made.steps + 1)]
+        assert samples_of(made.applied, ledger) == samples_of(wanted, ledger), f"seed {seed}"
+        assert [step for step, _ in made.log] == list(range(1, made.steps + 1)), f"seed {seed}"
+    return lost
+
+
+def test_no_sample_is_lost_or_doubled_in_a_thousand_drawn_schedules_of_faults_and_resizes():
+    assert check_samples(range(1000, 2000)) > 1000
+
+
+def test_a_step_that_lost_a_shard_would_show_in_the_samples():
+    ledger, whole = Ledger(101, 16, 8, 1, 0), tuple(range(8))
+    assert samples_of([(1, whole)], ledger) != samples_of([(1, (*whole[:-1], 0))], ledger)
