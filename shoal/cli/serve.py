@@ -2,12 +2,17 @@
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from shoal.cli.exit_codes import DONE
 from shoal.cli.output import count, json_line
 from shoal.cli.recipe_arguments import mesh_sizes
-from shoal.errors import UserError
+from shoal.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from shoal.serve.options import ServeOptions
 
 HELP = "a run, a checkpoint or a Hugging Face folder, over HTTP"
 
@@ -61,6 +66,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="how text is generated: cache_bytes, running, prompt_rows, stretch, precision, kernels, speculate",
     )
+    parser.add_argument(
+        "--print-deployment", metavar="WHERE", help="write manifests for a cluster and serve nothing: kubernetes"
+    )
+    parser.add_argument("--image", help="of --print-deployment: the container image that holds Shoal and the target")
+    parser.add_argument("--pods", metavar="A..B", help="of --print-deployment: between how many to scale; 1..4")
     parser.add_argument("--json", action="store_true", help="what is served as one JSON line on stdout")
 
 
@@ -82,12 +92,46 @@ def run(args: Namespace) -> int:
         from shoal.serve.generation.options import options_from_pairs
 
         given["generation"] = options_from_pairs(args.generation)
+    if args.print_deployment:
+        print(_deployment(args, ServeOptions(**{**given, "host": "127.0.0.1"})))
+        return DONE
+    if args.image or args.pods:
+        raise UserError("--image and --pods are for --print-deployment kubernetes.")
     options = ServeOptions(**given)
 
     def ready(told: dict[str, Any]) -> None:
         print(json_line(told) if args.json else _lines(told), flush=True)
 
     return api.run(options, ready)
+
+
+ELSEWHERE = ("target", "host", "port", "api_keys", "admin_keys", "tls_cert", "tls_key")  # the deployment says these
+
+
+def _deployment(args: Namespace, options: "ServeOptions") -> str:
+    from shoal.serve import deployment
+
+    if args.print_deployment != "kubernetes":
+        raise unknown_name("deployment", args.print_deployment, ["kubernetes"], "--print-deployment")
+    least, dots, most = (args.pods or "1..4").partition("..")
+    if not (dots and least.isdecimal() and most.isdecimal()):
+        raise UserError(f"--pods {args.pods}: write LEAST..MOST, such as 1..4.")
+    return deployment.kubernetes(options, list(_words(args)), deployment.Pods(args.image or "", int(least), int(most)))
+
+
+def _words(args: Namespace) -> Iterator[str]:
+    """The options of this command as a command in a container has them."""
+    from shoal.serve.options import ServeOptions
+
+    for field in fields(ServeOptions):
+        value = getattr(args, field.name, None)
+        option = f"--{field.name.replace('_', '-')}"
+        if value is None or value is False or field.name in ELSEWHERE:
+            continue
+        if value is True:
+            yield option
+        else:
+            yield from (f"{option}={one}" for one in (value if isinstance(value, list) else [value]))
 
 
 def _keys(option: str, path: str | None) -> tuple[str, ...]:
