@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import pytest
 
@@ -124,13 +125,17 @@ def test_a_rank_0_that_does_not_look_what_has_been_told_is_found(monkeypatch):
     assert "the log has steps" in first_wrong(Simulation)
 
 
-def samples_of(applied: Sequence[simulation.Applied], ledger: Ledger) -> Counter[tuple[int, int]]:
-    """(epoch, id) of every sample that went into a worker's weights, and how often."""
-    seen: Counter[tuple[int, int]] = Counter()
-    for step, shards in applied:
-        epoch = ledger.position(step - 1)[0]
-        seen.update((epoch, int(one)) for shard in shards for ids in ledger.shard(step - 1, shard) for one in ids)
-    return seen
+@cache
+def samples(step: int, shard: int) -> tuple[tuple[int, int], ...]:
+    """(epoch, id) of a shard's samples in a step of the simulated runs; of 101 in all, so that epochs end unevenly."""
+    ledger = Ledger(101, 16, 8, 1, 0)
+    epoch = ledger.position(step - 1)[0]
+    return tuple((epoch, int(one)) for ids in ledger.shard(step - 1, shard) for one in ids)
+
+
+def samples_of(applied: Sequence[simulation.Applied]) -> Counter[tuple[int, int]]:
+    """What went into a worker's weights, and how often."""
+    return Counter(one for step, shards in applied for shard in shards for one in samples(step, shard))
 
 
 class Ending(Simulation):
@@ -145,7 +150,7 @@ class Ending(Simulation):
 
 def check_samples(seeds: range) -> int:
     """Faults and resizes that a seed draws; returns how many workers were lost in all."""
-    ledger, lost = Ledger(101, 16, 8, 1, 0), 0
+    lost = 0
     for seed in seeds:
         made = Ending(seed)
         outcome = made.run()
@@ -154,7 +159,7 @@ def check_samples(seeds: range) -> int:
             assert made.log == [], f"seed {seed}"
             continue
         wanted = [(step, tuple(range(made.shards))) for step in range(1, made.steps + 1)]
-        assert samples_of(made.applied, ledger) == samples_of(wanted, ledger), f"seed {seed}"
+        assert samples_of(made.applied) == samples_of(wanted), f"seed {seed}"
         assert [step for step, _ in made.log] == list(range(1, made.steps + 1)), f"seed {seed}"
     return lost
 
@@ -164,5 +169,5 @@ def test_no_sample_is_lost_or_doubled_in_a_thousand_drawn_schedules_of_faults_an
 
 
 def test_a_step_that_lost_a_shard_would_show_in_the_samples():
-    ledger, whole = Ledger(101, 16, 8, 1, 0), tuple(range(8))
-    assert samples_of([(1, whole)], ledger) != samples_of([(1, (*whole[:-1], 0))], ledger)
+    whole = tuple(range(8))
+    assert samples_of([(1, whole)]) != samples_of([(1, (*whole[:-1], 0))])
