@@ -13,7 +13,7 @@ from torch import Tensor
 from shoal.comm.accounting.counters import Counters, Tally
 from shoal.comm.collectives import torch_own
 from shoal.comm.collectives.actions import REDUCING, ROOTED, Program
-from shoal.comm.collectives.agreeing import agree
+from shoal.comm.collectives.agreeing import agree, announce, expect
 from shoal.comm.collectives.execute import HALVES, carry_out
 from shoal.comm.collectives.registry import ALGORITHMS, algorithms, build
 from shoal.comm.transports.contract import Transport, drive
@@ -88,8 +88,14 @@ class Call:
 
     def _agree(self, transport: TorchGroup, algorithm: str, op: str, rounding: str, segments: int | None) -> None:
         tensor = self.operand if self.operand is not None else self.result
-        if transport.size == 1 or transport.counts_itself or self.collective == "send_recv" or tensor is None:
-            return  # Shoal's own backends compare all that goes through them
+        if transport.size == 1 or tensor is None:
+            return
+        if self.collective == "send_recv":
+            if transport.rank == self.root:
+                announce(transport, self.target, tensor)
+            else:
+                expect(transport, self.root, tensor)
+            return
         words = [self.collective, str(tensor.dtype)[6:], f"{self.nbytes} bytes"]
         words += [f"root {self.root}"] if self.collective in ROOTED else []
         words += [op, f"rounded {rounding}"] if self.collective in REDUCING else []

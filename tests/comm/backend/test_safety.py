@@ -111,6 +111,24 @@ def test_a_rank_whose_arguments_cannot_be_used_does_not_keep_the_others_waiting(
     assert "no rank 7" in second[1]
 
 
+def _disagree_by_programs(rank: int, world: int) -> str:
+    import shoal.comm as comm
+    from shoal.comm.mesh import OutOfStep
+
+    tensor = torch.zeros(4)
+    with pytest.raises(OutOfStep) as raised:
+        comm.all_reduce(tensor, "max" if rank == 1 else "sum", algorithm="ring")
+    assert torch.equal(tensor, torch.zeros(4))
+    assert comm.all_reduce(torch.ones(2), algorithm="ring").tolist() == [world] * 2
+    return str(raised.value)
+
+
+def test_programs_whose_messages_go_through_gloo_are_compared_too(in_group, is_compiled):
+    for text in in_group(2, _disagree_by_programs, is_compiled=is_compiled):
+        assert "rank 0: all_reduce, float32, 16 bytes, sum" in text
+        assert "rank 1: all_reduce, float32, 16 bytes, max" in text
+
+
 def _use_after_mismatch(rank: int, world: int) -> None:
     _disagree(rank, world, "sum", "max")
     tensor = torch.ones(3)

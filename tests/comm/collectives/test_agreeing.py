@@ -1,10 +1,9 @@
-"""Collectives over a backend that compares nothing: what ranks ask for is compared once for an order of calls."""
+"""Collectives over a backend that compares nothing: what all ask for is compared in every call, before a byte moves."""
 
 import pytest
 import torch
 
 import shoal.comm as comm
-from shoal.comm.collectives import agreeing
 from shoal.comm.mesh import OutOfStep
 
 
@@ -48,23 +47,44 @@ def test_a_mismatch_raises_on_all_ranks_with_both_signatures_and_the_group_goes_
             assert words[1] in last, (name, heard[name])
 
 
-def repeated(group):
-    """Comparisons in each of three rounds of the same calls."""
-    gather, made, counts = agreeing.all_gather, [], []
-
-    def counted(*arguments, **named):
-        made.append(1)
-        return gather(*arguments, **named)
-
-    agreeing.all_gather = counted
+def swapped(group):
+    """Two calls that all ranks have made in both orders, of as many bytes; then one rank makes the other one."""
+    t = torch.full((6,), 1.0)
     for _ in range(3):
-        made.clear()
-        for size in (5, 7, 5):
-            ring(torch.ones(size))
-        comm.barrier(algorithm="direct")
-        counts.append(len(made))
-    return counts
+        ring(t)
+        comm.all_reduce(t, "max", algorithm="ring")
+    before = t.clone()
+    with pytest.raises(OutOfStep) as raised:
+        ring(t, "max" if group.rank == 1 else "sum")
+    assert torch.equal(t, before)
+    return str(raised.value), comm.all_reduce(torch.ones(2), algorithm="ring").tolist()
 
 
-def test_a_loop_pays_for_it_in_its_first_round_alone(under_torchrun):
-    assert under_torchrun(2, repeated) == [[4, 1, 0]] * 2  # the second round begins after its end
+def test_a_mismatch_among_calls_that_were_made_in_both_orders_is_told_and_nothing_is_mixed(under_torchrun):
+    for heard, after in under_torchrun(3, swapped):
+        assert "rank 0, rank 2: all_reduce, float32, 24 bytes, sum" in heard
+        assert "rank 1: all_reduce, float32, 24 bytes, max" in heard
+        assert after == [3.0, 3.0]
+
+
+def messages(group):
+    """Rank 1 expects another type and another size than rank 0 sends, and then the right ones."""
+    if group.rank == 0:
+        for sent in (torch.ones(5), torch.ones(4, dtype=torch.int32), torch.full((3,), 7.0)):
+            comm.send(sent, 1)
+        return []
+    heard, room = [], torch.zeros(3)
+    for _ in range(2):
+        with pytest.raises(OutOfStep) as raised:
+            comm.receive(room, 0)
+        heard.append(str(raised.value))
+        assert room.tolist() == [0.0] * 3
+    return [*heard, comm.receive(room, 0).tolist()]
+
+
+def test_a_message_that_is_not_what_the_receiver_expects_is_told_and_the_next_one_comes(under_torchrun):
+    assert under_torchrun(2, messages)[1] == [
+        "rank 0 sends float32 [5], rank 1 expects float32 [3]",
+        "rank 0 sends int32 [4], rank 1 expects float32 [3]",
+        [7.0] * 3,
+    ]
