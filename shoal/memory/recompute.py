@@ -80,12 +80,15 @@ class Block:
         self.dropped: frozenset[str] = frozenset()  # selective: kinds of operations that are computed again
         self.observer: Callable[[Block, Callable[[], Pass]], Any] | None = None  # has a pass done, to see what is in it
         self.inner = module.forward
+        self._wrapped = module.__dict__.get("forward")  # by something else, before this
         self.written: list[tuple[nn.Module, str]] | None = None  # buffers that a pass writes; None: not known yet
         module.forward = MethodType(_forward, module)
         module.__dict__["_recomputed"] = self
 
     def unwrap(self) -> None:
         del self.module.__dict__["forward"], self.module.__dict__["_recomputed"]
+        if self._wrapped is not None:
+            self.module.__dict__["forward"] = self._wrapped
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Block":
         """A copy of the model is a model of its own, with blocks that keep what they keep in the same place."""

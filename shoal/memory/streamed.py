@@ -101,10 +101,15 @@ class Streamed(torch.optim.Optimizer):
         return total
 
     def resident_bytes(self) -> int:
-        """What states take of the computation's memory, and the pieces in hand while they are updated."""
+        """What states take of the computation's memory."""
         kept: int = sum(t.nbytes for state in self.state.values() for key, t in state.items() if key == REST)
         moved = not isinstance(self._keeping.shelf, Here)
-        return kept + (0 if moved else self.expected_bytes()) + 8 * 4 * PIECE
+        return kept + (0 if moved else self.expected_bytes())
+
+    def scratch_bytes(self) -> int:
+        """What the pieces in hand take while they are updated, at the most."""
+        largest = max((p.numel() for group in self.param_groups for p in group["params"]), default=0)
+        return 8 * 4 * min(PIECE, largest)
 
     def prefetch(self) -> None:
         """The states that the next update begins with will be needed soon."""

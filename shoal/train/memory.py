@@ -55,8 +55,9 @@ class Work:
 
     def need(self, batch: Batch, device: torch.device) -> Need:
         """All but activations."""
+        pieces = 0
         if isinstance(self.optimizer, Streamed):
-            states, update = self.optimizer.resident_bytes(), 0
+            states, update, pieces = self.optimizer.resident_bytes(), 0, self.optimizer.scratch_bytes()
         else:
             states, update = optimizer_need(self.optimizer)
         weights = weight_bytes(self.module)
@@ -64,7 +65,7 @@ class Work:
         return Need(
             weights=weights + sum(buffer.nbytes for buffer in self.module.buffers()),  # and those of the step's begin
             gradients=self.gradients.sums_bytes((self.micro_batches,) * self.shards),
-            optimizer=states,
+            optimizer=states + pieces,
             checkpoint=weights + states if self.saves and device.type == "cpu" else 0,
             data=sum(tensor.nbytes for tensor in batch.values()) * ready + SLACK_BYTES,
             update=update,

@@ -2,6 +2,7 @@
 
 import re
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,24 @@ def test_states_that_do_not_fit_are_told_with_what_would(run):
     said = starved(run, 480 << 20, layers=4, width=768)
     assert re.search(r"optimiser states 2\d\d MiB, .*weights 1\d\d MiB", said), said
     assert "memory.offload_optimizer = 'disk'" in said
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"optimizer_bits": 8},
+        {"parameters": "bfloat16-compensated", "offload_optimizer": "disk", "offload_parameters": "disk"},
+    ],
+    ids=str,
+)
+def test_a_budget_is_kept_beside_states_and_parameters_in_fewer_bits_or_elsewhere(run, kept):
+    data = splits("gpt", 1024)
+    plain = run(replace(wide(), steps=3), plan=plan(8, memory=MemoryPlan(**kept)), data=data)
+    need = events(run(replace(wide(), steps=1), plan=plan(8, memory=MemoryPlan(peak_bytes="1GiB", **kept)), data=data),
+                  "started")[0]["memory"]["predicted"][0]  # fmt: skip
+    budget = need["peak"] - need["activations"] // 2
+    saved = run(replace(wide(), steps=3), plan=plan(3, 5, memory=MemoryPlan(peak_bytes=budget, **kept)), data=data)
+    assert saved["weights_sha256"] == plain["weights_sha256"]
+    for rank, predicted in enumerate(events(saved, "started")[0]["memory"]["predicted"]):
+        observed = max(event["memory"]["peaks"][rank] for event in events(saved, "committed"))
+        assert 0.8 * predicted["peak"] <= observed <= predicted["peak"] <= budget
