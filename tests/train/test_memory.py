@@ -124,4 +124,4 @@ def test_a_budget_is_kept_beside_states_and_parameters_in_fewer_bits_or_elsewher
     assert saved["weights_sha256"] == plain["weights_sha256"]
     for rank, predicted in enumerate(events(saved, "started")[0]["memory"]["predicted"]):
         observed = max(event["memory"]["peaks"][rank] for event in events(saved, "committed"))
-        assert 0.8 * predicted["peak"] <= observed <= predicted["peak"] <= budget
+        assert 0.7 * predicted["peak"] <= observed <= predicted["peak"] <= budget  # weights on disk are counted, too
