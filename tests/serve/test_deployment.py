@@ -96,7 +96,7 @@ def test_the_command_in_it_is_this_one_and_shoal_takes_it(printed: Printed, tmp_
 
 @pytest.mark.parametrize("target", ["module:Make_It", "runs/A Run.1", "x" * 90, "-.-"])
 def test_any_target_gives_a_name_that_kubernetes_takes(printed: Printed, target: str) -> None:
-    told = printed("--name", target, target="runs/latest")
+    told = printed(f"--name={target}", target="runs/latest")
     name = told["Service"]["metadata"]["name"]
     assert len(name) <= 63
     assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name)

@@ -24,6 +24,7 @@ import shoal
 from shoal.cli.main import main
 from shoal.models.bert import Head
 from shoal.serve.frames import FrameError, from_engines, from_http_side
+from shoal.serve.http import connection as one_connection
 
 KEY = "a-key-of-the-tests"
 
@@ -205,6 +206,32 @@ def test_pages_of_other_origins_and_names_may_not_ask(scripted: Asking) -> None:
     assert answer.status == 200
 
 
+def test_who_does_not_read_the_answers_is_let_go_and_holds_nobody_up(
+    scripted: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_connection, "UNREAD_S", 0.2)  # the server's loop runs in this process
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((scripted.host, int(scripted.port)))
+        deaf.settimeout(10)
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            while True:  # it reads until its answers are not read; then this waits, until it closes
+                deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
+                assert scripted.get("/health/live")[0] == 200
+
+
+def test_pages_of_an_origin_that_is_allowed_may_ask_and_no_others() -> None:
+    page = "https://app.example"
+    with shoal.serve("serve.served_models:scripted", allow_origin=page) as server:
+        asking = Asking(server.url)
+        body = json.dumps({"input": [[1.0, 1.0]]}).encode()
+        before, _ = asking.raw("OPTIONS", "/predict", origin=page)
+        answer, _ = asking.raw("POST", "/predict", body, origin=page)
+        assert (before.status, answer.status) == (204, 200)
+        assert {one.headers["Access-Control-Allow-Origin"] for one in (before, answer)} == {page}
+        assert asking.raw("POST", "/predict", body, origin="https://other.example")[0].status == 403
+
+
 def test_half_a_request_holds_no_worker_and_is_closed(served: Callable[..., Served]) -> None:
     server = served("serve.served_models:scripted", "--read-timeout-s", "1", "--connections", "40")
     slow = [socket.create_connection((server.host, int(server.port)), timeout=10) for _ in range(30)]
@@ -293,9 +320,9 @@ def test_with_a_certificate_it_speaks_https_and_nothing_else(served: Callable[..
     files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"), "-days", "2"]
     new = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", *files, "-subj", "/CN=localhost"]
     subprocess.run([*new, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
-    server = served(
-        "serve.served_models:scripted", "--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem"
-    )
+    files = ["--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")]
+    server = served("serve.served_models:scripted", *files, "--read-timeout-s", "1")
+    silent = socket.create_connection((server.host, int(server.port)), timeout=20)
     assert server.told["url"].startswith("https://")
     trusted = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
     connection = HTTPSConnection(server.host, int(server.port), timeout=30, context=trusted)
@@ -304,3 +331,5 @@ def test_with_a_certificate_it_speaks_https_and_nothing_else(served: Callable[..
     connection.close()
     with pytest.raises((HTTPException, OSError)):
         server.get("/health/live")
+    assert silent.recv(1) == b"", "who never begins to speak TLS is let go"
+    silent.close()

@@ -51,7 +51,10 @@ class HttpServer:
                 f"cannot listen on {options.host}:{options.port}: {error.strerror or error}: choose another --port."
             ) from None
         self.port = sock.getsockname()[1]
-        self._listener = await self._loop.create_server(lambda: Connection(self), sock=sock, ssl=self._tls())
+        tls = self._tls()
+        self._listener = await self._loop.create_server(
+            lambda: Connection(self), sock=sock, ssl=tls, ssl_handshake_timeout=self.read_timeout_s if tls else None
+        )
 
     def _tls(self) -> ssl.SSLContext | None:
         if not self._options.tls_cert:
