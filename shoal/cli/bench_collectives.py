@@ -23,7 +23,7 @@ def add_arguments(add: Callable[..., Action]) -> None:
     add("--ops", metavar="A,B", help="operations, or all; all_reduce,reduce_scatter,all_gather,broadcast")
     add("--sizes", metavar="SIZES", help="such as 1KiB,1MiB or 1KiB..64MiB (each 4 times the last)")
     add("--dtypes", metavar="A,B", help="float32 if unset; or bfloat16, float16, int8, ..., or all")
-    add("--transports", metavar="A,B", help="gloo, shm, hier, nccl; the first is what others are held against")
+    add("--transports", metavar="A,B", help="gloo, shm, hier, shm-python, nccl, mpi; the first is the others' control")
     add("--algorithms", metavar="A,B", help="native (the transport's own) if unset; ring, ..., or all")
     add("--workers", type=int, metavar="N", help="ranks; 2 to 4, as cores allow, if unset")
     add("--rounds", type=int, metavar="N", help="of the whole sweep; figures are medians over them; 3")

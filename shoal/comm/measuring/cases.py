@@ -14,7 +14,7 @@ OPS = (
 )  # fmt: skip
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int32": 4, "int64": 8, "int8": 1, "uint8": 1}
 IN_PYTHON = "shm-python"  # shm as it is where nothing can be compiled
-TRANSPORTS = ("gloo", "shm", "hier", IN_PYTHON, "nccl")
+TRANSPORTS = ("gloo", "shm", "hier", IN_PYTHON, "nccl", "mpi")
 ZERO_COPY_TRANSPORTS = ("shm", "hier")
 NATIVE = "native"  # the algorithm that the transport itself chooses
 AUTO = "auto"  # the one that the cost model chooses

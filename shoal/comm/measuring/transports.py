@@ -35,4 +35,6 @@ def missing(transport: str) -> str:
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
         return "" if launched_workers() else "start the ranks by torchrun, one a GPU"
+    if transport == "mpi" and not dist.is_mpi_available():
+        return "this torch has no MPI, which only builds from source on a host with MPI have"
     return "" if dist.is_gloo_available() else "this torch has no gloo"
