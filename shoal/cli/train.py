@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shoal.cli.exit_codes import DONE, INTERRUPTED
 from shoal.cli.output import count, duration, figures, json_line, table
@@ -13,6 +13,9 @@ from shoal.cli.progress import display
 from shoal.cli.recipe_arguments import Chosen, add_plan_arguments, add_recipe_arguments, choose, speaks
 from shoal.errors import UserError
 from shoal.recipe.typed import flatten, to_mapping
+
+if TYPE_CHECKING:
+    from shoal.train.notices import Notice
 
 HELP = "train a model; without arguments, a small GPT on Python's own sources"
 
@@ -41,6 +44,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--emulate-hosts", type=int, metavar="N", help="with --elastic: as on so many hosts, all played by this one"
     )
     parser.add_argument("--rebalance", action="store_true", help="with --elastic: move shards away from slow workers")
+    parser.add_argument(
+        "--notice", default="", metavar="FILE|URL", help="end, saved, once this file is there or this address answers"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=0.0, metavar="S", help="from a signal or notice to the kill: says if S s will do"
+    )
     parser.add_argument("--explain", action="store_true", help="show every value and where it came from, and stop")
 
 
@@ -69,6 +78,7 @@ def run(args: Namespace) -> int:
             run_dir=args.run_dir,
             resume=args.resume,
             **({"start": args.start} if args.start else {}),
+            **({"notice": _notice(args)} if args.notice or args.grace else {}),
             progress=progress,
         )
     if speaks():
@@ -105,6 +115,14 @@ def _trainer(args: Namespace) -> Callable[..., dict[str, Any]]:
     from shoal.train import api
 
     return api.train
+
+
+def _notice(args: Namespace) -> "Notice":
+    from shoal.train.notices import Notice
+
+    if args.agents is not None or args.emulate_hosts is not None:
+        raise UserError("--notice and --grace are for runs of one host: on several, send SIGTERM where one goes away.")
+    return Notice(args.notice, args.grace)
 
 
 class Explained(NamedTuple):

@@ -343,7 +343,8 @@ def _run(job: Job, launcher: Connection, forward: Callable[[Any], None]) -> Ende
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # notices are the launcher's to pass on
+        signal.signal(number, signal.SIG_IGN)
     launcher = Connection(int(sys.argv[1]))
     import cloudpickle
     import torch  # noqa: F401  (imported once here, inherited by every worker)

@@ -18,7 +18,8 @@ from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
 from shoal.train.able import check_trainable
 from shoal.train.api import PRELOAD as TRAINS
-from shoal.train.api import start_of, stop_signals, tell_failure
+from shoal.train.api import start_of, tell_failure
+from shoal.train.notices import Notice, drains
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,6 +94,7 @@ def train_elastic(
     model: "Callable[[], nn.Module] | None" = None,
     data: Any = None,
     agent: Agent | None = None,
+    notice: Notice | None = None,
     faults: Sequence[Fault] = (),
 ) -> dict[str, Any]:
     """As `shoal.train`, with workers of this host that may be lost, added and taken away while it runs.
@@ -120,6 +122,7 @@ def train_elastic(
 
     def listen(_: int, event: Any) -> None:
         seen[:] = [Path(event["run_dir"])]
+        stop.heard(event)
         if progress:
             progress(event)
 
@@ -137,7 +140,7 @@ def train_elastic(
     )
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:
-            with stop_signals() as stop:
+            with drains(notice) as stop:
                 result: dict[str, Any] = crew.carry_out(job, 1, listen=listen, on_start=stop.reach)[0]
         except ShoalError as error:
             tell_failure(seen, error)

@@ -1,6 +1,5 @@
 """What is asked of a run from outside, while it trains: other numbers of workers, or an end without a lost step."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +9,9 @@ from shoal.elastic import roster
 from shoal.elastic.replan import MOST_SERVERS
 from shoal.errors import RunFailed, UserError
 from shoal.run.run import Run
+from shoal.train.notices import needed_s
 
 LOOK_S = 0.05
-LATELY = 50  # committed steps that an estimate is made from
 
 
 def resize(target: str | Path, workers: int = 0, *, servers: int = 0, wait_s: float = 120.0) -> dict[str, Any]:
@@ -82,14 +81,6 @@ def drain(
     steps = [e["step"] for e in run.events() if e["event"] in ("committed", "interrupted") and e["time"] >= asked]
     told = {"step": max(steps, default=None), "seconds": time.monotonic() - begun, "needed_s": needed}
     return {**told, "grace_s": grace_s, "grace_will_do": needed <= grace_s} if grace_s else told
-
-
-def needed_s(events: list[dict[str, Any]], *, whole: bool) -> float:
-    """How long a drain will take: two steps at worst (one may just have begun), and a checkpoint for a whole run."""
-    steps = [float(e["seconds"]) for e in events if e["event"] == "committed"][-LATELY:]
-    saves = [float(e["stall_s"]) + float(e["write_s"]) for e in events if e["event"] == "checkpointed"]
-    step = max(steps, default=0.0)
-    return 2 * step + (max(saves[-LATELY:], default=statistics.fmean(steps) if steps else 0.0) if whole else 0.0)
 
 
 def _trained(run: Run) -> list[roster.Entry]:

@@ -281,14 +281,14 @@ class ElasticCrew:
             self.noticed.add(index)
             why = f"on purpose, {ago:.3f} s ago"
             self._tell(m.Tell("rehearsed", why, 0.0, more=(("fault", str(self.job.faults[index])), ("ago_s", ago))))
-        active = [s for s, seat in self.membership.seats.items() if seat.at is m.At.active and s in self.processes]
+        active = [s for s, seat in self.membership.seats.items() if seat.at in m.MOVING and s in self.processes]
         rows = {seat % ROWS: seat for seat in active}
         found = []
         for seat in active:
             position = self.board.read(seat % ROWS)
             since = max(position.since_s, self.awake_s)
             found.append((replace(position, since_s=since), look(self.processes[seat].pid)))
-        whole = len(found) == sum(seat.at is m.At.active for seat in self.membership.seats.values())
+        whole = all(s in active for s, seat in self.membership.seats.items() if seat.at is m.At.active)
         for row, evidence in self.watch.late(found, time.monotonic(), whole=whole):
             seat = rows[row]
             self._decide(m.Suspect(seat, f"{self._name(seat)}: {evidence}"))

@@ -20,7 +20,8 @@ from shoal.errors import ShoalError, UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
-from shoal.train.api import start_of, stop_signals
+from shoal.train.api import start_of
+from shoal.train.notices import drains
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +72,7 @@ def train_on_hosts(
     if len(set(addresses)) < len(addresses):
         raise UserError("--agents: an address is there twice.")
     job = _job(recipe, plan, addresses, run_dir, resume, start, least, dict(origins or {}), model, data)(number, host)
-    with nullcontext(agent) if agent else Agent(PRELOAD) as crew, stop_signals() as stop:
+    with nullcontext(agent) if agent else Agent(PRELOAD) as crew, drains() as stop:
         result: dict[str, Any] = crew.carry_out(job, 1, listen=_listener(progress), on_start=stop.reach)[0]
     return result
 
@@ -113,7 +114,7 @@ def train_emulated(
         except ShoalError as error:
             failures[number] = error
 
-    with ExitStack() as stack, stop_signals() as stop:
+    with ExitStack() as stack, drains() as stop:
         crews = [stack.enter_context(Agent(PRELOAD)) for _ in range(hosts)]
         threads = [threading.Thread(target=carry_out, args=each, daemon=True) for each in enumerate(crews)]
         for thread in threads:

@@ -184,6 +184,9 @@ class At(Enum):
     gone = "gone"  # released or killed, and not yet seen to end
 
 
+MOVING = (At.building, At.active)  # seats that are expected to make progress
+
+
 @dataclass
 class Seat:
     number: int

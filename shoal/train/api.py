@@ -1,13 +1,9 @@
 """What a program calls: train, launch, evaluate, export. The command line calls the same."""
 
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from shoal.cluster.detect import launched_workers, usable_cores
@@ -17,6 +13,7 @@ from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
 from shoal.train.able import check_trainable
+from shoal.train.notices import Notice, drains, handled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +38,7 @@ def train(
     model: "Callable[[], nn.Module] | None" = None,
     data: Any = None,
     agent: Agent | None = None,
+    notice: Notice | None = None,
 ) -> dict[str, Any]:
     """Train a recipe under a plan and return the result: steps, loss, weights_sha256, samples, seconds, run_dir, ...
 
@@ -48,7 +46,8 @@ def train(
     returns a module) and ``data`` (Splits, or any map-style training set) stand in for what the recipe names.
     ``resume``: a run directory to go on with; ``start``: "RUN@STEP", a checkpoint that a new run begins with.
     ``agent``: use this one's processes, for many runs in a row.
-    Ctrl-C and SIGTERM save and return a result with "interrupted"; a second one ends at once.
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save and return a result with "interrupted", and so does what ``notice`` names;
+    the same signal again ends at once.
     Raises UserError for bad input and RunFailed when a worker raised, died or hung."""
     from shoal.train.loop import Order, run_recipe
 
@@ -69,12 +68,13 @@ def train(
 
     def listen(_: int, event: Any) -> None:
         seen[:] = [Path(event["run_dir"])]
+        stop.heard(event)
         if progress:
             progress(event)
 
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:
-            with stop_signals() as stop:
+            with drains(notice) as stop:
                 results = crew.run(
                     run_recipe,
                     (order,),
@@ -190,7 +190,7 @@ def launch(
     if joins is not None:
         with _joined(plan, threads) as group:
             return _as_worker(group, main, arguments, plan, settings)
-    with Agent(PRELOAD) as agent, stop_signals() as stop:
+    with Agent(PRELOAD) as agent, drains() as stop:
         result = agent.run(
             _as_worker,
             (main, arguments, plan, settings),
@@ -234,49 +234,7 @@ def _joined(plan: Plan, threads: int) -> "Iterator[DistributedGroup]":
     torch.set_num_threads(threads)
     group = DistributedGroup(plan.hang_after_s, accelerator=plan.device != "cpu" and torch.cuda.is_available())
     try:
-        with _handled(lambda *_: group.ask_stop()):
+        with handled(lambda *_: group.ask_stop()):
             yield group
     finally:
         group.close()
-
-
-class _Stop:
-    """The first signal asks the workers to stop after their step, the second one interrupts for good."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._ask: Callable[[], None] | None = None
-
-    def reach(self, ask: Callable[[], None]) -> None:
-        """From now on there are workers, and ``ask`` asks them."""
-        self._ask = ask
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or self._ask is None:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-        self._ask()
-
-
-@contextmanager
-def stop_signals() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM go to the workers, in an orderly way."""
-    stop = _Stop()
-    with _handled(stop.on_signal):
-        yield stop
-
-
-@contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Signal handlers can be set from the main thread only; elsewhere (some notebooks) the default stays."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, old in zip(numbers, before, strict=True):
-            signal.signal(number, old)

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from shoal.elastic import roster
-from shoal.elastic.commands import drain, needed_s, resize
+from shoal.elastic.commands import drain, resize
 from shoal.elastic.faults import Fault
 from shoal.errors import RunFailed, UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
+from shoal.train.notices import needed_s
 
 
 @pytest.fixture
