@@ -154,22 +154,32 @@ class Agent:
     _kept: tuple[int, int | None] = (0, None)
     _same: int = 0  # entries that are on disk as they are here
 
+    _changes: list[int] = field(default_factory=list)  # where the log has `Voters`
+
     def __post_init__(self) -> None:
         self._kept, self._same = (self.term, self.voted), len(self.log)
+        self._changes = [at for at, entry in enumerate(self.log, start=1) if isinstance(entry.value, Voters)]
 
     # --- what the log says ------------------------------------------------------------------------------------
 
     @property
     def voters(self) -> tuple[int, ...]:
         """By the newest entry about it, committed or not."""
-        return self._voters_at(len(self.log))[1]
+        if not self._changes:
+            return self.agents
+        newest: Voters = self.log[self._changes[-1] - 1].value
+        return newest.agents
 
-    def _voters_at(self, index: int) -> tuple[int, tuple[int, ...]]:
-        for place in range(index, 0, -1):
-            value = self.log[place - 1].value
-            if isinstance(value, Voters):
-                return place, value.agents
-        return 0, self.agents
+    def _append(self, entry: Entry) -> None:
+        self.log.append(entry)
+        if isinstance(entry.value, Voters):
+            self._changes.append(len(self.log))
+
+    def _cut(self, length: int) -> None:
+        """Entries after so many were another leader's, and come to nothing."""
+        del self.log[length:]
+        self._same = min(self._same, length)
+        self._changes = [place for place in self._changes if place <= length]
 
     def _term_at(self, index: int) -> int:
         return self.log[index - 1].term if index else 0
@@ -209,7 +219,7 @@ class Agent:
         return True, self._keep(self._add(value, now))
 
     def _add(self, value: Any, now: float) -> list[Output]:
-        self.log.append(Entry(self.term, value))
+        self._append(Entry(self.term, value))
         return [*self._replicate(now), *self._advance()]
 
     def silent(self, now: float) -> tuple[int, ...]:
@@ -229,9 +239,9 @@ class Agent:
 
     def _may_change(self, value: Voters) -> bool:
         """One agent at a time, the last change committed, and an entry of this leader's own too."""
-        place, voters = self._voters_at(len(self.log))
+        place = self._changes[-1] if self._changes else 0
         own = any(entry.term == self.term for entry in self.log[: self.committed])
-        return own and place <= self.committed and len(set(voters) ^ set(value.agents)) == 1
+        return own and place <= self.committed and len(set(self.voters) ^ set(value.agents)) == 1
 
     def on(self, message: Message, now: float) -> list[Output]:
         return self._keep(self._on(message, now))
@@ -277,9 +287,9 @@ class Agent:
     def _on_ask(self, ask: AskVote, now: float) -> list[Output]:
         last = len(self.log)
         newer = (ask.last_term, ask.last_index) >= (self._term_at(last), last)
-        if ask.trial:
-            return [Send(ask.sender, Vote(ask.term, self.number, newer and ask.term > self.term, True))]
-        granted = ask.term == self.term and self.voted in (None, ask.sender) and newer
+        if ask.trial and ask.term > self.term:
+            return [Send(ask.sender, Vote(ask.term, self.number, newer, True))]
+        granted = not ask.trial and ask.term == self.term and self.voted in (None, ask.sender) and newer
         if granted:
             self.voted, self._deadline = ask.sender, self._wait(now)
         return [Send(ask.sender, Vote(self.term, self.number, granted, False))]
@@ -300,7 +310,7 @@ class Agent:
         self._match = dict.fromkeys(others, 0)
         self._heard = dict.fromkeys(others, now)
         self._stamps, self._known = {}, {}
-        self.log.append(Entry(self.term, Started(self.number)))
+        self._append(Entry(self.term, Started(self.number)))
         return [*self._replicate(now), *self._advance()]
 
     # --- the log ----------------------------------------------------------------------------------------------
@@ -351,10 +361,9 @@ class Agent:
             return [Send(append.sender, Appended(self.term, self.number, False, matches, now, append.sent))]
         for place, entry in enumerate(append.entries, start=before + 1):
             if place <= len(self.log) and self._term_at(place) != entry.term:
-                del self.log[place - 1 :]
-                self._same = min(self._same, place - 1)
+                self._cut(place - 1)
             if place > len(self.log):
-                self.log.append(entry)
+                self._append(entry)
         last = before + len(append.entries)
         out: list[Output] = [Send(append.sender, Appended(self.term, self.number, True, last, now, append.sent))]
         self.committed = max(self.committed, min(append.committed, last))

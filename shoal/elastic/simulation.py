@@ -102,10 +102,13 @@ class Simulation:
         while not self.ended:
             if not self._queue or self.now > GIVES_UP_S:
                 self._wrong(f"nothing happens any more: {self.membership}")
-            self.now, _, act = heapq.heappop(self._queue)
-            act()
+            self._next()
         self._check_log()
         return Outcome(self.seed, self.ended, len(self.epochs), self.lost, self.now)
+
+    def _next(self) -> None:
+        self.now, _, act = heapq.heappop(self._queue)
+        act()
 
     def _at(self, delay: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (self.now + delay, next(self._order), act))
@@ -263,6 +266,9 @@ class Simulation:
             if worker.state is not None and max(form.steps) > worker.step + 1:
                 self._wrong(f"survivor {worker.seat} is {max(form.steps) - worker.step} steps behind the others")
             worker.state = list(donor.state[: max(form.steps)])
+        if rank == 0 and not self._may_commit(worker):
+            self._leave(worker)
+            return
         if rank == 0:  # what the rank 0 before it has not told
             last = max((step for step, _ in self.log), default=0)
             self.log += [(step, form.epoch) for step in range(last + 1, worker.step + 1)]
@@ -274,7 +280,7 @@ class Simulation:
     def _begin_step(self, worker: SimWorker) -> None:
         worker.posts, worker.dones = {worker.rank}, {worker.rank}
         worker.posted = worker.reduced = False
-        worker.changes = worker.change_seen = self.asked
+        worker.changes = worker.change_seen = self._asked_of(worker)
         if worker.step >= self.steps:  # the barrier at the end of a run
             worker.posted = worker.reduced = True
             self._say(worker, "done")
@@ -323,6 +329,18 @@ class Simulation:
         elif word.epoch > worker.joined or word.epoch == worker.epoch:
             worker.early.append(word)
 
+    def _asked_of(self, worker: SimWorker) -> bool:
+        """Whether it sees that others are to go on after the step."""
+        return self.asked
+
+    def _broken_for(self, worker: SimWorker) -> bool:
+        """Whether it sees that its epoch is over."""
+        return self.broken
+
+    def _may_commit(self, worker: SimWorker) -> bool:
+        """Whether what it does now can count."""
+        return True
+
     def _complete(self, worker: SimWorker) -> bool:
         return worker.form is not None and worker.reduced and worker.dones == set(range(len(worker.form.seats)))
 
@@ -330,9 +348,9 @@ class Simulation:
         """What a worker can do with what it has heard."""
         if not worker.alive or worker.stopped or worker.form is None:
             return
-        if self._complete(worker):
+        if self._complete(worker) and self._may_commit(worker):
             self._commit(worker)
-        elif self.broken:
+        elif self._complete(worker) or self._broken_for(worker):
             self._leave(worker)
         elif worker.posted and not worker.reduced and worker.posts == set(range(len(worker.form.seats))):
             worker.reduced = True
@@ -360,10 +378,13 @@ class Simulation:
         else:
             self._begin_step(worker)
 
-    def _finish(self, worker: SimWorker) -> None:
+    def _check_state(self, worker: SimWorker) -> None:
         wanted = [(step, tuple(range(self.shards))) for step in range(1, self.steps + 1)]
         if worker.state != wanted:
             self._wrong(f"seat {worker.seat} ends with {worker.state}")
+
+    def _finish(self, worker: SimWorker) -> None:
+        self._check_state(worker)
         worker.epoch, worker.form = 0, None
         self.ended = "finished"
         self._tell(m.Done(worker.seat))
@@ -373,7 +394,10 @@ class Simulation:
         for seat in worker.form.seats if worker.form else ():
             if seat != worker.seat:
                 arrives = self._arrival(worker, seat, self.now + SENDING_S[1])
-                self._at(arrives - self.now, partial(self._peer_lost, seat, worker.epoch))
+                self._at(arrives - self.now, partial(self._hung_up, worker, seat, worker.epoch))
+
+    def _hung_up(self, origin: SimWorker, seat: int, epoch: int) -> None:
+        self._peer_lost(seat, epoch)
 
     def _peer_lost(self, seat: int, epoch: int) -> None:
         worker = self.workers.get(seat)
