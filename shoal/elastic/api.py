@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from shoal.elastic.crew import ElasticJob
 from shoal.elastic.faults import MOST, Fault
 from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS
 from shoal.errors import ShoalError, UserError
-from shoal.recipe.memory_plan import CHEAP, MemoryPlan
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
@@ -47,12 +45,14 @@ def check_elastic(plan: Plan, shards: int, least: int) -> None:
     if plan.sync not in ("exact", "parameter-server") or plan.compression != "none":
         what = f"sync = {plan.sync!r}" if plan.sync != "exact" else f"compression = {plan.compression!r}"
         raise UserError(f"plan: {what} is not elastic yet: leave it out, or leave --elastic out.")
-    held = replace(plan.memory, recompute="none", recompute_every=2, recompute_operations=CHEAP, blocks=())
     if plan.state_group:
         raise UserError(f"plan: state_group = {plan.state_group} is not elastic yet: leave it or --elastic out.")
-    if held != MemoryPlan():
+    if plan.memory.budget_bytes:
+        raise UserError("plan: memory.peak_bytes is not elastic yet: leave it or --elastic out.")
+    if plan.memory.changes_updates and (plan.states != "replicated" or plan.axes.size("pipe") > 1):
+        other = f"states = {plan.states!r}" if plan.states != "replicated" else "mesh axis 'pipe'"
         raise UserError(
-            "plan: what its [memory] asks for is not elastic yet, but for memory.recompute: leave it or --elastic out."
+            f"plan: {plan.memory.changes_updates} with {other} is not elastic yet: leave one of them or --elastic out."
         )
     if plan.placement:
         raise UserError("--elastic deals the shards out evenly over those who are there: leave --placement out.")
