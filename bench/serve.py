@@ -39,6 +39,7 @@ DOUBLED_RESULTS = HERE / "results" / "serve_doubled.json"
 BATCH, CLIENTS = 32, 64
 WARM_S = 0.5  # of a load, not counted
 WORDS = "the model answers a question about the text that it was given and then waits for the next one of many"
+TEXT = f"{WORDS} {' '.join(WORDS.split()[:9])}"  # 30 words, two marks
 AHEAD = "--ahead" in sys.argv
 NICE = ["nice", "-n", "-20"] if AHEAD else []
 NOOP = "from torch import nn\n\n\ndef make():\n    return nn.Identity()\n"
@@ -246,7 +247,7 @@ def main() -> None:
         cwd = Path(name)
         folder = make_folder(cwd / "classifier")
         body, small = folder / "body.json", cwd / "small.json"
-        body.write_text(json.dumps({"text": f"{WORDS} {' '.join(WORDS.split()[:9])}"}))  # 30 words, two marks
+        body.write_text(json.dumps({"text": TEXT}))
         small.write_text('{"input": [[0.5]]}')
         (cwd / "noop.py").write_text(NOOP)
         told: dict = {"machine": platform.platform(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}

@@ -41,6 +41,13 @@ def slope(times: Sequence[float]) -> float:
     return sum((at - middle) * (i - half) for i, at in enumerate(ordered)) / spread if spread else 0.0
 
 
+def _rate(ends: Sequence[float], seconds: float) -> float:
+    """Answers that lie close together, as one batch's do, make no line."""
+    if len(ends) > 2 and max(ends) - min(ends) > seconds / 2:
+        return slope(ends)
+    return len(ends) / seconds
+
+
 def figures(seen: Seen, warm_s: float, seconds: float, open_loop: bool) -> dict[str, Any]:
     """Of the requests of the ``seconds`` after the first ``warm_s``.
 
@@ -62,7 +69,7 @@ def figures(seen: Seen, warm_s: float, seconds: float, open_loop: bool) -> dict[
         "asked": len(inside),
         "asked_a_second": len(inside) / seconds,
         "ok": len(good),
-        "ok_a_second": slope(ends) if len(ends) > 2 else len(ends) / seconds,
+        "ok_a_second": _rate(ends, seconds),
         "refused": len(refused),
         "refused_with_time": sum(s.told_when for s in refused),
         "failed": len(inside) - len(good) - len(refused),
