@@ -2,13 +2,17 @@
 nothing fails; torchrun's restart of the same job beside it.
 
     python bench/elastic.py [--faults 30] [--goodput-s 120] [--rounds 6] [--restarts 3] [--only crash,calm,...]
+    python bench/elastic.py --only slices,stage,server [--quick]     # under 3 minutes on an idle machine
+    python bench/elastic.py --only "calm slices,calm stage,calm server"
 
 `crash`: 4 workers, one after the other is killed by SIGKILL at a moment of the clock, every third time rank 0; from the
 signal to the event `recovered`, which the agent writes when it hears that a survivor has committed a step. `goodput`:
 a kill every 15 s; committed steps a second over those of the same run without kills, just before, not adjusted for the
 capacity that is missing. `calm`: seconds of a step with and without --elastic, in turns, the median over the rounds of
-one round's ratio. `resize`: seconds between two steps when workers are added and taken away. `torchrun`: the same model
-under DDP over gloo with a checkpoint after each step, four processes, one of them killed; to the next step.
+one round's ratio. `slices`, `stage`, `server` are `crash` with sharded states, with a pipeline of 4 stages, and with 2
+servers of 2 workers, of which only the servers are killed; `calm slices` and so on: what these cost when nothing fails.
+`resize`: seconds between two steps when workers are added and taken away. `torchrun`: the same model under DDP over
+gloo with a checkpoint after each step, four processes, one of them killed; to the next step.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +45,12 @@ from shoal.train.api import train
 
 RESULTS = Path(__file__).parent / "results" / "elastic.json"
 WORKERS, EVERY_S, PATIENCE_S = 4, 15.0, 300.0
-GOALS = {"crash p50": 1.5, "crash p99": 4.0, "calm": 1.03, "goodput": 0.9}
+GOALS = {"crash p50": 1.5, "crash p99": 4.0, "calm": 1.03, "goodput": 0.9, "stage p99": 4.0, "server p99": 2.0}
+KINDS = {  # whose processes hold what no other one does
+    "slices": Plan(mesh={"data": WORKERS}, states="zero1"),
+    "stage": Plan(mesh={"pipe": WORKERS}),
+    "server": Plan(mesh={"data": 2}, sync="parameter-server", servers=2),
+}
 
 
 def recipe(folder: Path, steps: int) -> Recipe:
@@ -66,11 +76,14 @@ def recipe(folder: Path, steps: int) -> Recipe:
 class Running:
     """An elastic run in a process of its own, seen through its folder."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.run = folder / name
+    def __init__(self, folder: Path, name: str, plan: Plan | None = None) -> None:
+        plan = plan or Plan(mesh={"data": WORKERS})
+        self.run, self.processes = folder / name, plan.workers + plan.server_processes
+        (folder / f"{name}.plan.toml").write_text(plan.to_toml())
         (folder / f"{name}.toml").write_text(recipe(folder, 10**6).to_toml())
         self.log = self.run / "events.jsonl"
-        command = [sys.executable, "-m", "shoal", "train", str(folder / f"{name}.toml"), "--workers", str(WORKERS)]
+        how = ["--plan", str(folder / f"{name}.plan.toml")]
+        command = [sys.executable, "-m", "shoal", "train", str(folder / f"{name}.toml"), *how]
         self.process = subprocess.Popen(
             [*command, "--elastic", "--run-dir", str(self.run), "--json"],
             stdout=subprocess.DEVNULL,
@@ -94,7 +107,7 @@ class Running:
         return [json.loads(line) for line in lines if '"event": "recovered"' in line]
 
     def whole(self) -> bool:
-        return len(roster.read(self.run)) == WORKERS
+        return len(roster.read(self.run)) == self.processes
 
     def kill(self, rank: int) -> float:
         """Seconds to the next committed step."""
@@ -110,12 +123,15 @@ class Running:
         self.process.wait(60)
 
 
-def crash(folder: Path, faults: int) -> dict[str, Any]:
-    running, draw, took = Running(folder, "crash"), random.Random(0), []
+def crash(folder: Path, faults: int, name: str = "crash", plan: Plan | None = None) -> dict[str, Any]:
+    """With servers, only these are killed."""
+    running, draw, took = Running(folder, name, plan), random.Random(0), []
+    first = plan.workers if plan is not None and plan.server_processes else 0
     for number in range(faults):
         running.until(running.whole, "new worker")
         time.sleep(draw.uniform(0.3, 0.6))  # the moment of a fault is nobody's choice
-        took.append(running.kill(0 if number % 3 == 0 else draw.randrange(1, WORKERS)))
+        others = range(first + 1, running.processes)
+        took.append(running.kill(first if number % 3 == 0 or not others else draw.choice(others)))
         print(f"  kill {number + 1}: {took[-1]:.3f} s", flush=True)
     redone = [event["redone"] for event in running.recovered()]
     running.end()
@@ -142,7 +158,7 @@ def goodput(folder: Path, seconds: float) -> dict[str, Any]:
     return {"calm steps/s": [calm, again], "steps/s": rough, "goodput": rough / ((calm + again) / 2)}
 
 
-def calm(folder: Path, rounds: int) -> dict[str, Any]:
+def calm(folder: Path, rounds: int, plan: Plan | None = None) -> dict[str, Any]:
     arms: dict[str, list[float]] = {"plain": [], "elastic": []}
     wanted = recipe(folder, 60)
     with Agent(PRELOAD) as agent:
@@ -156,8 +172,8 @@ def calm(folder: Path, rounds: int) -> dict[str, Any]:
             run = train if arm == "plain" else train_elastic
             run(
                 wanted,
-                Plan(mesh={"data": WORKERS}),
-                run_dir=folder / f"calm{number}",
+                plan or Plan(mesh={"data": WORKERS}),
+                run_dir=Path(tempfile.mkdtemp(dir=folder)) / f"calm{number}",
                 progress=listen,
                 agent=agent,
             )
@@ -264,13 +280,18 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--only", default="crash,torchrun,calm,resize,goodput")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="3 faults, 1 round: to see that it runs")
     args = parser.parse_args()
+    if args.quick:
+        args.faults, args.rounds, args.restarts, args.goodput_s = 3, 1, 1, 20.0
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as made:
         folder = Path(made)
         recipe(folder, 1)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "crash": lambda: crash(folder, args.faults),
+            **{name: partial(crash, folder, args.faults, name, plan) for name, plan in KINDS.items()},
+            **{f"calm {name}": partial(calm, folder, args.rounds, plan) for name, plan in KINDS.items()},
             "torchrun": lambda: torchrun(folder, args.restarts),
             "calm": lambda: calm(folder, args.rounds),
             "resize": lambda: resizes(folder),
