@@ -159,6 +159,7 @@ class Communication:
             load_s=self.phase("loading"),
             shards=self.placement,
             servers=self.servers,
+            shared=self.transport.get("link") == "shared memory",
         )
 
 

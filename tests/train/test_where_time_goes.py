@@ -114,9 +114,13 @@ def test_the_command_says_it_in_a_sentence_and_in_json_and_writes_a_trace(run, c
 def test_workers_on_parameter_servers_tell_of_themselves_too(run, staleness):
     tiny, data = recipe("mlp", steps=12), splits("mlp", 64, held_out=0)
     plan = Plan(mesh={"data": 2}, device="cpu", sync="parameter-server", staleness=staleness)
-    c = read_communication(Run(Path(run(tiny, 2, plan=plan, data=data)["run_dir"])).events())
+    events = list(Run(Path(run(tiny, 2, plan=plan, data=data)["run_dir"])).events())
+    c = read_communication(events)
     assert (c.workers, c.servers, c.algorithm) == (2, 1, "server")
-    assert {operation for operation, _ in c.flows} == {"push", "pull"}
+    assert set(c.flows) == {("push", "shared memory"), ("pull", "shared memory")}
+    gradient = 4 * next(event["parameters"] for event in events if event["event"] == "started")
+    assert all(of.sent_bytes >= gradient for of in c.flows["push", "shared memory"])  # which the servers read
+    assert c.measured.shared
     assert all(of.exposed_s > 0 for of in c.by_worker)
     assert all(busy > 0 for busy in c.busy)
 

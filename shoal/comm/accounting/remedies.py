@@ -35,6 +35,7 @@ class Measured:
     load_s: tuple[float, ...] = ()  # by worker: loading
     shards: tuple[int, ...] = ()  # by worker
     servers: int = 0
+    shared: bool = False  # gradients lie in memory that all map: too fast a link to gain from compression
 
     @property
     def workers(self) -> int:
@@ -201,7 +202,7 @@ def remedies(m: Measured, codec_bytes_per_s: float = CODEC_BYTES_PER_S) -> tuple
     loaders = "loaders, prefetch, or data that costs less to prepare"
     out.append(Remedy("data that is there in time", faster_loading(m), loaders))
     rate = _scale(m.gradient_bytes * lines(m.algorithm, m.hosts, m.servers)[1], m.bytes_s)
-    link = "memory" if m.algorithm == "memory" else "a link"
+    link = "memory" if m.shared or m.algorithm == "memory" else "a link"
     out.append(Remedy(f"{link} twice as fast", faster_link(m, 2.0), "other hardware", f"now {rate / 1e9:.3g} GB/s"))
     out.append(Remedy("start costs halved", lower_latency(m, 2.0), "fewer, nearer or less busy workers"))
     count, saved = bucket_count(m)
@@ -209,7 +210,7 @@ def remedies(m: Measured, codec_bytes_per_s: float = CODEC_BYTES_PER_S) -> tuple
     name = "buckets" if count == m.buckets else "larger buckets" if count < m.buckets else "smaller buckets"
     why = f"{count} of {size / 1e6:.3g} MB, now {m.buckets} of {m.gradient_bytes / m.buckets / 1e6:.3g} MB"
     out.append(Remedy(name, saved, f"bucket_bytes = {max(1, round(size))}", why if saved else ""))
-    for codec, factor in CODECS.items():
+    for codec, factor in () if m.shared else CODECS.items():
         saved = compression(m, factor, codec_bytes_per_s)
         passes = 1 + (2 * m.workers - 1) / m.workers
         cost = passes * m.gradient_bytes / codec_bytes_per_s

@@ -168,8 +168,11 @@ class Client:
     def push(
         self, clock: int, bucket: int, operands: Sequence[Tensor], counts: Sequence[float], passes: Sequence[int]
     ) -> int:
-        """A bucket of this step's gradient is final; the bytes that left. ``counts`` and ``passes``: of each leaf."""
+        """A bucket of this step's gradient is final; the bytes that left, or that the servers read in shared memory.
+
+        ``counts`` and ``passes``: of each leaf."""
         before = sum(link.sent_bytes for link in self.links)
+        read = 0
         for link, held in zip(self.links, self._by_bucket, strict=True):
             pieces = held.get(bucket)
             if pieces is None:
@@ -179,8 +182,10 @@ class Client:
             if self.memory is None and operands:
                 runs = [operand[piece.start : piece.stop] for operand in operands for piece in pieces]
                 message = self._packed(message, runs, link.name)
+            elif operands:
+                read += sum(piece.stop - piece.start for piece in pieces) * sum(each.itemsize for each in operands)
             link.send(message)
-        return sum(link.sent_bytes for link in self.links) - before
+        return sum(link.sent_bytes for link in self.links) - before + read
 
     def travels_by_rows(self, slot: int) -> None:
         """From now on, of this parameter's gradient only rows that are not zero travel."""

@@ -14,7 +14,7 @@ from shoal.comm.accounting.counters import Kind
 from shoal.comm.accounting.moments import Moments
 from shoal.comm.exchange import Placement, Terms
 from shoal.comm.finishing import finish_flat
-from shoal.comm.group import Group
+from shoal.comm.group import Group, HostGroup
 from shoal.comm.layout import BLOCK
 from shoal.comm.server.client import Client, Grant
 from shoal.comm.status import Phase
@@ -49,7 +49,9 @@ class _Own:
         self.layout, self.placement, self._denominators = terms.layout, terms.placement, terms.denominators
         self.facts = torch.zeros(terms.facts, dtype=torch.float64)
         self.all_facts = torch.zeros(len(self.placement.ownership), terms.facts, dtype=torch.float64)
-        operations = (("push", "servers"), ("pull", "servers"))
+        shared = isinstance(group, HostGroup) and group.servers is not None
+        link = "shared memory" if shared else "servers"
+        operations = (("push", link), ("pull", link))
         bucket_bytes = [bucket.slice * bucket.workers * terms.dtype.itemsize for bucket in self.layout.buckets]
         self.account = Account(group.counters, group.report, operations, bucket_bytes)
         self.rows = np.zeros((group.world, self.account.form.width))
