@@ -11,6 +11,7 @@ from typing import Any
 
 from shoal.comm.agent import die_with_parent
 from shoal.comm.arena import own_file
+from shoal.comm.descriptors import make_room
 from shoal.comm.status import StatusBoard
 from shoal.elastic.process import Program, live
 from shoal.elastic.seat import send_order
@@ -36,6 +37,7 @@ class Forks(dict[int, Forked]):
 
     def fork(self, seat: int) -> int:
         """Its process id."""
+        make_room(len(self) + 1)
         ours, theirs = socket.socketpair()
         orders, ordered = socket.socketpair()
         arena = own_file()
