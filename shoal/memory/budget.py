@@ -14,6 +14,7 @@ from shoal.memory.rehearsal import Loss, rehearse
 from shoal.memory.shortage import is_shortage
 from shoal.memory.store import Store
 from shoal.memory.survey import survey
+from shoal.memory.table import Table
 from shoal.recipe.memory_plan import CHEAP, size_text
 
 STREAMED_BYTES = 16 << 20  # what states that are elsewhere take of memory while they are updated, at most
@@ -101,12 +102,14 @@ def keep_budget(
     agree: Agree,
     where: str,
     micro_batches: int,
+    together: Callable[[Table], Table] | None = None,
 ) -> Chosen:
     """Set the blocks to the cheapest ways whose peak is below ``budget`` bytes, on this worker and on all others.
 
     ``loss``: the forward pass of one micro-batch of the usual size. ``need``: all but activations. ``one_pass``: a step
     has one micro-batch on this worker, so that gradients come while activations go. A table of what blocks keep says
     what cannot fit; the others are tried, the cheapest first, until one is measured to fit.
+    ``together``: where several workers make a pass together, the one table that all of them go by.
     Called by all workers. Raises UserError when nothing fits: what fills the memory, and the smallest change."""
 
     shared = need.gradients if one_pass else 0  # of what a rehearsal takes
@@ -123,13 +126,15 @@ def keep_budget(
             return Chosen(taken, {})
         raise _too_small(budget, taken, where, micro_batches)
     table = survey(module, ways.blocks, loss, gauge)
+    table = together(table) if together is not None else table
     moved, found, least = sum(block.inputs for block in table.blocks), candidates(table), need
     for candidate in found:
         if not fits(with_activations(candidate.least)) and candidate not in found[-2:]:
             continue
         if agree(int(not ways.take(candidate, moved))):
             continue
-        most = tried(module, loss, gauge, one_pass)
+        alone = together is None
+        most = tried(module, loss, gauge, one_pass) if alone else rehearse(module, loss, gauge, keep_gradients=one_pass)
         if fits(None if most is None else with_activations(most)):
             assert most is not None
             return Chosen(with_activations(most), candidate.told(), tuple(found[found.index(candidate) + 1 :]))

@@ -1,6 +1,7 @@
 """An error for memory that ran out: who, what filled it, and the smallest change that would have sufficed."""
 
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from shoal.memory.rehearsal import Loss
 from shoal.memory.shortage import is_shortage
 from shoal.memory.survey import survey
 from shoal.recipe.memory_plan import size_text
+from shoal.recipe.plan import Plan
 
 PARTS = (2, 4, 8, 16)  # of a micro-batch, that are tried
 
@@ -46,6 +48,38 @@ def explained(
         whole, change = _sought(module, ways, part, gauge, need, micro_batches)
         del stands_in
     return f"{where} ran out of memory, which a step fills with {whole.told()}. What would fit: {change}."
+
+
+def counted_change(need: Need, plan: Plan, micro_batches: int, error: str) -> str:
+    """What would fit, one sentence: of changes whose bytes can be counted, the first that frees what was asked for.
+
+    For workers that make a pass together: the others wait, so that nothing can be tried."""
+    asked = _asked(error)
+    replicas = plan.axes.size("data")
+    found: list[tuple[float, str]] = []
+    if replicas > 1 and plan.states == "replicated" and not plan.memory.changes_updates:
+        found.append((need.optimizer * (1 - 1 / replicas), "states = 'zero1'"))
+    for parts in PARTS:
+        told = f"micro_batches = {parts * micro_batches} in the recipe (now {micro_batches})"
+        found.append((need.activations * (1 - 1 / parts), told))
+    if plan.states == "replicated" and plan.memory.offload_optimizer == "none":
+        found.insert(2, (need.optimizer, "memory.offload_optimizer = 'disk'"))
+    for freed, told in found:
+        if freed >= asked:
+            return f"What would fit, by count of the {mebibytes(asked)} that it asked for: {told}."
+    return (
+        f"No smaller micro-batch, nor states kept elsewhere, frees the {mebibytes(asked)} that it asked for: use more "
+        f"workers along an axis that splits the model, or a smaller model."
+    )
+
+
+def _asked(error: str) -> int:
+    """How many bytes an error for memory says that it asked for; 1 where it does not say."""
+    bytes_ = re.search(r"allocate (\d+) bytes", error)
+    if bytes_:
+        return int(bytes_[1])
+    units = re.search(r"allocate ([\d.]+) ([KMG])iB", error)
+    return int(float(units[1]) * 1024 ** ("KMG".index(units[2]) + 1)) if units else 1
 
 
 def _sought(

@@ -25,5 +25,4 @@ def prepare_memory(worker: Worker, recipe: Recipe, splits: Splits, task: Task, m
         with autocast(recipe.precision, worker.device):
             return task.loss(model, batch)[0]
 
-    if not worker.plan.splits_model:
-        worker.prepare_memory(splits.train, recipe.batch, loss, saves=True)
+    worker.prepare_memory(splits.train, recipe.batch, loss, saves=True)

@@ -4,8 +4,8 @@ import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from shoal.comm.exchange import HeapExchange
 from shoal.comm.group import Group
 from shoal.comm.pages import resident_bytes
+from shoal.comm.status import Phase
 from shoal.errors import RunFailed, UserError
 from shoal.memory.apply import device_of, meter_of, set_up
 from shoal.memory.away import Away
 from shoal.memory.blocks import find_blocks
 from shoal.memory.budget import Chosen, Need, Ways, keep_budget, weight_bytes
-from shoal.memory.explain import explained
-from shoal.memory.gauge import gauge_for
+from shoal.memory.explain import counted_change, explained
+from shoal.memory.gauge import gauge_for, taken_bytes
 from shoal.memory.optimizer_need import optimizer_need, state_bytes
 from shoal.memory.places import Disk
 from shoal.memory.recompute import Block
@@ -28,6 +29,8 @@ from shoal.memory.rehearsal import Loss
 from shoal.memory.shortage import is_shortage
 from shoal.memory.store import Here, Store
 from shoal.memory.streamed import Streamed
+from shoal.memory.table import BlockCost, Table
+from shoal.parallel.held import Held
 from shoal.recipe.memory_plan import MemoryPlan, size_text
 from shoal.train.gradients import Gradients
 
@@ -39,8 +42,8 @@ SLACK_BYTES = 256 << 10  # counters, losses, rows of facts: what nobody counts o
 class Work:
     """What a worker does in a step, as far as memory is concerned."""
 
-    module: nn.Module
-    gradients: Gradients
+    held: Held
+    sets: Sequence[Gradients]  # of `held.shares`
     optimizer: torch.optim.Optimizer
     fetch: Callable[[], Batch]  # a micro-batch of the usual size
     loss: Callable[[Batch], Tensor]
@@ -49,6 +52,15 @@ class Work:
     micro_batches: int
     steps_ahead: int  # whose batches may be ready
     saves: bool  # it writes checkpoints
+
+    @property
+    def module(self) -> nn.Module:
+        return self.held.module
+
+    @property
+    def split(self) -> bool:
+        """Several workers make a pass together: none can make one alone."""
+        return self.held.plan.splits_model
 
     def batch(self, device: torch.device) -> Batch:
         return {name: tensor.to(device) for name, tensor in self.fetch().items()}
@@ -64,12 +76,17 @@ class Work:
         ready = self.steps_ahead * self.own_shards * self.micro_batches + 2
         return Need(
             weights=weights + sum(buffer.nbytes for buffer in self.module.buffers()),  # and those of the step's begin
-            gradients=self.gradients.sums_bytes((self.micro_batches,) * self.shards),
+            gradients=sum(each.sums_bytes((self.micro_batches,) * each.leaves) for each in self.sets),
             optimizer=states + pieces,
-            checkpoint=weights + states if self.saves and device.type == "cpu" else 0,
+            checkpoint=self._whole(weights + states) if self.saves and device.type == "cpu" else 0,
             data=sum(tensor.nbytes for tensor in batch.values()) * ready + SLACK_BYTES,
             update=update,
         )
+
+    def _whole(self, own: int) -> int:
+        """Of bytes that go with this worker's parameters, those of the whole model, of which a checkpoint is a copy."""
+        here = sum(parameter.numel() for parameter in self.module.parameters())
+        return own * self.held.elements // max(1, here) if self.split else own
 
 
 class Memory:
@@ -84,6 +101,7 @@ class Memory:
         self._ways: Ways | None = None
         self._work: Work | None = None
         self._most = 0  # observed since it was told last
+        self._before = 0  # what the process took when the first step had not begun
         self._told: dict[str, Any] = {}
         self._said = False
 
@@ -96,17 +114,17 @@ class Memory:
     def _say(self, line: str) -> None:
         print(f"shoal: rank {self.group.rank}: {line}", file=sys.stderr, flush=True)
 
-    def join(self, group: Group, gradients: Gradients) -> None:
+    def join(self, group: Group, sets: Sequence[Gradients]) -> None:
         """Other workers from now on; what was chosen stays."""
         self.group = group
         if self._work is not None:
-            self._work = replace(self._work, gradients=gradients)
+            self._work = replace(self._work, sets=sets)
 
     # --- before the first step ------------------------------------------------------------------------------------
 
     def prepare(self, work: "Work") -> None:
         """Keep the budget, if there is one. Called by all workers. Raises UserError when nothing fits."""
-        self._work = work
+        self._work, self._before = work, taken_bytes(self.device)
         if self.gauge is None:
             return
         batch = work.batch(self.device)
@@ -120,11 +138,19 @@ class Memory:
             self.plan.budget_bytes,
             one_pass=work.own_shards * work.micro_batches == 1,
             agree=lambda number: max(json.loads(row) for row in self.group.gather(json.dumps(number).encode())),
-            where=f"rank {self.group.rank} ({self.device})",
+            where=where_of(work.held, self.device),
             micro_batches=work.micro_batches,
+            together=self._of_all if work.split else None,
         )
         mine = json.dumps(self.chosen.need.fields()).encode()
         self.predicted = [json.loads(row) for row in self.group.gather(mine)]
+
+    def _of_all(self, table: Table) -> Table:
+        """One for all workers, which must compute the same blocks again: of each number the largest."""
+        rows = [json.loads(row) for row in self.group.gather(json.dumps(asdict(table)).encode())]
+        blocks = [{key: row[0][key] if key == "name" else max(each[key] for each in row) for key in row[0]}
+                  for row in zip(*(row["blocks"] for row in rows), strict=True)]  # fmt: skip
+        return Table(blocks=tuple(BlockCost(**row) for row in blocks), outside=max(row["outside"] for row in rows))
 
     def _all_ways(self, module: nn.Module) -> Ways:
         """All blocks of the model, whatever has been done with them."""
@@ -169,10 +195,10 @@ class Memory:
     def _observed(self) -> int:
         assert self.gauge is not None
         assert self._work is not None
-        exchange = self._work.gradients.exchange
         shared = 0  # memory of the workers' heap, that torch did not allocate
-        if isinstance(exchange, HeapExchange) and self.device.type == "cpu":
-            shared = sum(resident_bytes(partial) for partial in exchange.partials)
+        for exchange in (each.exchange for each in self._work.sets):
+            if isinstance(exchange, HeapExchange) and self.device.type == "cpu":
+                shared += sum(resident_bytes(partial) for partial in exchange.partials)
         return self.gauge.peak() + shared
 
     def _save_more(self, most: int) -> None:
@@ -180,6 +206,8 @@ class Memory:
         assert self.chosen is not None
         assert self._ways is not None
         smaller = self.chosen.smaller
+        if self._work is not None and self._work.split:  # all have to take the same, and one may find no room on disk
+            smaller = tuple(each for each in smaller if "away" not in each.ways)
         line = f"a step took {size_text(most)}, more than memory.peak_bytes = {size_text(self.plan.budget_bytes)!r}"
         if smaller and self._ways.take(smaller[0], smaller[0].least):
             self.chosen = Chosen(self.chosen.need, smaller[0].told(), smaller[1:])
@@ -216,15 +244,25 @@ class Memory:
         except Exception as error:
             if not is_shortage(error):
                 raise
+            taken = taken_bytes(self.device)
             traceback.clear_frames(error.__traceback__)  # they hold what the failed step had made
-            raise self._explained(error) from None
+            raise self._explained(error, taken) from None
 
-    def _explained(self, error: BaseException) -> RunFailed:
-        position = self.group.report.position
-        where = f"rank {self.group.rank} ({self.device}) in step {max(position.step, 1)}, {position.phase.name},"
-        work = self._work
+    def _explained(self, error: BaseException, taken: int) -> RunFailed:
+        position, work = self.group.report.position, self._work
+        when = f"in step {max(position.step, 1)}, {position.phase.name},"
         if work is None:
-            return RunFailed(f"{where} ran out of memory: {' '.join(str(error).split())[:200]}")
+            what = " ".join(str(error).split())[:200]
+            return RunFailed(f"rank {self.group.rank} ({self.device}) {when} ran out of memory: {what}")
+        where = f"{where_of(work.held, self.device)} {when}"
+        if work.split:
+            need = work.need(work.batch(self.device), self.device)
+            copied = need.checkpoint if position.phase is Phase.saving else 0
+            left = taken - self._before - need.gradients - need.optimizer - copied
+            found = replace(need, activations=max(0, left), checkpoint=copied)
+            changes = work.held.plan, work.micro_batches, str(error)
+            return RunFailed(f"{where} ran out of memory, which a step fills with {found.told()}. "
+                             f"{counted_change(found, *changes)}")  # fmt: skip
         for parameter in work.module.parameters():
             parameter.grad = None
         batch = work.batch(self.device)
@@ -245,6 +283,13 @@ class Memory:
                 micro_batches=work.micro_batches,
             )
         )
+
+
+def where_of(held: Held, device: torch.device) -> str:
+    """The worker, its device, and which part of a split model it has: "rank 3 (cpu; pipe 1 of 2)", counted from 0."""
+    sizes = {axis: size for axis, size in held.plan.axes.sizes if size > 1 and held.plan.splits_model}
+    part = ", ".join(f"{axis} {held.coordinates[axis]} of {size}" for axis, size in sizes.items())
+    return f"rank {held.group.rank} ({device}{'; ' * bool(part)}{part})"
 
 
 def due(step: int) -> bool:

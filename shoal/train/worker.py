@@ -135,7 +135,7 @@ class Worker:
         self._held = place(self.held.module, plan, group, self.device, None)
         self._made_contents = None
         self._reduction = self._hooked()
-        self.memory.join(group, self._reduction.first)
+        self.memory.join(group, self._reduction.sets)
 
     def _keeping(self) -> dict[str, Any]:
         """What shoal.memory.keeping asks of a worker. Called by all."""
@@ -188,8 +188,8 @@ class Worker:
         ledger = Ledger(len(source), batch, self._shard_count, self.micro_batches, self.seed)
         self.memory.prepare(
             Work(
-                module=self.held.module,
-                gradients=self._reduction.first,
+                held=self.held,
+                sets=self._reduction.sets,
                 optimizer=self._optimizer,
                 fetch=lambda: source.fetch(ledger.shard(0, 0)[0], 0),
                 loss=loss,
