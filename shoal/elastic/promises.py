@@ -68,5 +68,5 @@ class Promises:
             with suppress(OSError):
                 self.path.unlink()
                 if not list(self.path.parent.glob("*.log")):  # the last one: what all share goes, too
-                    (self.path.parent / "token").unlink()
+                    (self.path.parent / "token").unlink(missing_ok=True)
                     self.path.parent.rmdir()
