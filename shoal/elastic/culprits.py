@@ -9,10 +9,11 @@ Wrong = (Diverged, NotFinite)
 def culprits(found: Exception, world: int, tried: int) -> tuple[int, ...]:
     """Ranks, () when the run must end: others would come to the same.
 
-    One whose parameters are not those of the most goes. So does one that alone has found no finite value, twice: its
+    One whose parameters are not those of the most goes; all do, and new ones begin with a checkpoint from before, where
+    it cannot be told which are wrong. So does one that alone has found no finite value, twice: its
     shards are tried by others. ``tried``: the step that has been tried so, 0 for none; then it is the recipe's."""
     if isinstance(found, Diverged):
-        return found.ranks if found.sure and len(found.ranks) < world else ()
+        return found.ranks
     if isinstance(found, NotFinite):
         return found.ranks if len(found.ranks) == 1 < world and found.step != tried else ()
     return ()

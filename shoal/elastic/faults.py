@@ -99,6 +99,7 @@ class Rehearsal:
             self._undo.remove(over)
         for index, fault in enumerate(self._faults):
             here = fault.rank == rank and fault.step <= step and fault.phase == name
+            here &= self._worker is not None or fault.kind not in ("flip", "nan")  # it holds nothing yet
             if here and not self._board.noted(index):
                 self._board.note(index, time.monotonic())
                 undo = deeds.DEEDS[fault.kind].do(self._worker, self._run)

@@ -124,8 +124,9 @@ class Gradients:
 
         ``votes``: the checksum is taken when the last pass has used the parameters: whatever has changed them up to
         then is found in this step. ``careful``: look at the gradient of each pass for what is not finite."""
-        self._passes, self._votes, self._careful = passes, votes, careful
-        self.spoilt = []
+        self._passes, self._votes, self._careful, self.spoilt = passes, votes, careful, []
+        if votes and self._left is None and len(self.exchange.all_facts) == 2:
+            self.remember()
         self._begun_state = [b.clone() for b in self._state]
         self._program = self._placement.accumulation(passes)
         self._state_program = self._placement.accumulation(tuple(min(1, p) for p in passes))

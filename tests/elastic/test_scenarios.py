@@ -59,6 +59,7 @@ def _cases() -> Iterator[tuple[str, int, list[str]]]:
         yield f"fill rank 0, {rank}", 3, [f"fill:rank=0,step=6,phase={('loading', 'saving')[rank]}"]
         yield f"tear rank {rank}", 3, [f"tear:rank={rank},step=7,phase=forward"]
         yield f"rot rank {rank}", 3, [f"rot:rank={rank},step=7,phase=updated"]
+    yield "flip before it is remembered, of two", 2, ["flip:rank=0,step=6,phase=updated"]
     yield "tear twice", 3, ["tear:rank=0,step=7,phase=forward", "tear:rank=1,step=11,phase=forward"]
     yield "rot while saving", 3, ["rot:rank=0,step=8,phase=saving"]
     yield "kill in recovery", 3, ["kill:rank=1,step=6,phase=forward", "kill:rank=0,step=5,phase=recovering"]
@@ -102,9 +103,9 @@ def check(calm: Run, run: Run, memory: set[str]) -> None:
     events = run.events()
     # weights, by step
     wanted, got = weights_by_step(calm), weights_by_step(run)
-    assert set(wanted) >= set(got)
     assert {STEPS, STEPS - 2} <= set(got)
-    assert all(got[step] == wanted[step] for step in got), "weights or optimiser differ"
+    both = set(got) & set(wanted)  # one that was lost is made up for after a step that nobody else saves
+    assert all(got[step] == wanted[step] for step in both), "weights or optimiser differ"
     assert first_difference(calm.events(), events) is None
     assert run.result is not None
     assert calm.result is not None
@@ -190,10 +191,15 @@ def drawn(seed: int) -> tuple[int, list[Fault], list[tuple[int, Mapping[str, Any
     """(workers, faults, wishes after a step) of a random schedule."""
     draw = random.Random(seed)
     workers = draw.randrange(2, 5)
-    kinds = ("kill", "kill", "flip", "nan")
+    kinds = ("kill", "kill", "flip", "nan")  # what flips while it is handed on is not seen: docs/elastic.md
     phases = ("loading", "forward", "backward", "bucket", "exchanging", "updating", "updated", "recovering")
     faults = [
-        Fault(draw.choice(kinds), draw.randrange(workers), draw.randrange(2, STEPS - 2), phase)
+        Fault(
+            "kill" if phase == "recovering" else draw.choice(kinds),
+            draw.randrange(workers),
+            draw.randrange(2, STEPS - 2),
+            phase,
+        )
         for phase in draw.choices(phases, k=draw.randrange(1, 5))
     ]
     wishes = [
