@@ -31,6 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--name", help="the model's name, for clients")
     parser.add_argument("--dtype", help="float32, bfloat16, int8, or auto: the fastest that is near enough")
     parser.add_argument("--mesh", metavar="pipe=N,tensor=N", help="split the model over so many processes a replica")
+    parser.add_argument("--engine", default="local", help="local, or ray: the same application on Ray Serve")
     parser.add_argument("--replicas", type=int, help="model processes, which share one copy of the weights")
     parser.add_argument(
         "--min-replicas", type=int, help="when nothing is asked; 0: none, and the first request wakes one"
@@ -92,12 +93,18 @@ def run(args: Namespace) -> int:
         from shoal.serve.generation.options import options_from_pairs
 
         given["generation"] = options_from_pairs(args.generation)
+    if args.engine not in ("local", "ray"):
+        raise unknown_name("engine", args.engine, ["local", "ray"], "--engine")
     if args.print_deployment:
         print(_deployment(args, ServeOptions(**{**given, "host": "127.0.0.1"})))
         return DONE
     if args.image or args.pods:
         raise UserError("--image and --pods are for --print-deployment kubernetes.")
     options = ServeOptions(**given)
+    if args.engine == "ray":
+        from shoal.serve import ray_engine
+
+        return ray_engine.run(options, lambda told: print(json_line(told) if args.json else told["url"], flush=True))
 
     def ready(told: dict[str, Any]) -> None:
         print(json_line(told) if args.json else _lines(told), flush=True)

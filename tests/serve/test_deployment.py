@@ -1,6 +1,7 @@
 """Manifests for Kubernetes: what they must hold, and that the command in them is one that Shoal takes."""
 
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_any_target_gives_a_name_that_kubernetes_takes(printed: Printed, target:
         (["--print-deployment", "kubernetes", "--image", "x", "--pods", "3"], "LEAST..MOST"),
         (["--print-deployment", "kubernetes", "--image", "x", "--pods", "3..1"], "LEAST..MOST"),
         (["--image", "x"], "are for --print-deployment"),
-        (["--engine", "ray"], "unknown option '--engine'"),
+        (["--engine", "rey"], "did you mean 'ray'"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(
@@ -119,4 +120,14 @@ def test_what_cannot_be_written_is_one_line(
     assert main(["serve", "x", *arguments]) == 2
     errors = capsys.readouterr().err
     assert said in errors
+    assert errors.count("\n") == 1
+
+
+def test_without_ray_its_engine_is_one_line_that_names_the_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["serve", "x", "--engine", "ray"]) == 2
+    errors = capsys.readouterr().err
+    assert "pip install 'shoal[ray]'" in errors
     assert errors.count("\n") == 1
