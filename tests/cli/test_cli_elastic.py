@@ -27,9 +27,43 @@ def test_a_minimum_without_elastic_is_refused(shoal):
     assert "add --elastic" in err
 
 
+def test_train_on_several_hosts_calls_the_library_with_the_addresses_or_plays_them_all(shoal, library):
+    calls = []
+
+    def noted(recipe, plan, **options):
+        calls.append({key: options.get(key) for key in ("agents", "number", "hosts", "least")})
+        return {"interrupted": False}
+
+    library("shoal.elastic.hosts", train_on_hosts=noted, train_emulated=noted)
+    assert shoal("train", "--elastic", "--workers", "3", "--agents", "a:1,b:2", "--agent", "1", "--json")[0] == 0
+    assert shoal("train", "--elastic", "--workers", "3", "--emulate-hosts", "3", "--min-workers", "2", "--json")[0] == 0
+    assert calls == [
+        {"agents": ["a:1", "b:2"], "number": 1, "hosts": None, "least": 1},
+        {"agents": None, "number": None, "hosts": 3, "least": 2},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--emulate-hosts", "3"], "add --elastic"),
+        (["--elastic", "--agents", "a:1,b:2"], "give both"),
+        (["--elastic", "--agent", "1"], "give both"),
+        (["--elastic", "--emulate-hosts", "3", "--agents", "a:1,b:2", "--agent", "0"], "leave --agents out"),
+        (["--elastic", "--emulate-hosts", "3", "--rebalance"], "leave it out on several"),
+    ],
+)
+def test_flags_of_several_hosts_that_do_not_go_together_are_refused(shoal, flags, said):
+    code, _, err = shoal("train", "--workers", "2", *flags)
+    assert code == 2
+    assert said in err
+
+
 def test_resize_says_what_it_took(shoal, library):
     done = {"before": 4, "workers": 2, "step": 12, "pause_s": 0.21, "why": "asked"}
-    library("shoal.elastic.commands", resize=lambda run, workers, servers, wait_s: {**done, "run": run, "asked": workers})
+    library(
+        "shoal.elastic.commands", resize=lambda run, workers, servers, wait_s: {**done, "run": run, "asked": workers}
+    )
     assert shoal("resize", "runs/a", "--workers", "2")[1] == (
         "4 -> 2 workers from step 12 on, 0.21 s between two steps\n"
     )
