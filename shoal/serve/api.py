@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from shoal.errors import ShoalError, UserError, unknown_name
+from shoal.serve.groups.mesh import check_ranks, several_hosts
 from shoal.serve.options import ServeOptions
 
 MISSING = "serving needs httptools and msgspec: pip install 'shoal[serve]'"
@@ -104,6 +105,12 @@ def run(options: ServeOptions, ready: Callable[[dict[str, Any]], None]) -> int:
     Returns 0 after SIGTERM, and 130 after SIGINT. Raises UserError when there is nothing to serve, and RunFailed when
     the model processes cannot be kept alive."""
     _needed()
+    if several_hosts():
+        check_ranks(options.mesh, options.replicas, options.most, options.follow)
+        if os.environ["RANK"] != "0":
+            from shoal.serve.groups.agent import run_agent
+
+            return run_agent(options)
     code = 0
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
 
@@ -229,4 +236,6 @@ def serve(target: str = "latest", *, http: bool = True, **options: Any) -> Serve
     for name in options:
         if name not in known:
             raise unknown_name("option", name, known, "shoal.serve")
+    if several_hosts():
+        raise UserError("serve: several hosts are served by the verb `shoal serve`, on each of them.")
     return Server(ServeOptions(target=str(target), **{"port": 0, **options}), http)

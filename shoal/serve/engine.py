@@ -102,7 +102,7 @@ class Engine(Protocol):
 class GroupEngine(Engine, Protocol):
     """The engine of a leader: it computes a part, and others of its group the rest."""
 
-    sockets: Sequence[socket]  # readable when somebody of the group has said something
+    sockets: Sequence[socket | int]  # files, readable when somebody of the group has said something
 
     def hear(self) -> None:
         """Takes in what the others have done, without waiting. Raises PeerLost. Called ahead of every wait."""

@@ -28,7 +28,10 @@ from shoal.serve.control import (
     to_parent,
 )
 from shoal.serve.frames import encode
+from shoal.serve.groups.agents import Agents, End, Form, Leave, digest, free_port, join
+from shoal.serve.groups.mesh import several_hosts
 
+SILENT_S = 10.0  # while ranks are missing
 MOST_FDS = 16  # that may come with one read
 
 
@@ -50,6 +53,10 @@ class Parent:
         self._split: Any = None  # None: whole models
         self._plan: Any = None
         self._options: dict[str, Any] = {}
+        self._agents: Any = None  # of other hosts; None: there are none
+        self._ready: Ready | None = None  # to be said when all of them are there
+        self._told_missing = False
+        self._wanted: dict[int, int] = {}  # number -> link of a group that is to be forked once they are
 
     def run(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -59,16 +66,23 @@ class Parent:
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        poll = select.poll()
-        poll.register(self._control, select.POLLIN)
-        poll.register(wake, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            poll = select.poll()
+            for file in (self._control, wake, *(self._agents.sockets() if self._agents else ())):
+                poll.register(file, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll(self._tells_after_ms())}
+            if not ready and self._agents:
+                print(f"shoal: waiting for ranks {self._agents.missing} of {self._plan.workers}", flush=True)
+                self._told_missing = True
             if wake in ready:
                 with suppress(BlockingIOError):
                     os.read(wake, 4096)
                 self._reap()
+            if self._agents:
+                self._agents.look(ready)
             if self._control.fileno() in ready and not self._read():
+                if self._agents:
+                    self._agents.tell(Leave(""))
                 return
 
     def _read(self) -> bool:
@@ -85,10 +99,18 @@ class Parent:
                 case Fork():
                     self._fork(message.number, self._fds.pop(0))
                 case Kill():
-                    for pid, number in self._children.items():
-                        if number == message.number:
-                            os.kill(pid, signal.SIGKILL)
+                    self._kill(message.number)
         return bool(data)
+
+    def _tells_after_ms(self) -> float | None:
+        """How long nobody hears that ranks are missing; None: nothing is to be told."""
+        return 1e3 * SILENT_S if self._agents and self._agents.missing and not self._told_missing else None
+
+    def _kill(self, group: int | None) -> None:
+        """The processes of this host of a group; None: of all."""
+        for pid, number in self._children.items():
+            if group is None or number == group:
+                os.kill(pid, signal.SIGKILL)
 
     def _say(self, message: FromParent) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # it has gone: the next read says so
@@ -118,6 +140,11 @@ class Parent:
             fitted_at = time.monotonic()
             model, facts = self._loaded.model, self._loaded.facts
             self._plan = plan_of(order.mesh)
+            if several_hosts():
+                from shoal.train.weights import weights_sha256
+
+                said = digest(facts, weights_sha256(model.state_dict()))
+                self._agents = Agents(self._plan.workers, said, self._all_here, self._kill)
             if self._plan.splits_model:
                 self._split = import_module(group_module(facts["task"])).split(model, self._plan, facts, order.options)
                 weights = self._split.bytes
@@ -141,25 +168,43 @@ class Parent:
             **({"precision": fitted_at - loaded} if order.dtype == "auto" else {}),
             "share": time.monotonic() - fitted_at,
         }
-        self._say(Ready(self._loaded.facts, seconds, weights))
+        self._ready = Ready(self._loaded.facts, seconds, weights)
+        if not self._agents:
+            self._all_here()
+
+    def _all_here(self) -> None:
+        """What waited for the agents of the other hosts."""
+        if self._ready is not None:
+            self._say(self._ready)
+            self._ready = None
+        wanted, self._wanted = self._wanted, {}
+        for number, link in wanted.items():
+            self._fork(number, link)
 
     def _fork(self, number: int, link: int) -> None:
+        if self._agents and self._agents.missing:
+            self._wanted[number] = link
+            return
         from shoal.serve.groups.links import Links
         from shoal.serve.replica import run_replica, serve_model, take_seat
 
-        parent, world = os.getpid(), self._plan.workers
-        links = Links(world) if world > 1 else None
-        for rank in range(world):
+        parent, world, port = os.getpid(), self._plan.workers, 0
+        links = Links(world) if world > 1 and not self._agents else None
+        if self._agents:
+            port = free_port()
+            self._agents.tell(Form(number, port))
+        for rank in range(1 if self._agents else world):
             pid = os.fork()
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 self._control.close()
                 asks = socket.socket(fileno=link)
                 facts, options = self._loaded.facts, self._options
-                if links is None:
+                if self._split is None:
                     life = partial(serve_model, self._loaded.model, facts, options, asks)
                 else:
-                    life = partial(take_seat, self._split, self._plan, facts, options, links.taken(rank), asks)
+                    meet = partial(links.taken, rank) if links else partial(join, rank, world, port)
+                    life = partial(take_seat, self._split, self._plan, facts, options, meet, asks)
                 run_replica(life, options["threads"], parent)
             self._children[pid] = number
         os.close(link)
@@ -178,6 +223,8 @@ class Parent:
             left = [other for other, its in self._children.items() if its == number]
             for other in left:  # a group ends as one
                 os.kill(other, signal.SIGKILL)
+            if self._agents:
+                self._agents.tell(End(number))
             if not left:
                 del self._first_end[number]
                 self._say(Gone(number, first))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shoal.comm.agent import die_with_parent, keep_freed_memory
-from shoal.comm.group import HostGroup
+from shoal.comm.group import Group
 from shoal.comm.mesh import PeerLost
 from shoal.errors import ShoalError
 from shoal.recipe.plan import Plan
@@ -73,16 +73,18 @@ def take_seat(
     plan: Plan,
     facts: Mapping[str, Any],
     options: Mapping[str, Any],
-    group: HostGroup,
-    link: socket.socket,
+    meet: Callable[[], Group],
+    link: socket.socket | None,
 ) -> None:
-    """A part of a model in this process; the leader of the group alone has the link to the HTTP side."""
+    """A part of a model in this process; ``meet`` gives its group, whose leader has the link to the HTTP side."""
     module: GroupModule = import_module(group_module(facts["task"]))
-    seat = Seat(plan, group)
+    seat = Seat(plan, meet())
     if seat.leads:
+        assert link is not None
         serve(lambda tell: module.open_leader(split, seat, facts, options, tell), link)
         return
-    link.close()
+    if link is not None:
+        link.close()
     with suppress(PeerLost):  # the group has ended
         module.follow(split, seat, facts, options)
 

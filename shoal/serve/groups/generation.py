@@ -88,7 +88,7 @@ class StageSteps:
         if "error" in came:
             return came
         try:
-            with self.seat.group.arenas.inside():
+            with self.seat.inside():
                 for source, target in copies:
                     self.stage.copy(source, target)
                 return {"x": self.stage.compute(rows, came.get("x"))}
@@ -141,6 +141,7 @@ class GroupSteps:
         self._here: deque[Made] = deque()  # this process's logits, where it is at the last stage too
         self._parts: dict[int, Made] = {}  # what has come of the oldest step, by slice
         self._ways = self._seat.ways
+        self._seat.expects(self._seat.at(self._seat.stages - 1, slice) for slice in range(self._ways))
 
     def begin(self, rows: Rows, copies: Copies) -> None:
         seat = self._seat

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from shoal.cluster.detect import launched_workers
 from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 
@@ -22,6 +23,17 @@ def plan_of(mesh: Mapping[str, int]) -> Plan:
     return plan
 
 
-def told(mesh: Mapping[str, int]) -> str:
-    """ "pipe=2,tensor=2", as it is written; "" for whole models."""
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
+def several_hosts() -> bool:
+    """Whether torchrun, or who sets its variables, has started `shoal serve` on other hosts too: a rank each."""
+    return (launched_workers() or 1) > 1
+
+
+def check_ranks(mesh: Mapping[str, int], replicas: int, most: int, follow: bool) -> None:
+    """Raises UserError for what is not served over several hosts."""
+    ranks, wanted = launched_workers() or 1, plan_of(mesh).workers
+    if ranks != wanted:
+        raise UserError(f"serve: {ranks} ranks were started and --mesh has {wanted} places: start one rank for each.")
+    if replicas > 1 or most > 1:
+        raise UserError("serve: over several hosts there is one replica: leave --replicas and --max-replicas out.")
+    if follow:
+        raise UserError("serve: over several hosts weights stay what they are: leave --follow out, and start anew.")

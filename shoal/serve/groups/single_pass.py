@@ -11,6 +11,7 @@ from torch import nn
 from shoal.recipe.plan import Plan
 from shoal.serve.batching import Batch, Batcher, padded
 from shoal.serve.engine import Begun, FromEngine, Request, Tell
+from shoal.serve.groups.mesh import several_hosts
 from shoal.serve.groups.model import SplitModel
 from shoal.serve.groups.seat import Seat
 from shoal.serve.groups.stage_pass import Made, StagedForward, StagePass, follow_leader
@@ -106,7 +107,7 @@ class StagedSinglePass(BatchEngine):
 
 
 def split(model: nn.Module, plan: Plan, facts: Mapping[str, Any], options: Mapping[str, Any]) -> SplitModel:
-    return SplitModel(model, plan, facts)
+    return SplitModel(model, plan, facts, clock=not several_hosts())
 
 
 def open_leader(

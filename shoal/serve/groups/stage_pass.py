@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,17 +26,13 @@ class StagePass:
         self.split, self.seat, self.facts = split, seat, facts
         split.take(seat.stage, seat.slice, seat.collectives)
 
-    def _inside(self) -> AbstractContextManager[None]:
-        """What is made there is read by the next stage where it lies."""
-        return self.seat.group.arenas.inside()
-
     @torch.inference_mode()
     def compute(self, variant: Names | None, came: Made, arguments: Mapping[str, Any]) -> Made:
         """From what the stage before has made, and the arguments of the model that this stage reads."""
         if "error" in came:
             return came
         try:
-            with self._inside():
+            with self.seat.inside():
                 chunk = self.split.chunk(self.seat.stage, variant)
                 if chunk is None:
                     output = self.split.module(*arguments["args"], **arguments["named"])
@@ -80,6 +75,7 @@ class StagedForward:
 
     def __init__(self, passing: StagePass) -> None:
         self._passing, self._seat = passing, passing.seat
+        self._seat.expects([self._seat.at(self._seat.stages - 1, 0)])
         self.sockets = self._seat.sockets
         self._begun = self._ended = 0
         self._here: deque[Made] = deque()  # of a group whose last stage is this one

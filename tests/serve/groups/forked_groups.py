@@ -97,7 +97,7 @@ def forked(
             if links is None:
                 life = partial(serve_model, model, facts, chosen, theirs)
             else:
-                life = partial(take_seat, split, plan, facts, chosen, links.taken(rank), theirs)
+                life = partial(take_seat, split, plan, facts, chosen, partial(links.taken, rank), theirs)
             run_replica(life, 1, os.getppid())
         pids.append(pid)
     theirs.close()

@@ -1,0 +1,219 @@
+"""A group over two emulated hosts: a `shoal serve` on each, which know of each other by torchrun's variables alone."""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from serve.conftest import Served, children, gone, save_bert
+from serve.groups.forked_groups import forked
+
+import shoal
+from shoal.cli.main import main
+from shoal.errors import UserError
+from shoal.serve.frames import encode
+from shoal.serve.groups.agents import Agents, Form, Hello, ToAgent, to_agents
+from shoal.serve.intake.registry import open_intake
+from shoal.serve.payloads import Outputs
+from shoal.serve.target import load
+from shoal.serve.weights import share_weights
+
+Start = Callable[..., Served]
+TEXTS = ["a b c", "d e f g", "h", "red ?"]
+
+
+def variables(rank: int, port: int, world: int = 2) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def other_host(port: int, *arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "shoal", "serve", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables(1, port)}
+    process = subprocess.Popen(command, env=env)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Asking:
+    """Asks for the same texts until the block is left; every answer is kept, and every error."""
+
+    def __init__(self, server: Served) -> None:
+        self.server, self._stop = server, threading.Event()
+        self.told: list[Any] = []
+        self._threads = [threading.Thread(target=self._ask) for _ in range(2)]
+
+    def _ask(self) -> None:
+        connection = HTTPConnection(self.server.host, int(self.server.port), timeout=120)
+        try:
+            while not self._stop.is_set():
+                connection.request("POST", "/predict", json.dumps({"text": TEXTS}))
+                answer = connection.getresponse()
+                self.told.append((answer.status, json.loads(answer.read()).get("predictions")))
+        except BaseException as error:
+            self.told.append(error)
+        finally:
+            connection.close()
+
+    def more(self, count: int, within_s: float = 120.0) -> None:
+        wanted, end = len(self.told) + count, time.monotonic() + within_s
+        while len(self.told) < wanted:
+            assert time.monotonic() < end, "no more answers"
+            time.sleep(0.01)
+
+    def __enter__(self) -> "Asking":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def of_one_process(folder: Path) -> list[Any]:
+    loaded = load(str(folder))
+    share_weights(loaded.model)  # they then lie as in a server: a matmul may sum in another order where they do not
+    intake = open_intake(loaded.facts, 1)
+    assert intake is not None
+    samples = intake.read({"text": TEXTS})
+    with forked(loaded.model, loaded.facts, {}, batch=1) as alone:
+        ids = [alone.send(inputs) for sample in samples for inputs in intake.inputs(sample)]
+        told = alone.answers(ids)
+    outputs = [msgspec.msgpack.decode(told[id].payload, type=Outputs) for id in ids]  # type: ignore[union-attr]
+    return [intake.prediction(sample, [one]) for sample, one in zip(samples, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_hosts_answer_as_one_process_whoever_of_them_is_killed(served: Start, tmp_path: Path) -> None:
+    folder = save_bert(tmp_path / "bert", "classification", classes=3)
+    right = (200, of_one_process(folder))
+    port = unused_port()
+    arguments = (folder, "--mesh", "pipe=2", "--batch", "1", "--timeout-s", "120")
+    with other_host(port, *arguments) as other:
+        server = served(*arguments, **variables(0, port))
+        with Asking(server) as asking:
+            asking.more(5)
+            for host in (1, 0):
+                (leader,), (member,) = server.replicas(), children(other.pid)
+                os.kill((leader, member)[host], signal.SIGKILL)
+                assert gone([leader, member]), "its group ends on both hosts"
+                asking.more(5)
+            os.kill(server.pids()[0], signal.SIGKILL)  # the parent, with its listener
+            asking.more(5)
+            other.kill()  # the other host's agent, and its process with it
+            other.wait()
+            with other_host(port, *arguments) as back:
+                asking.more(5)
+                asking._stop.set()
+                for thread in asking._threads:
+                    thread.join()
+                pids = [back.pid, *children(back.pid), *server.pids()]
+                code, _ = server.end()
+                assert (code, back.wait(20)) == (0, 0), "the server's end is that of all ranks"
+                assert gone(pids)
+    assert len(asking.told) >= 25
+    assert [one for one in asking.told if one != right] == [], "to the bit, and no error"
+
+
+@pytest.fixture
+def of_two(monkeypatch: pytest.MonkeyPatch) -> int:
+    port = unused_port()
+    for name, value in variables(0, port).items():
+        monkeypatch.setenv(name, value)
+    return port
+
+
+def look(agents: Agents, until: Callable[[], object]) -> None:
+    """What comes, until this is so; fails where nothing comes."""
+    while not until():
+        ready, _, _ = select.select(list(agents.sockets()), [], [], 10.0)
+        assert ready, "nothing comes"
+        agents.look({each.fileno() for each in ready})
+
+
+def sent_away(agents: Agents, connection: socket.socket) -> bytes:
+    """All that it hears before it is hung up on."""
+    heard = b""
+    connection.setblocking(False)
+    while True:
+        try:
+            data = connection.recv(1 << 16)
+            if not data:
+                return heard
+            heard += data
+        except BlockingIOError:
+            look(agents, lambda: select.select([connection], [], [], 0)[0])
+
+
+def said(connection: socket.socket) -> list[ToAgent]:
+    return to_agents().feed(connection.recv(1 << 16))
+
+
+def test_agents_with_another_model_or_another_language_are_sent_away(of_two: int) -> None:
+    events: list[Any] = []
+    agents = Agents(2, "a model", lambda: events.append("all here"), events.append)
+    with socket.create_connection(("127.0.0.1", of_two)) as other:
+        other.sendall(encode([Hello(1, "another model")]))
+        (leave,) = to_agents().feed(sent_away(agents, other))
+        assert "another model" in leave.why  # type: ignore[union-attr]
+    with socket.create_connection(("127.0.0.1", of_two)) as noise:
+        noise.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert sent_away(agents, noise) == b""
+    assert (events, agents.missing) == ([], [1])
+    with socket.create_connection(("127.0.0.1", of_two)) as one:
+        one.sendall(encode([Hello(1, "a model")]))
+        look(agents, lambda: not agents.missing)
+        with socket.create_connection(("127.0.0.1", of_two)) as twin:
+            twin.sendall(encode([Hello(1, "a model")]))
+            (leave,) = to_agents().feed(sent_away(agents, twin))
+            assert "is there already" in leave.why  # type: ignore[union-attr]
+        agents.tell(Form(7, 1234))
+        assert said(one) == [Form(7, 1234)]
+    look(agents, lambda: agents.missing)
+    assert events == ["all here", None], "an agent that has gone takes all groups with it"
+    for each in list(agents.sockets()):
+        each.close()
+    assert msgspec.msgpack.decode(encode([Form(7, 1234)])[4:], type=list[ToAgent]) == [Form(7, 1234)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--mesh", "pipe=3"], "2 ranks were started and --mesh has 3 places"),
+        (["--mesh", "pipe=2", "--replicas", "2"], "one replica"),
+        (["--mesh", "pipe=2", "--follow"], "leave --follow out"),
+    ],
+)
+def test_what_is_not_served_over_several_hosts_is_refused_in_one_line(
+    of_two: int, capsys: pytest.CaptureFixture[str], arguments: list[str], why: str
+) -> None:
+    assert main(["serve", "anything", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert why in line
+
+
+def test_a_server_beside_a_program_is_not_spread_over_hosts(of_two: int) -> None:
+    with pytest.raises(UserError, match="by the verb"):
+        shoal.serve("anything")
