@@ -5,7 +5,7 @@ to a tolerance, in float32 and again in float64, where nothing but the order of 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -91,7 +91,12 @@ EXACT: dict[str, tuple[Plan, ...]] = {
         over("off", data=2, pipe=2),
         data(2, states="zero3"),
     ),
-    "lstm": (data(4), over(pipe=2), over("gpipe", data=2, pipe=2), data(2, states="zero2")),
+    "lstm": (
+        data(4),
+        replace(over(pipe=2), memory=MemoryPlan(offload_optimizer="disk")),
+        over("gpipe", data=2, pipe=2),
+        data(2, states="zero2"),
+    ),
     "elmo": (data(3), over(pipe=2), data(2, sync="parameter-server")),
     "bert": (
         data(2),
@@ -109,6 +114,7 @@ EXACT: dict[str, tuple[Plan, ...]] = {
         over(data=4, pipe=2),
         data(2, states="zero3"),
         over(data=2, pipe=2, states="zero2"),
+        over("interleaved", 2, data=2, pipe=2, states="zero3"),
         data(2, memory=MemoryPlan(recompute="selective")),
     ),
     "moe": (data(4), over(pipe=2), data(2, states="zero1")),
@@ -124,13 +130,13 @@ SPLIT: dict[str, tuple[Plan, ...]] = {
         over(context=2),
         over(pipe=2, tensor=2),
         over(context=2, tensor=2),
-        over(data=2, context=2),
+        over(data=2, context=2, states="zero1"),
         over("zb-v", 2, pipe=2, context=2),
         over(data=2, pipe=2, tensor=2),
     ),
     "moe": (
         over(expert=2),
-        over(data=2, expert=2),
+        over(data=2, expert=2, states="zero2"),
         over(expert=2, tensor=2),
         over("zb-h1", pipe=2, expert=2),
         over(expert=2, context=2),
