@@ -7,12 +7,13 @@ nothing fails; torchrun's restart of the same job beside it.
 
 `crash`: 4 workers, one after the other is killed by SIGKILL at a moment of the clock, every third time rank 0; from the
 signal to the event `recovered`, which the agent writes when it hears that a survivor has committed a step. `goodput`:
-a kill every 15 s; committed steps a second over those of the same run without kills, just before, not adjusted for the
-capacity that is missing. `calm`: seconds of a step with and without --elastic, in turns, the median over the rounds of
-one round's ratio. `slices`, `stage`, `server` are `crash` with sharded states, with a pipeline of 4 stages, and with 2
-servers of 2 workers, of which only the servers are killed; `calm slices` and so on: what these cost when nothing fails.
-`resize`: seconds between two steps when workers are added and taken away. `torchrun`: the same model under DDP over
-gloo with a checkpoint after each step, four processes, one of them killed; to the next step.
+a kill every 15 s, for `--goodput-s` (600 for ten minutes; 20 with --quick); committed steps a second over those of the
+same run without kills, just before and after, not adjusted for the capacity that is missing. `calm`: seconds of a step
+with and without --elastic, in turns, the median over the rounds of one round's ratio. `slices`, `stage`, `server` are
+`crash` with sharded states, with a pipeline of 4 stages, and with 2 servers of 2 workers, of which only the servers
+are killed; `calm slices` and so on: what these cost when nothing fails. `resize`: seconds between two steps when
+workers are added and taken away. `torchrun`: the same model under DDP over gloo with a checkpoint after each step,
+four processes, one of them killed; to the next step.
 """
 
 import argparse
@@ -202,8 +203,9 @@ from shoal.models.registry import build, task_for
 from shoal.recipe.recipe import ModelSpec
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+store = f"file://{folder}/store{attempt}"  # its own store for each attempt: nobody looks for those of the last one
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
 (folder / f"pid{rank}").write_text(str(os.getpid()))
 spec, facts = ModelSpec(kind="cnn"), {"shape": (1, 28, 28), "classes": 10}
 torch.manual_seed(0)
@@ -235,9 +237,10 @@ def torchrun(folder: Path, restarts: int) -> dict[str, Any]:
     place = folder / "ddp"
     place.mkdir()
     (place / "job.py").write_text(DDP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(WORKERS)]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--max-restarts", "99"]
     process = subprocess.Popen(
-        [*command, "--max-restarts", "99", str(place / "job.py"), str(place)],
+        [*command, *rendezvous, str(place / "job.py"), str(place)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -300,6 +303,8 @@ def main() -> None:
         for name in args.only.split(","):
             print(name, flush=True)
             found[name] = {**parts[name](), "load": os.getloadavg(), "machine": machine()}
+            if "crash" in found and "p50" in found.get("torchrun", {}):
+                found["torchrun"]["times the crash of ours"] = found["torchrun"]["p50"] / found["crash"]["p50"]
             print(f"  { ({k: v for k, v in found[name].items() if k not in ('seconds', 'machine')}) }", flush=True)
             args.out.write_text(json.dumps(found, indent=1))
 
