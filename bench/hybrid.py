@@ -1,12 +1,13 @@
 """One GPT on four workers, laid out as Megatron-LM does, as Mesh-TensorFlow does, and in plain data parallelism.
 
-    python bench/hybrid.py [--rounds 5] [--quick]
+    python bench/hybrid.py [--rounds 3] [--most-s 150] [--quick]
 
 Each arm is a run of `shoal.train` on the same recipe: eight shards, one thread a worker, four processes on this host.
 The arms take turns in an order that rotates. What is counted is exact: bytes that each worker sends in a step, by
 operation; bytes of parameters and of optimiser states that it holds. Seconds of a step are medians over all steps but
 the first three of all rounds, slowest worker's view; on fewer cores than workers they say what the layout costs in
-work, not what it gains. Goals: none; docs/splitting.md names the trade-offs. Raw numbers to bench/results/hybrid.json.
+work, not what it gains. Goals: none; docs/case_studies.md names the trade-offs. Raw numbers to
+bench/results/hybrid.json. A round that would end after ``--most-s`` is not begun, but for the first one.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import platform
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ ARMS = {
 
 
 def recipe(text: Path, steps: int, quick: bool) -> Recipe:
-    size = {"layers": 4, "heads": 4, "width": 16} if quick else {"layers": 8, "heads": 8, "width": 256}
+    size = {"layers": 4, "heads": 4, "width": 16} if quick else {"layers": 6, "heads": 8, "width": 192}
     return Recipe(
         model=ModelSpec(kind="gpt", options=size),
         data=DataSpec(source="text", path=str(text), options={"context": 16 if quick else 64}),
@@ -88,7 +90,8 @@ def counted(group: Any, wanted: Recipe, plan: Plan, folder: Path) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most-s", type=float, default=150.0, help="seconds after which no further round ends")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -96,8 +99,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Agent(("shoal.train.loop",)) as agent:
         text = Path(folder) / "text.txt"
         text.write_text("".join(path.read_text() for path in sorted(Path(shoal.__file__).parent.rglob("*.py"))))
-        wanted = recipe(text, 5 if args.quick else 12, args.quick)
+        wanted = recipe(text, 5 if args.quick else 9, args.quick)
+        begun = time.monotonic()
         for number, name in enumerate(turns(list(ARMS), args.rounds)):
+            done, place_in_round = divmod(number, len(ARMS))
+            if done and place_in_round == 0 and (time.monotonic() - begun) * (done + 1) / done > args.most_s:
+                break
             place = Path(folder) / f"run{number}"
             runs[name].append(agent.run(counted, (wanted, ARMS[name], place), workers=4, threads=1))
             print(f"{name}: loss {runs[name][-1][0]['loss']:.6f}", flush=True)
@@ -115,6 +122,7 @@ def main() -> None:
                 "sent": [worker["sent"] for worker in first],
                 "parameters": [worker["parameters"] for worker in first],
                 "optimizer": [worker["optimizer"] for worker in first],
+                "rounds": len(rounds),
                 "loss": first[0]["loss"],
                 "bits_of_data": first[0]["weights"] == runs["data"][0][0]["weights"],
             }

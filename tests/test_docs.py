@@ -1,12 +1,16 @@
 """What the pages say is run."""
 
 import difflib
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from shoal.run.run import Run
+from shoal.train.checkpoint import newest as load_newest
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,3 +102,33 @@ def test_the_page_about_splitting_shows_equal_hashes_for_pipelines(tmp_path: Pat
     assert len(rows) == 4
     assert len({loss for loss, _ in rows}) == 1
     assert rows[0][1] == rows[1][1] == rows[2][1] != rows[3][1]
+
+
+@pytest.mark.slow
+def test_the_case_studies_run_as_printed_and_learn_the_same(tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_text(
+        "where the work runs may change the time and the memory, never the result. " * 60
+    )
+    script = "set -e\n" + "\n".join(blocks("docs/case_studies.md", "sh"))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "attention.qkv" in done.stdout, "what each layer sends"
+    weights = [load_newest(tmp_path / name / "checkpoints")[0] for name in ("megatron", "rules")]
+    assert (tmp_path / "both.html").stat().st_size > 10_000
+    assert [found.step for found in weights if found] == [3, 2], "one of them went on under the rules"
+    losses = [
+        {event["step"]: event["loss"] for event in Run(tmp_path / name).events() if event["event"] == "committed"}
+        for name in ("megatron", "rules")
+    ]
+    assert len(losses[0]) == 3
+    for step, loss in losses[1].items():
+        assert losses[0][step] == pytest.approx(loss, rel=1e-5)
