@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.huggingface import save_folder
 
-__all__ = ["browser", "folders", "served"]  # the fixtures
+__all__ = ["browser", "folders", "scripted", "served"]  # the fixtures
+ADMIN = "the-admins-own-key"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, *"abcdefgh", "who", "what", "is", "was", "red", "blue", "green", ".", "?"]
 
@@ -181,3 +182,13 @@ def served() -> Iterator[Callable[..., Served]]:
         if one.process.poll() is None:
             one.end()
         assert gone(below), "processes outlived their server"
+
+
+@pytest.fixture(scope="session")
+def scripted() -> Iterator[Served]:
+    """A server for all tests that leave it as it was. It is a process: a thread here would be forked with others."""
+    server = Served(["serve.served_models:scripted", "--batch", "4", "--body-bytes", "100000"], {})
+    below = server.pids()
+    yield server
+    server.end()
+    assert gone(below), "processes outlived their server"

@@ -106,12 +106,6 @@ def test_a_server_without_http_has_no_address(folders: Callable[[Head], Path]) -
         assert answer["answer"] == long[answer["start"] : answer["end"]]
 
 
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[Asking]:
-    with shoal.serve("serve.served_models:scripted", batch=4) as server:
-        yield Asking(server.url)
-
-
 def test_tensors_travel_as_json_npy_and_safetensors(scripted: Asking) -> None:
     x = np.arange(22, dtype=np.float32).reshape(11, 2)  # more rows than a batch takes
     status, answer = scripted.post("/predict", {"input": x.tolist()})

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from serve.conftest import Served, gone, save_bert
+from serve.conftest import ADMIN, Served, gone, save_bert
 from serve.saved_runs import text_run
 
 from shoal.errors import UserError
@@ -24,7 +24,7 @@ from shoal.train import checkpoint
 
 Start = Callable[..., Served]
 pytestmark = pytest.mark.slow
-ADMIN = "the-admins-own-key"
+
 TEXTS = ["a b c", "d e f g", "h", "red ?"] * 10  # a request in many parts, for many batches
 
 

@@ -27,12 +27,7 @@ from shoal.serve.frames import FrameError, from_engines, from_http_side
 from shoal.serve.http import connection as one_connection
 
 KEY = "a-key-of-the-tests"
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[Asking]:
-    with shoal.serve("serve.served_models:scripted", batch=4, body_bytes=100_000) as server:
-        yield Asking(server.url)
+PAGE = "https://app.example"
 
 
 @pytest.fixture(scope="module")
@@ -206,30 +201,33 @@ def test_pages_of_other_origins_and_names_may_not_ask(scripted: Asking) -> None:
     assert answer.status == 200
 
 
+@pytest.fixture(scope="module")
+def in_this_process() -> Iterator[Asking]:
+    with shoal.serve("serve.served_models:scripted", allow_origin=PAGE) as server:
+        yield Asking(server.url)
+
+
 def test_who_does_not_read_the_answers_is_let_go_and_holds_nobody_up(
-    scripted: Asking, monkeypatch: pytest.MonkeyPatch
+    in_this_process: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_connection, "UNREAD_S", 0.2)  # the server's loop runs in this process
+    monkeypatch.setattr(one_connection, "UNREAD_S", 0.2)
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        deaf.connect((scripted.host, int(scripted.port)))
+        deaf.connect((in_this_process.host, int(in_this_process.port)))
         deaf.settimeout(10)
         with pytest.raises(ConnectionError):  # noqa: PT012
             while True:  # it reads until its answers are not read; then this waits, until it closes
                 deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
-                assert scripted.get("/health/live")[0] == 200
+                assert in_this_process.get("/health/live")[0] == 200
 
 
-def test_pages_of_an_origin_that_is_allowed_may_ask_and_no_others() -> None:
-    page = "https://app.example"
-    with shoal.serve("serve.served_models:scripted", allow_origin=page) as server:
-        asking = Asking(server.url)
-        body = json.dumps({"input": [[1.0, 1.0]]}).encode()
-        before, _ = asking.raw("OPTIONS", "/predict", origin=page)
-        answer, _ = asking.raw("POST", "/predict", body, origin=page)
-        assert (before.status, answer.status) == (204, 200)
-        assert {one.headers["Access-Control-Allow-Origin"] for one in (before, answer)} == {page}
-        assert asking.raw("POST", "/predict", body, origin="https://other.example")[0].status == 403
+def test_pages_of_an_origin_that_is_allowed_may_ask_and_no_others(in_this_process: Asking) -> None:
+    body = json.dumps({"input": [[1.0, 1.0]]}).encode()
+    before, _ = in_this_process.raw("OPTIONS", "/predict", origin=PAGE)
+    answer, _ = in_this_process.raw("POST", "/predict", body, origin=PAGE)
+    assert (before.status, answer.status) == (204, 200)
+    assert {one.headers["Access-Control-Allow-Origin"] for one in (before, answer)} == {PAGE}
+    assert in_this_process.raw("POST", "/predict", body, origin="https://other.example")[0].status == 403
 
 
 def test_half_a_request_holds_no_worker_and_is_closed(served: Callable[..., Served]) -> None:
