@@ -53,6 +53,7 @@ def test_chunks_sequences_and_experts_share_their_states(run, model, plan, state
     assert found["loss"] == whole["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "plan"), BETWEEN_HOSTS.values(), ids=list(BETWEEN_HOSTS))
 def test_between_hosts_they_do_so_too(run, joined, model, plan):  # noqa: F811
     """Where no memory is shared, blocks or whole chunks come in for the passes that need them."""

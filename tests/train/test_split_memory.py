@@ -26,6 +26,7 @@ MOE = ModelSpec(kind="moe", options={"layers": 2, "heads": 2, "width": 48, "expe
 WAYS = {**EXACT, **LOSSY}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["both, recomputed", "compensated", "all"])
 def test_stages_keep_states_and_parameters_to_the_bits_of_one_process(run, way):
     """Random rounding goes by the element's place in its parameter, 8-bit blocks by a parameter's own elements."""
@@ -55,6 +56,7 @@ def large_mixture():
     return replace(large("gpt", clip=0.05, steps=4), model=MOE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"tensor": 2}, {"context": 2}, {"expert": 2}], ids=str)
 @pytest.mark.parametrize("way", ["all"])
 def test_what_is_lossy_in_a_split_model_is_near_one_process_and_goes_on_to_the_same_bits(run, mesh, way):
@@ -93,6 +95,7 @@ def test_a_part_below_4096_elements_is_kept_as_the_whole_is(run):
 # --- budgets ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"tensor": 2}, {"context": 2}, {"expert": 2}], ids=str)
 def test_a_budget_is_kept_by_workers_that_split_a_model_to_the_bits_of_the_split(run, mesh):
     """All compute the same blocks again, because they meet inside of them."""
