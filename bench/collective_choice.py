@@ -1,14 +1,19 @@
 """How good the cost model's choice is: every algorithm measured over gloo, the chosen one against the best.
 
-    python bench/collective_choice.py [--workers 2 3 4] [--rounds 7]
+    python bench/collective_choice.py [--workers 2 3 4] [--seconds 100] [--quick]
 
-In one set of processes: probe, choose for every collective and size, then measure all algorithms in turns, round by
-round. A time is the shortest over rounds of the slowest rank. The best of one half of the rounds is held against
-the chosen one in the other half, both ways: the least of many noisy times is too small, and would make any choice look
-bad. A choice is good when it takes at most 1.1 times as long as the best. Beside it: the choice without the corrections
-that tuning measures; gloo's own collective always (the control); and how far the two halves differ for one and the
-same algorithm, which is the noise. The same choice is asked for on random topologies, where the loopback's clock is the
-truth.
+In one set of processes: probe, choose for every collective and size, then measure. A first look finds what cannot be
+the best (it takes more than twice as long as another); the rest takes turns, in orders that alternate, for as long as
+the case's share of the time lasts, so that short messages are measured hundreds of times. A time is that of the slowest
+rank, and an arm's the lower quartile: what disturbs the machine makes times longer, never shorter. The best of one half
+of the turns is held against the chosen one in the other half, both ways: the least of many noisy times is too small,
+and would make any choice look bad. A choice is good when it takes at most 1.1 times as long as the best. Beside it: the
+choice without the corrections that tuning measures; gloo's own collective always (the control); and how far the two
+halves differ for one and the same algorithm, which is the noise: where it exceeds 1.1, a case says little of the
+choice. The same choice is asked for on random topologies, where the loopback's clock is the truth.
+
+The full mode is made to take 3 minutes on two cores that nobody else uses; --quick (two ranks, three of the sizes, a
+tenth of the time) shows that it runs, and writes nothing.
 """
 
 import argparse
@@ -36,7 +41,7 @@ from shoal.comm.collectives.actions import Program, block_sizes
 from shoal.comm.collectives.choose import Choice, Option, choose
 from shoal.comm.collectives.execute import carry_out
 from shoal.comm.layout import ALIGNMENT
-from shoal.comm.measuring.probing import Probed, undisturbed
+from shoal.comm.measuring.probing import Probed, usual
 from shoal.comm.transports.contract import Transport, drive
 from shoal.comm.transports.loopback import Loopback
 from shoal.comm.transports.torch_group import TorchGroup
@@ -45,6 +50,9 @@ RESULTS = Path(__file__).parent / "results"
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter")
 SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 21, 1 << 23)  # only some of them are sizes that tuning measures
 GOOD = 1.1
+LOOKS = 4  # turns of the first look
+FEWEST, MOST = 12, 400  # turns of a case
+BARRIER_S = 100e-6  # before each call, about
 
 
 def tensors(program: Program, rank: int, nbytes: int) -> tuple[list[torch.Tensor | None], list[int]]:
@@ -72,7 +80,24 @@ def runner(transport: TorchGroup, program: Program, nbytes: int, own: bool) -> C
     return lambda: drive(carry_out(transport, program, operand, result, sizes=sizes))
 
 
-def case(transport: TorchGroup, collective: str, nbytes: int, found: Probed, rounds: int) -> dict:
+def timed(arms: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, by arm and turn; the same on all ranks."""
+    own: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(count + 1):  # the first is to warm up
+        for name in (
+            arms if number // 2 % 2 else reversed(list(arms))
+        ):  # both halves, even and odd turns, have both orders
+            dist.barrier()
+            begin = time.perf_counter()
+            arms[name]()
+            if number:
+                own[name].append(time.perf_counter() - begin)
+    table = torch.tensor(list(own.values()), dtype=torch.float64)
+    dist.all_reduce(table, dist.ReduceOp.MAX)
+    return dict(zip(own, table.tolist(), strict=True))
+
+
+def case(transport: TorchGroup, collective: str, nbytes: int, found: Probed, seconds: float) -> dict:
     tuned = comm.plan(collective, nbytes, found)
     plain = choose(collective, nbytes, found.topology, curves=found.curves)
     options = [Option(tuned.algorithm, tuned.segments, tuned.predicted_s), *tuned.alternatives]
@@ -87,17 +112,15 @@ def case(transport: TorchGroup, collective: str, nbytes: int, found: Probed, rou
         names[str(option)] = alike.setdefault(done, str(option))
         if names[str(option)] == str(option):
             arms[str(option)] = runner(transport, program, nbytes, own=option.algorithm == found.backend)
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(2 * rounds + 1):
-        for name in arms if number % 2 else reversed(list(arms)):
-            dist.barrier()
-            begin = time.perf_counter()
-            arms[name]()
-            spent = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
-            dist.all_reduce(spent, dist.ReduceOp.MAX)
-            if number:
-                times[name].append(float(spent))
-    halves = [{name: undisturbed(each[first::2]) for name, each in times.items()} for first in (0, 1)]
+    kept = {names[str(option)] for option in (Option(c.algorithm, c.segments, 0.0) for c in (tuned, plain))}
+    kept |= {names[found.backend]} & set(arms) if found.backend in names else set()
+    look = timed(arms, LOOKS)
+    shortest = {name: min(each) for name, each in look.items()}
+    arms = {name: act for name, act in arms.items() if name in kept or shortest[name] < 2 * min(shortest.values())}
+    turns = sum(shortest[name] for name in arms) + BARRIER_S * len(arms)
+    count = 2 * round(min(max(seconds / turns, FEWEST), MOST) / 2)
+    times = timed(arms, count)
+    halves = [{name: usual(each[first::2]) for name, each in times.items()} for first in (0, 1)]
     best = [min(half, key=lambda name: half[name]) for half in halves]
 
     def regret(name: str) -> float:
@@ -118,31 +141,34 @@ def case(transport: TorchGroup, collective: str, nbytes: int, found: Probed, rou
         "regret_own": regret(found.backend) if found.backend in names else None,
         "noise": max(halves[0][best[0]] / halves[1][best[0]], halves[1][best[0]] / halves[0][best[0]]),
         "predicted_s": tuned.predicted_s,
-        "measured_s": {name: undisturbed(each) for name, each in times.items()},
+        "turns": count,
+        "measured_s": {name: usual(each) for name, each in times.items()},
+        "left_out_s": {name: shortest[name] for name in shortest if name not in times},
     }
 
 
-def rank_main(rank: int, world: int, port: int, rounds: int, out: str) -> None:
+def rank_main(rank: int, world: int, port: int, seconds: float, sizes: tuple[int, ...], out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    found = comm.probe(tune=COLLECTIVES, seconds=4.0)
+    found = comm.probe(tune=COLLECTIVES, seconds=min(4.0, seconds / 10))
     transport = TorchGroup()
-    even = [nbytes // (4 * world) * 4 * world for nbytes in SIZES]  # torch's own collectives want equal blocks
-    cases = [case(transport, name, nbytes, found, rounds) for name in COLLECTIVES for nbytes in even]
+    even = [nbytes // (4 * world) * 4 * world for nbytes in sizes]  # torch's own collectives want equal blocks
+    share = seconds / (len(COLLECTIVES) * len(even))
+    cases = [case(transport, name, nbytes, found, share) for name in COLLECTIVES for nbytes in even]
     if rank == 0:
         probed = {"probe_s": found.seconds, "residual": found.residual, "cases": cases}
         Path(out).write_text(json.dumps({"workers": world, **probed}))
     dist.destroy_process_group()
 
 
-def measured(world: int, rounds: int) -> dict:
+def measured(world: int, seconds: float, sizes: tuple[int, ...]) -> dict:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     RESULTS.mkdir(exist_ok=True)
     out = RESULTS / f".choice-{os.getpid()}.json"
     try:
-        mp.spawn(rank_main, (world, port, rounds, str(out)), nprocs=world)
+        mp.spawn(rank_main, (world, port, seconds, sizes, str(out)), nprocs=world)
         return json.loads(out.read_text())
     finally:
         out.unlink(missing_ok=True)
@@ -186,11 +212,13 @@ def on_loopback(count: int) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=100.0, help="of all measured turns, about")
+    parser.add_argument("--quick", action="store_true", help="two ranks, a tenth of the time")
     parser.add_argument("--topologies", type=int, default=60)
     args = parser.parse_args()
     report: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
-    report["runs"] = [measured(world, args.rounds) for world in args.workers]
+    workers, seconds = ([2], args.seconds / 10) if args.quick else (args.workers, args.seconds / len(args.workers))
+    report["runs"] = [measured(world, seconds, SIZES[1::2] if args.quick else SIZES) for world in workers]
     report["load_average"] = os.getloadavg()
     cases = [each for run in report["runs"] for each in run["cases"]]
     for name in ("regret", "regret_untuned", "regret_own", "noise"):
@@ -208,6 +236,8 @@ def main() -> int:
                   f"{each['regret']:.2f}")  # fmt: skip
     report["loopback"] = on_loopback(args.topologies)
     print(f"loopback: {report['loopback']}")
+    if args.quick:
+        return 0  # what stands in bench/results is of the full mode
     (RESULTS / "collective_choice.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import shoal.comm as comm
 from shoal.cluster.topology import Topology
 from shoal.comm.collectives.curves import Curve
-from shoal.comm.measuring.probing import Probed, undisturbed
+from shoal.comm.measuring.probing import Probed, undisturbed, usual
 from shoal.errors import UserError
 from shoal.recipe.typed import from_mapping, to_mapping
 
@@ -97,6 +97,7 @@ def test_one_rank_has_no_links_to_measure_and_a_pair_no_collective(seen):
 
 def test_what_a_thing_takes_is_not_moved_by_what_else_happens():
     assert undisturbed([1.1, 50.0, 1.0, 90.0]) == 1.0
+    assert usual([1.2, 50.0, 0.1, 90.0, 1.1, 1.2, 1.3, 60.0]) == 1.2  # one lucky turn says nothing of the others
 
 
 def test_a_probed_topology_is_known_again_by_what_it_says():
