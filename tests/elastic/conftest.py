@@ -22,6 +22,7 @@ from shoal.train.api import train
 def agent() -> Iterator[Agent]:
     cloudpickle.register_pickle_by_value(tiny_runs)
     with Agent(PRELOAD) as agent:
+        agent.run(id, workers=1)  # it has imported everything, and has no file of a module open any more
         yield agent
 
 

@@ -73,6 +73,7 @@ def test_slices_that_were_half_updated_are_updated_once(disturb, undisturbed, tm
     assert run.steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_kills_in_a_row_and_during_recovery_are_survived_down_to_one_worker(disturb, undisturbed):
     faults = [
         Fault("kill", 0, 4, "forward"),
@@ -100,6 +101,7 @@ def test_slices_are_cut_anew_for_another_number_of_workers_without_a_step_lost(d
     assert run.steps == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_when_all_who_held_slices_are_lost_the_run_goes_on_from_its_newest_checkpoint(disturb, undisturbed):
     run = disturb(GPT, how={"states": "zero1"}, data=WORDS, progress=on_commit(6, kill_all))
     assert run.result["weights_sha256"] == undisturbed(GPT, data=WORDS)

@@ -41,6 +41,7 @@ def test_a_stage_that_is_killed_is_made_again_from_its_copy_without_a_changed_bi
     assert (recovered["before"], recovered["workers"]) == (2, 1), "who is left goes on at once, with both stages"
 
 
+@pytest.mark.slow
 def test_a_stage_of_one_of_two_replicas_is_replanned_over_the_other_three_workers(disturb, undisturbed):
     how = {"mesh": {"data": 2, "pipe": 2}}
     run = disturb(RESNET, how=how, faults=[Fault("kill", 2, 6, "backward")], data=IMAGES)
@@ -62,7 +63,7 @@ def test_stages_that_die_in_a_row_and_during_recovery_cost_no_bit(disturb, undis
     assert len(run.of("lost")) == len(faults)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_depth_of_a_pipeline_changes_between_two_steps_and_none_is_lost(disturb, undisturbed, workers):
     long = recipe("gpt", steps=30)
     run = disturb(long, how=TWO, data=WORDS, progress=on_commit(3, asks(workers=workers)))
