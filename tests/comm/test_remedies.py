@@ -156,8 +156,16 @@ def test_a_parameter_server_moves_what_the_textbook_says():
 
 
 def test_compression_is_no_remedy_where_gradients_lie_in_memory_that_all_map():
-    m = Measured(step_s=0.2, algorithm="server", hosts=(0, 0), gradient_bytes=1e8, buckets=1, bytes_s=0.1, exposed_s=0.1,
-                 servers=2)  # fmt: skip
+    m = Measured(
+        step_s=0.2,
+        algorithm="server",
+        hosts=(0, 0),
+        gradient_bytes=1e8,
+        buckets=1,
+        bytes_s=0.1,
+        exposed_s=0.1,
+        servers=2,
+    )
     over_a_link, shared = ({r.name for r in model.remedies(one)} for one in (m, replace(m, shared=True)))
     assert over_a_link - shared == {f"compression: {codec}" for codec in model.CODECS} | {"a link twice as fast"}
     assert shared - over_a_link == {"memory twice as fast"}
