@@ -120,7 +120,7 @@ def rehearse(
         "notes": [] if equal else [explained(differs, faults, events)],
         "steps": steps,
         "workers": plan.workers,
-        "goodput": calm["seconds"] / rough["seconds"],
+        "goodput": lasted_s(before) / lasted_s(events),
         "faults": survived,
         "weights_sha256": {"undisturbed": calm["weights_sha256"], "disturbed": rough["weights_sha256"]},
         "run_dir": str(folder) if folder else None,
@@ -128,6 +128,12 @@ def rehearse(
 
 
 # --- what the logs say ----------------------------------------------------------------------------------------------
+
+
+def lasted_s(events: Sequence[Mapping[str, Any]]) -> float:
+    """From the first start to the end: workers that begin anew after all were lost count from then on only."""
+    times = {name: [e["time"] for e in events if e["event"] == name] for name in ("started", "ended")}
+    return float(times["ended"][-1] - times["started"][0])
 
 
 def told_once(events: Sequence[Mapping[str, Any]], steps: int) -> bool:

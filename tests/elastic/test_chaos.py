@@ -4,7 +4,7 @@ import pytest
 import torch
 from train.tiny_runs import recipe, splits
 
-from shoal.elastic.chaos import explained, first_difference, rehearse, told_once, usual_faults
+from shoal.elastic.chaos import explained, first_difference, lasted_s, rehearse, told_once, usual_faults
 from shoal.elastic.deeds import DEEDS
 from shoal.elastic.faults import KINDS, PHASES, Fault
 from shoal.errors import UserError
@@ -50,6 +50,11 @@ def test_a_log_is_linear_but_for_what_a_checkpoint_takes_back():
     assert not told_once(committed(1) + resumed + committed(3), 3), "a step was left out"
 
 
+def test_a_run_lasts_from_its_first_start_also_when_all_workers_began_anew():
+    events = [{"event": "started", "time": 1.0}, {"event": "started", "time": 6.0}, {"event": "ended", "time": 9.0}]
+    assert lasted_s(events) == 8.0
+
+
 def test_the_first_step_that_differs_is_found_also_where_it_is_told_twice():
     assert first_difference(committed(1, 2, 3), committed(1, 2, 3)) is None
     assert first_difference(committed(1, 2, 3), [*committed(1, 2, 3), *committed(2, loss=1.5)]) == 2
@@ -75,6 +80,7 @@ def test_a_rehearsal_tells_of_every_kind_of_fault_and_finds_the_bits_equal(agent
     ]
     found = rehearse(RESNET, plan(), faults, data=DATA, agent=agent)
     assert found["ok"], found
+    assert found["goodput"] > 0
     assert (found["bits_equal"], found["told_once"], found["differs_at"], found["notes"]) == (True, True, None, [])
     by_kind = {fault.kind: survived for fault, survived in zip(faults[:-1], found["faults"], strict=False)}
     assert all(survived.happened for survived in by_kind.values())
