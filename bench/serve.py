@@ -110,7 +110,7 @@ class Server:
     def load(self, body: Path, clients: int, seconds: float) -> dict:
         """A closed loop; processor time of the server an answer."""
         asked = Asked("127.0.0.1", int(self.port), "/predict", [body.read_text()])
-        before = self.cpu_s()
+        before, each = self.cpu_s(), {pid: cpu_s(pid) for pid in self.replicas}
         seen = send(asked, seconds=WARM_S + seconds, clients=clients, before=[*NICE, "taskset", "-c", "1"])
         told = figures(seen, WARM_S, seconds, open_loop=False)
         return {
@@ -121,6 +121,7 @@ class Server:
             "all_p99_ms": told["all_ms"].get("p99", 0.0),
             "refusals_with_time": told["refused_with_time"],
             "cpu_ms": 1e3 * (self.cpu_s() - before) / len(seen.samples),
+            "busiest_cpu_ms": 1e3 * max(cpu_s(pid) - spent for pid, spent in each.items()) / len(seen.samples),
         }
 
     def answer(self, body: Path) -> bytes:
@@ -202,7 +203,7 @@ def classification(dtype: str, folder: Path, body: Path, cwd: Path, rounds: int,
 
 def doubled(flags: list[str], folder: Path, body: Path, cwd: Path, rounds: int, seconds: float) -> dict:
     """Two model processes against one; the control: two bare processes at once against one. Core 1 is shared."""
-    gains, controls = [], []
+    gains, bounds, controls = [], [], []
     one = [str(folder), "--dtype", "float32"]
     with (
         closing(Server(one, cwd)) as single,
@@ -213,8 +214,9 @@ def doubled(flags: list[str], folder: Path, body: Path, cwd: Path, rounds: int, 
         memory = [sum(map(proportional, server.pids)) for server in (single, double)]
         answers = [server.answer(body) for server in (single, double)]
         for _ in range(rounds):
-            slow, fast = (server.load(body, 128, seconds)["ok_a_second"] for server in (single, double))
-            gains.append(fast / slow)
+            slow, fast = (server.load(body, 128, seconds) for server in (single, double))
+            gains.append(fast["ok_a_second"] / slow["ok_a_second"])
+            bounds.append(slow["busiest_cpu_ms"] / fast["busiest_cpu_ms"])
             alone = a.run(seconds, BATCH)["a_second"]
             for process in (a, b):
                 process.ask(seconds, BATCH)
@@ -223,6 +225,7 @@ def doubled(flags: list[str], folder: Path, body: Path, cwd: Path, rounds: int, 
     return {
         "gain": statistics.median(gains),
         "gains": gains,
+        "bound_by_processor_time": statistics.median(bounds),  # of one process over that of the busier one
         "bare_gain": statistics.median(controls),
         "pss_one": memory[0],
         "pss_two": memory[1],
