@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 from train.tiny_runs import recipe, splits
@@ -16,6 +18,8 @@ from shoal.elastic import roster
 from shoal.elastic.faults import PHASES, Fault
 from shoal.errors import RunFailed, UserError
 from shoal.recipe.recipe import Reporting
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a file of tests
 
 STEPS = 12
 DATA = splits("cnn", 101)
