@@ -37,7 +37,7 @@ class ServeOptions:
     calm_s: float = 60.0  # fewer model processes are kept once fewer would have done for so long
     threads: int = 1  # of each model process
     batch: int = 32  # samples, at most
-    invariant: bool = False  # every forward pass has one shape: the same bits in any company, at a full batch's price
+    invariant: bool = False  # the same bits in any company, at a full batch's price or alone
     latency_ms: float = 0.0  # target from arrival to answer: a batch may wait for company so long; 0: it never waits
     queue: int = 256  # requests that wait beside those that the model processes have; who comes then gets 429
     generation: Mapping[str, Any] = field(default_factory=dict)  # of text: see shoal.serve.generation.options.Options

@@ -1,7 +1,8 @@
 """The engine of models that answer with one forward pass: classes, vectors, spans of answers, plain tensors."""
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from shoal.serve.batching import Batch, Batcher, Waiting, padded
 from shoal.serve.engine import FIGURES_EVERY_S, Begun, Failed, Figures, FromEngine, Request, Result, Tell
@@ -16,6 +18,8 @@ from shoal.serve.forward import Forward, open_forward
 from shoal.serve.payloads import Inputs, Outputs, array
 
 ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the histogram of batch sizes
+TRIED_SAMPLES = 4  # of a shape, until its rows are taken to be alike
+MOST_SHAPES = 1024  # that are tried: clients choose them
 _inputs = msgspec.msgpack.Decoder(Inputs)
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -23,8 +27,8 @@ _encode = msgspec.msgpack.Encoder().encode
 class BatchEngine:
     """What waits, in batches, and what is told of it; not what computes them.
 
-    ``invariant``: every forward pass of samples of one (padded) length has one shape, with a mask and as many rows
-    as a batch can have. In what order a matmul sums depends on its shape, not on what stands in the other rows."""
+    ``invariant``: requests share a forward pass only where that keeps their bits (`_in_company`); then every pass of
+    samples of one (padded) length has one shape, with a mask and as many rows as a batch can have. Others go alone."""
 
     def __init__(self, pad: int, batcher: Batcher, context: int, tell: Tell, invariant: bool = False) -> None:
         self._invariant = invariant
@@ -61,7 +65,7 @@ class BatchEngine:
             self._tell([Failed(request.id, 400, why)])
             return
         if self._invariant:
-            group = padded(inputs.length), group
+            group = _shape(inputs) if self._in_company(inputs) else request.id
         if not self._open:
             self._began_busy = time.monotonic()
         self._open[request.id] = request, inputs
@@ -99,7 +103,12 @@ class BatchEngine:
         return Batch(ids, rows, batch.length, sum(one.rows * (one.length or 1) for one in inputs))
 
     def _tensors(self, inputs: list[Inputs], batch: Batch) -> dict[str, Tensor]:
-        return _joined(inputs, batch, self._pad, self._batcher.most_rows if self._invariant else 0)
+        in_company = self._invariant and self._in_company(inputs[0])
+        return _joined(inputs, batch, self._pad, self._batcher.most_rows if in_company else 0)
+
+    def _in_company(self, inputs: Inputs) -> bool:
+        """Whether a sample of this shape has the same bits in any row of a full batch, whatever the others are."""
+        return False
 
     def _failed(self, id: int, why: str) -> Failed:
         self._counts["failed_total"] += 1
@@ -134,10 +143,48 @@ class SinglePass(BatchEngine):
     """One batch after the other, in this process."""
 
     def __init__(
-        self, forward: Forward, pad: int, batcher: Batcher, context: int, tell: Tell, invariant: bool = False
+        self,
+        model: nn.Module,
+        forward: Forward,
+        pad: int,
+        batcher: Batcher,
+        context: int,
+        tell: Tell,
+        invariant: bool = False,
     ) -> None:
         super().__init__(pad, batcher, context, tell, invariant)
+        self._model = model
         self._forward = forward
+        self._alike: dict[Hashable, bool] = {}  # shape of a sample -> whether all rows of a batch compute alike
+
+    def _in_company(self, inputs: Inputs) -> bool:
+        """Found out at the first sample of a shape: its copies in all rows must come out with the same bits.
+
+        In what order a matmul sums depends on its shape and, at its edges, on the row; not on what stands in other
+        rows."""
+        shape = _shape(inputs)
+        if shape not in self._alike and len(self._alike) < MOST_SHAPES:
+            with suppress(Exception):  # a model's own code may raise anything: the request itself will tell
+                self._alike[shape] = all(self._rows_alike(turned) for turned in _turned(inputs))
+        return self._alike.get(shape, False)
+
+    def _rows_alike(self, inputs: Inputs) -> bool:
+        batch = Batch((0,), inputs.rows, padded(inputs.length), inputs.rows * (inputs.length or 1))
+        tensors = _joined([inputs], batch, self._pad, self._batcher.most_rows)
+        alike = True
+
+        def compare(module: nn.Module, given: Any, made: Any) -> None:
+            nonlocal alike
+            alike = alike and all(_rows_equal(t) for t in tree_leaves(made) if isinstance(t, Tensor))
+
+        # inside of the model, too: an answer is few numbers, and rounding hides what was summed otherwise
+        hooks = [module.register_forward_hook(compare) for module in self._model.modules()]
+        try:
+            outputs = self._forward({name: t[:1].expand_as(t).contiguous() for name, t in tensors.items()})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return alike and all(_rows_equal(torch.from_numpy(rows)) for rows in outputs.values())
 
     def work(self, now: float) -> None:
         batch = self._taken(now)
@@ -176,6 +223,21 @@ class SinglePass(BatchEngine):
             alone = Batch((request.id,), one.rows, padded(one.length), one.rows * (one.length or 1))
             answers += self._answers(alone)
         return answers
+
+
+def _shape(inputs: Inputs) -> Hashable:
+    return padded(inputs.length), _group(inputs)
+
+
+def _rows_equal(rows: Tensor) -> bool:
+    return rows.dim() == 0 or torch.equal(rows, rows[:1].expand_as(rows))
+
+
+def _turned(inputs: Inputs) -> Iterator[Inputs]:
+    """The samples, and others of their shape: what two rows sum differently may by chance come out the same."""
+    for places in range(TRIED_SAMPLES):
+        arrays = {n: np.roll(one.numpy(), places, min(one.numpy().ndim - 1, 1)) for n, one in inputs.arrays.items()}
+        yield Inputs(inputs.rows, inputs.length, {name: array(one) for name, one in arrays.items()})
 
 
 def _group(inputs: Inputs) -> Hashable:
@@ -243,4 +305,4 @@ def prepare(model: nn.Module, options: Mapping[str, Any]) -> None:
 def open_engine(model: nn.Module, facts: Mapping[str, Any], options: Mapping[str, Any], tell: Tell) -> SinglePass:
     batcher = Batcher(options["batch"], options["latency_ms"] / 1000)
     forward, pad, context = open_forward(model, facts), facts.get("pad", 0), facts.get("context", 0)
-    return SinglePass(forward, pad, batcher, context, tell, options["invariant"])
+    return SinglePass(model, forward, pad, batcher, context, tell, options["invariant"])

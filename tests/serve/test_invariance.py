@@ -19,10 +19,12 @@ from shoal.serve.single_pass import open_engine
 BATCH = 8
 
 
-def answers(lengths: Sequence[int], *, invariant: bool, dtype: str, apart: bool) -> list[np.ndarray]:
+def answers(
+    lengths: Sequence[int], *, invariant: bool, dtype: str, apart: bool, width: int = 384, heads: int = 4
+) -> list[np.ndarray]:
     """The scores of texts of these lengths, asked for one after the other (``apart``) or all at once."""
     torch.manual_seed(0)
-    sizes = {"layers": 3, "heads": 4, "width": 384, "vocab": len(WORDS), "context": 64, "classes": 3}
+    sizes = {"layers": 3, "heads": heads, "width": width, "vocab": len(WORDS), "context": 64, "classes": 3}
     model = Bert(BertConfig(**sizes), "classification").eval().requires_grad_(False)
     for parameter in model.parameters():  # far enough from 0 that inputs matter
         parameter.mul_(3.0)
@@ -59,6 +61,17 @@ def test_alone_and_in_company_the_bits_are_the_same(dtype: str) -> None:
     reordered = answers(LENGTHS[:1] + LENGTHS[5:6], invariant=True, dtype=dtype, apart=False)
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
     assert np.array_equal(alone[0], reordered[0])
+
+
+@pytest.mark.parametrize(("width", "heads"), [(16, 2), (20, 2), (36, 3), (48, 4), (100, 4)])
+def test_they_are_also_where_rows_of_a_batch_do_not_compute_alike(width: int, heads: int) -> None:
+    sizes = {"dtype": "float32", "width": width, "heads": heads}
+    together = answers(LENGTHS, invariant=True, apart=False, **sizes)
+    for first in range(4):  # in other rows of other batches
+        turned = answers(LENGTHS[:first], invariant=True, apart=False, **sizes)
+        assert all(np.array_equal(a, b) for a, b in zip(turned, together, strict=False))
+    alone = answers(LENGTHS, invariant=True, apart=True, **sizes)
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_without_it_company_changes_bits_here_which_is_what_it_guards_against() -> None:
