@@ -116,7 +116,7 @@ def train_elastic(
     if len(faults) > MOST:
         raise UserError(f"{len(faults)} faults in one run: use at most {MOST}.")
     folder = Run.find(resume).path if resume is not None else run_dir
-    begins = start_of(start, resume)
+    begins = start_of(start, resume, recipe.steps)
     order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data, start=begins)
     seen: list[Path] = []
 

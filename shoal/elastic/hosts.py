@@ -167,7 +167,7 @@ def _job(
     if folder is None:
         raise UserError("several hosts need to know where the run is: add --run-dir DIR, the same folder on all hosts.")
     folder = folder.absolute()
-    begins = start_of(start, resume)
+    begins = start_of(start, resume, recipe.steps)
     order = Order(recipe, plan, origins, folder, resume is not None, model, data, start=begins)
     token = shared_token(folder)
     told = [recipe.arithmetic_hash, plan.to_toml(), least, len(addresses), resume is not None, str(begins or "")]

@@ -56,7 +56,7 @@ def train(
     plan.owned(recipe.shards)  # refused before anything is spent
     check_trainable(plan, recipe)
     folder = Run.find(resume).path if resume is not None else run_dir
-    begins = start_of(start, resume)
+    begins = start_of(start, resume, recipe.steps)
     order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data, start=begins)
     if plan.splits_model:
         from shoal.train.legality import check_split
@@ -92,15 +92,15 @@ def train(
     return result
 
 
-def start_of(start: str | None, resume: str | Path | None) -> Path | None:
-    """The checkpoint that a new run begins with. Raises UserError."""
+def start_of(start: str | None, resume: str | Path | None, steps: int) -> Path | None:
+    """The checkpoint that a new run of ``steps`` (0: not known yet) begins with. Raises UserError."""
     if start is None:
         return None
     if resume is not None:
         raise UserError("give --resume or --from, not both: --from makes a new run.")
     from shoal.train.branching import find_start
 
-    return find_start(start)
+    return find_start(start, steps)
 
 
 def _train_joined(order: "Order", progress: Callable[[Event], None] | None) -> dict[str, Any]:

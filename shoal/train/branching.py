@@ -9,11 +9,15 @@ from shoal.train import checkpoint
 SHOWN = 8  # steps that an error names
 
 
-def find_start(target: str) -> Path:
-    """The checkpoint that "RUN@STEP" names. Raises UserError with the nearest step when it has none, or a damaged one.
+def find_start(target: str, steps: int = 0) -> Path:
+    """The checkpoint that "RUN@STEP" names, for a run of ``steps`` (0: by epochs, which only the data tell).
+
+    Raises UserError with the nearest step when there is none, or a damaged one, and when nothing is left to do.
 
     Of a step that was saved several times it is the newest one."""
     run, step = origin(target)
+    if 0 < steps <= step:
+        raise UserError(f"--from {target!r}: a run of {steps} steps has nothing left to do there: raise --steps.")
     found = checkpoint.listing(run.checkpoints)
     steps = sorted({one.step for one in found if not one.problem})
     if not steps:

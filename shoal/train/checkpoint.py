@@ -192,7 +192,8 @@ def read_manifest(path: Path) -> Manifest:
         if file.exists() and not file.is_file():  # opening a pipe would wait for ever
             raise CheckpointError(f"{file}: is not a file.")
         with file.open("rb") as stream:
-            raw = stream.read(checkpoint_manifest.LIMIT_BYTES + 1)
+            size = os.fstat(stream.fileno()).st_size
+            raw = stream.read(min(size, checkpoint_manifest.LIMIT_BYTES) + 1)  # a buffer for what is there, no more
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
     if len(raw) > checkpoint_manifest.LIMIT_BYTES:

@@ -81,5 +81,7 @@ def test_what_cannot_be_started_from_is_one_line_before_anything_is_made(run, or
     line = told(f"{folder}@8")
     assert "are not those that were written" in line
     assert line.endswith("The nearest other one is of step 4.")
-    with pytest.raises(UserError, match=r"has done all of its 12 steps: raise --steps or --epochs\.$"):
-        run(WHOLE, data=DATA, start=f"{folder}@12")
+    unmade = tmp_path / "unmade"
+    with pytest.raises(UserError, match=r"a run of 12 steps has nothing left to do there: raise --steps\.$"):
+        run(WHOLE, data=DATA, start=f"{folder}@12", run_dir=unmade)
+    assert not unmade.exists()
