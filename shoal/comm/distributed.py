@@ -44,6 +44,7 @@ class DistributedGroup:
         dist.init_process_group(backend, timeout=self.patience)
         self.pg: dist.ProcessGroup | None = None  # None: the default one
         self._whole = self
+        self._parts: list[DistributedGroup] = []  # all that were made by `split`, of this one and of those
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.names = tuple(range(self.world))  # what its ranks are called among all workers of the run
         self.host = socket.gethostname()
@@ -90,9 +91,11 @@ class DistributedGroup:
             pg = _process_group(part, self.patience)
             if self.names[self.rank] in part:
                 made.pg, made.names = pg, part
+        self._parts.append(made)
         made.rank, made.world = made.names.index(self.names[self.rank]), len(made.names)
         made.counters = Counters.of_workers(made.rank, made.names)
         made._gathers = made.counters.tally("gather", "tcp")
+        self.counters.parts.append(made.counters)
         return made
 
     def _all_parts(self, partition: Partition) -> list[tuple[int, ...]]:
@@ -143,6 +146,8 @@ class DistributedGroup:
     def close(self) -> None:
         self._leave.set()
         self._thread.join()
+        for part in self._parts:  # a process group ends its threads when nobody holds it; one that lives on while
+            part.pg = None  # the interpreter ends may free a tensor then, and ends the process by SIGABRT
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -223,22 +228,21 @@ class DistributedExchange:
     def _open_lanes(self, group: DistributedGroup) -> None:
         """Collectives of one group are matched by their order. When a result can go out depends on what has come in, so
         that workers start these in another order among the scatters: they need a group of their own."""
-        self._pg = group.pg
-        self._results = group.split([range(group.world)]).pg
+        self._results = group.split([range(group.world)])
 
     def _link(self, device: torch.device) -> str:
         return "nccl" if device.type == "cuda" else "tcp"
 
     def _all_gather(self, whole: torch.Tensor, own: torch.Tensor, *, result: bool) -> "dist.Work":
         """``own``, from everybody, into ``whole``: a row of facts, or a slice of the result."""
-        work: dist.Work = all_gather(whole, own, async_op=True, group=self._results if result else self._pg)
+        work: dist.Work = all_gather(whole, own, async_op=True, group=(self._results if result else self._group).pg)
         return work
 
     def _all_to_all(
         self, out: torch.Tensor, data: torch.Tensor, received: list[int], sent: list[int]
     ) -> "dist.Work":  # fmt: skip
         """``sent[r]`` elements of ``data`` to each rank r, ``received[r]`` from it, in the order of ranks."""
-        work: dist.Work | None = dist.all_to_all_single(out, data, received, sent, async_op=True, group=self._pg)
+        work: dist.Work | None = dist.all_to_all_single(out, data, received, sent, async_op=True, group=self._group.pg)
         assert work is not None
         return work
 
@@ -263,7 +267,7 @@ class DistributedExchange:
         best = float("inf")
         for _ in range(PROBES):
             begun = self.account.now()
-            all_gather(all_ones, one, group=self._pg)
+            all_gather(all_ones, one, group=self._group.pg)
             float(all_ones[0])  # on a GPU: wait for it
             best = min(best, self.account.now() - begun)
         return best
@@ -419,7 +423,7 @@ class ReducingExchange(DistributedExchange):
             piece.copy_(self.partials[0][bucket.start : bucket.stop])
         else:
             piece.zero_()
-        work = dist.all_reduce(piece, async_op=True, group=self._pg)
+        work = dist.all_reduce(piece, async_op=True, group=self._group.pg)
         assert work is not None
         self._count("all-reduce", 2 * piece.nbytes / self._group.world)
         self._scatters.append([work])

@@ -33,7 +33,7 @@ class GatheredWeights:
 
         ``count`` is told of every all-gather: bytes of each worker, and how many workers."""
         self._group, self._layout, self.parameters, self._count = group, layout, parameters, count
-        self._pg = group.split([range(group.world)]).pg  # gathers are matched by their order among themselves
+        self._lane = group.split([range(group.world)])  # gathers are matched by their order among themselves
         self._members = sharing.members
         self._pages: dict[torch.dtype, Pages] = {}
         for dtype in dict.fromkeys(p.dtype for p in parameters):
@@ -72,7 +72,7 @@ class GatheredWeights:
                 flat = self._pages[dtype].tensor
                 for run, own in self._runs(bucket):
                     whole, mine = flat[run.start : run.stop], flat[own.start : own.stop]
-                    work = all_gather(whole, mine, async_op=True, group=self._pg)
+                    work = all_gather(whole, mine, async_op=True, group=self._lane.pg)
                     assert work is not None
                     works.append(work)
                     self._count(mine.nbytes, self._members)

@@ -108,9 +108,9 @@ class SlicedExchange(DistributedExchange):
         if bucket.stop > self._state_from:
             place = bucket.start - self._state_from
             whole = self._state[place : place + bucket.stop - bucket.start]
-            self._start_gather(whole, operands[0].clone(), self._results)
+            self._start_gather(whole, operands[0].clone(), self._results.pg)
         if index == len(self.layout.buckets) - 1:
-            self._start_gather(self._all_squares.view(-1), self._squares, self._results)
+            self._start_gather(self._all_squares.view(-1), self._squares, self._results.pg)
         self._operands[index] = []
         self._rooms.append(self._used.pop(index))
         for pages in self._pages:

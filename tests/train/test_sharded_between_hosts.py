@@ -237,7 +237,7 @@ def _wait_and_lose(self, bucket):
 
 
 def test_a_parameter_that_did_not_come_in_is_noticed_when_workers_are_compared(agent, joined):
-    with pytest.raises(RunFailed, match="the workers' parameters differ after step 2: rank"):
+    with pytest.raises(RunFailed, match="parameters differ after step 2: no majority of ranks 0, 1 agrees"):
         agent.run(as_torchrun, (_stale,), workers=2)
 
 

@@ -37,8 +37,7 @@ class ProcessGroup:
         """Called by all workers of the group."""
         everybody = [range(group.world)]
         self._group = group.split(everybody)
-        self._pg = self._group.pg
-        self._pairs = group.split(everybody).pg  # messages between two come in their own order
+        self._pairs = group.split(everybody)  # messages between two come in their own order
         self.rank, self.world = group.rank, group.world
         self.stood: Stood = []
         self._operation = 0
@@ -90,14 +89,14 @@ class ProcessGroup:
         if not room:
             rows = torch.tensor(words * self.world, device=flat.device)
             arrived = torch.empty_like(rows)
-            dist.all_to_all_single(arrived, rows, group=self._pg)
+            dist.all_to_all_single(arrived, rows, group=self._group.pg)
             return arrived.view(torch.uint8).view(self.world, -1).unbind()
         table = torch.empty(self.world, _WORDS + room, dtype=torch.uint8, device=flat.device)
         table[:, :_WORDS] = torch.tensor(words, device=flat.device).view(torch.uint8)
         if to_each:
             table[:, _WORDS:] = flat.view(self.world, room)
         arrived = torch.empty_like(table)
-        dist.all_to_all_single(arrived, table, group=self._pg)
+        dist.all_to_all_single(arrived, table, group=self._group.pg)
         return arrived.unbind()
 
     def _uneven(self, words: list[int], flat: Tensor, to_each: Sequence[int], foretold: _Traded) -> Sequence[Tensor]:
@@ -114,7 +113,7 @@ class ProcessGroup:
     def _swap(self, flat: Tensor, to_each: Sequence[int], from_each: Sequence[int], even: bool) -> list[Tensor]:
         arrived = flat.new_empty(sum(from_each))
         received, sent = (None, None) if even else (list(from_each), list(to_each))
-        dist.all_to_all_single(arrived, flat, received, sent, group=self._pg)
+        dist.all_to_all_single(arrived, flat, received, sent, group=self._group.pg)
         return list(torch.split(arrived, list(from_each)))
 
     def _gathered(self, source: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -123,7 +122,7 @@ class ProcessGroup:
         if len(source) < longest:
             source = torch.cat([source, source.new_zeros(longest - len(source))])
         rows = source.new_empty(self.world * longest)
-        all_gather(rows, source, group=self._pg)
+        all_gather(rows, source, group=self._group.pg)
         return [row[:size] for row, size in zip(torch.split(rows, longest), sizes, strict=True)]
 
     def all_reduce(self, source: Tensor, out: Tensor, signature: str) -> None:
@@ -180,7 +179,7 @@ class ProcessGroup:
             flat = bytes_of(data)
             if data.nbytes > SMALL:
                 self._trade(signature, flat[:0])
-                dist.broadcast(flat, group=self._pg, group_src=root)
+                dist.broadcast(flat, group=self._group.pg, group_src=root)
                 return
             sends = self.rank == root
             to_each = [data.nbytes * sends] * self.world
@@ -202,7 +201,7 @@ class ProcessGroup:
             head[: 2 + data.dim()] = torch.tensor([DTYPES.index(data.dtype), data.dim(), *data.shape])
             for piece in (head.to(data.device), bytes_of(data).clone()):
                 if piece.nbytes:
-                    work = dist.isend(piece, group=self._pairs, group_dst=to)
+                    work = dist.isend(piece, group=self._pairs.pg, group_dst=to)
                     assert work is not None
                     self._sends.append((work, piece))
             while len(self._sends) > FEW and sum(piece.nbytes for _, piece in self._sends) > PENDING:
@@ -211,9 +210,9 @@ class ProcessGroup:
     def receive(self, out: Tensor, origin: int) -> None:
         with self._group.explained(f"a receive from rank {self._group.names[origin]}"):
             head = torch.zeros(_HEAD, dtype=torch.int64, device=out.device)
-            dist.recv(head, group=self._pairs, group_src=origin)
+            dist.recv(head, group=self._pairs.pg, group_src=origin)
             kind, dims, *sizes = head.tolist()
             sent = told(torch.empty(sizes[:dims], dtype=DTYPES[kind], device="meta"))
             compare_message(sent, out, self._group.names[origin], self._group.names[self.rank])
             if out.nbytes:
-                dist.recv(bytes_of(out), group=self._pairs, group_src=origin)
+                dist.recv(bytes_of(out), group=self._pairs.pg, group_src=origin)
