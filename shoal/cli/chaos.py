@@ -11,7 +11,7 @@ from shoal.cli.output import json_line, table
 from shoal.cli.progress import display
 from shoal.cli.recipe_arguments import add_plan_arguments, add_recipe_arguments, choose
 
-HELP = "rehearse faults on a recipe: workers, memory, clocks, disks and checkpoints; compare the bits"
+HELP = "rehearse faults on a recipe: workers, memory, clocks, disks, checkpoints; same bits?"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
