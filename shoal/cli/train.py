@@ -1,5 +1,6 @@
 """``shoal train``: train a model, or go on with a run."""
 
+import re
 import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
@@ -45,6 +46,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--rebalance", action="store_true", help="with --elastic: move shards away from slow workers")
     parser.add_argument(
+        "--autoscale",
+        metavar="MIN:MAX",
+        help="with --elastic: as many workers as make steps faster, within these bounds",
+    )
+    parser.add_argument(
         "--notice", default="", metavar="FILE|URL", help="end, saved, once this file is there or this address answers"
     )
     parser.add_argument(
@@ -63,6 +69,7 @@ def run(args: Namespace) -> int:
         flag = "--min-workers" if args.min_workers is not None else "--rebalance"
         raise UserError(f"{flag} is for runs whose workers may change: add --elastic.")
     _check_hosts(args)
+    _bounds(args)
     sampled: list[str] = []
     with display(args.json, speaks()) as show:
 
@@ -111,10 +118,23 @@ def _trainer(args: Namespace) -> Callable[..., dict[str, Any]]:
         from shoal.elastic.api import train_elastic
 
         least = 1 if args.min_workers is None else args.min_workers
-        return partial(train_elastic, least=least, rebalance=args.rebalance)
+        return partial(train_elastic, least=least, rebalance=args.rebalance, autoscale=_bounds(args))
     from shoal.train import api
 
     return api.train
+
+
+def _bounds(args: Namespace) -> tuple[int, int] | None:
+    if args.autoscale is None:
+        return None
+    if not args.elastic:
+        raise UserError("--autoscale is for runs whose workers may change: add --elastic.")
+    if args.agents is not None or args.emulate_hosts is not None:
+        raise UserError("--autoscale counts workers of one host: leave it out on several, and use shoal resize.")
+    found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", args.autoscale)
+    if found is None:
+        raise UserError(f"--autoscale {args.autoscale}: use two numbers of workers, MIN:MAX, 1:4 say.")
+    return int(found[1]), int(found[2])
 
 
 def _notice(args: Namespace) -> "Notice":

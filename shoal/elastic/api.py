@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.cluster.detect import launched_workers
 from shoal.comm.launch import Agent
+from shoal.elastic.autoscale import Autoscale
+from shoal.elastic.autoscaled import AutoscaledJob, check_bounds
 from shoal.elastic.crew import ElasticJob
 from shoal.elastic.faults import MOST, Fault
 from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS
@@ -86,6 +89,7 @@ def train_elastic(
     *,
     least: int = 1,
     rebalance: bool = False,
+    autoscale: Autoscale | tuple[int, int] | None = None,
     origins: Mapping[str, str] | None = None,
     run_dir: Path | None = None,
     resume: str | Path | None = None,
@@ -101,7 +105,8 @@ def train_elastic(
 
     The weights are those of an undisturbed run, to the bit. A lost worker costs the step in flight; its place is taken
     by a new one. Below ``least`` workers the run waits, with its state in memory. With ``rebalance`` shards move from
-    slow workers to others; without, slow ones are only named in the log.
+    slow workers to others; without, slow ones are only named in the log. With ``autoscale``, a policy or the fewest and
+    the most workers for the usual one, their number follows what steps take: see `shoal.elastic.autoscale`.
     ``faults`` happen to its workers on purpose: see `shoal.elastic.chaos`.
     Raises UserError for bad input and RunFailed when a worker raised, or when workers are lost again and again."""
     import cloudpickle
@@ -113,6 +118,10 @@ def train_elastic(
     check_elastic(plan, recipe.shards, least)
     if rebalance and (plan.axes.size("pipe") > 1 or plan.server_processes):
         raise UserError("--rebalance moves shards between workers that are all alike: leave it out with this plan.")
+    if isinstance(autoscale, tuple):
+        autoscale = Autoscale(*autoscale, shards=recipe.shards, cores=max(1, recipe.threads))
+    if autoscale is not None:
+        check_bounds((autoscale.least, autoscale.most), plan, recipe.shards, least)
     if len(faults) > MOST:
         raise UserError(f"{len(faults)} faults in one run: use at most {MOST}.")
     folder = Run.find(resume).path if resume is not None else run_dir
@@ -126,7 +135,8 @@ def train_elastic(
         if progress:
             progress(event)
 
-    job = ElasticJob(
+    kind = ElasticJob if autoscale is None else partial(AutoscaledJob, policy=autoscale)
+    job = kind(
         code=cloudpickle.dumps((run_elastic, (order,))),
         threads=recipe.threads,
         faults=tuple(faults),

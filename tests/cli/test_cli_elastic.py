@@ -21,6 +21,34 @@ def test_train_elastic_calls_the_elastic_library_with_the_minimum(shoal, library
     assert calls == [(4, 2, False), (4, 1, True)]
 
 
+def test_train_hands_the_bounds_of_autoscaling_on(shoal, library):
+    calls = []
+
+    def train_elastic(recipe, plan, **options):
+        calls.append(options["autoscale"])
+        return {"interrupted": False}
+
+    library("shoal.elastic.api", train_elastic=train_elastic)
+    assert shoal("train", "--workers", "2", "--elastic", "--autoscale", "1:4", "--json")[0] == 0
+    assert shoal("train", "--workers", "2", "--elastic", "--json")[0] == 0
+    assert calls == [(1, 4), None]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--autoscale", "1:4"], "add --elastic"),
+        (["--elastic", "--autoscale", "4"], "use two numbers of workers, MIN:MAX"),
+        (["--elastic", "--autoscale", "1:-4"], "use two numbers of workers, MIN:MAX"),
+        (["--elastic", "--autoscale", "1:4", "--emulate-hosts", "2"], "leave it out on several"),
+    ],
+)
+def test_autoscaling_that_cannot_be_is_refused(shoal, flags, said):
+    code, _, err = shoal("train", "--workers", "2", *flags)
+    assert code == 2
+    assert said in err
+
+
 def test_a_minimum_without_elastic_is_refused(shoal):
     code, _, err = shoal("train", "--min-workers", "2")
     assert code == 2
