@@ -88,7 +88,7 @@ class HostGroup:
         numbers = [next(self.parts) for _ in partition]  # all count alike, also those that are in another part
         part, number = next((p, n) for p, n in zip(partition, numbers, strict=True) if self.rank in p)
         names = tuple(self.names[rank] for rank in part)
-        return replace(
+        made = replace(
             self,
             rank=part.index(self.rank),
             world=len(part),
@@ -100,6 +100,8 @@ class HostGroup:
             server_heap=None,
             _sequence=0,
         )
+        self.counters.parts.append(made.counters)
+        return made
 
     @property
     def stop_asked(self) -> bool:

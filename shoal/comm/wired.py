@@ -55,7 +55,9 @@ class WiredGroup:
         part, number = next((p, n) for p, n in zip(partition, numbers, strict=True) if self.rank in p)
         names = tuple(self.names[rank] for rank in part)
         mesh = self.mesh.part(part, number)
-        return replace(self, rank=part.index(self.rank), world=len(part), mesh=mesh, names=names, _sequence=0)
+        made = replace(self, rank=part.index(self.rank), world=len(part), mesh=mesh, names=names, _sequence=0)
+        self.counters.parts.append(made.counters)
+        return made
 
     @property
     def stop_asked(self) -> bool:

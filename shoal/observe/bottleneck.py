@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from shoal.comm.accounting.counters import Kind
+from shoal.comm.stages.messages import RECEIVE
 from shoal.observe.communication import Communication
 from shoal.observe.units import duration, share, size
 
@@ -14,7 +15,7 @@ BLAME = 0.6  # the share of all waiting that makes those who were waited for str
 
 @dataclass(frozen=True)
 class Bottleneck:
-    kind: str  # compute, loading, loader, straggler, turns, bandwidth, latency, reducing, server
+    kind: str  # compute, loading, loader, straggler, turns, stages, bandwidth, latency, reducing, server
     sentence: str
     loss_s: float  # seconds a step that the mean worker loses by it
     share: float  # of the step
@@ -67,6 +68,18 @@ def _waiting(c: Communication) -> Bottleneck | None:
     if lost <= 0:
         return None
     late = stragglers(blame)
+    for_stages = sum(
+        fmean(each.exposed[Kind.waiting] for each in of) for (op, _), of in c.flows.items() if op == RECEIVE
+    )
+    of_pipeline = _named(
+        c,
+        "stages",
+        lost,
+        f"The stages wait for each other’s messages, {_of_step(c, for_stages)} of each step: the pipeline fills and "
+        f"empties, or its stages take unlike times. The section on the pipeline tells the two apart.",
+    )
+    if not late and for_stages >= BLAME * lost:
+        return of_pipeline
     if not late:
         text = (
             f"The workers wait for each other in turns, {_of_step(c, lost)} of each step, and none is to blame: "
@@ -84,6 +97,8 @@ def _waiting(c: Communication) -> Bottleneck | None:
     head = f"The others stand still {_of_step(c, stood)} of each step for {names}"
     it, its, s = ("they", "their", "") if len(late) > 1 else ("it", "its", "s")
     slow, usual = _against(_spent_on(c, cause), late, others)
+    if excess[cause] <= 0 and for_stages >= BLAME * lost:
+        return of_pipeline
     if excess[cause] <= 0:
         return _named(c, "straggler", lost, f"{head}, whose own work takes no longer than theirs.", late)
     if cause == "loading":
@@ -131,6 +146,16 @@ def _server(c: Communication) -> Bottleneck | None:
 
 def _transfer(c: Communication) -> Bottleneck | None:
     lost = c.exposed(Kind.transferring)
+    if c.mesh and lost > 0:
+        (operation, link), most = max(
+            ((place, fmean(each.exposed[Kind.transferring] for each in of)) for place, of in c.flows.items()),
+            key=lambda found: found[1],
+        )
+        text = (
+            f"The workers stand still {_of_step(c, lost)} of each step for transfers, {duration(most)} of it in "
+            f"{operation} over {link}"
+        )
+        return _named(c, "bandwidth", lost, f"{text}.")
     m = c.measured
     if lost <= 0 or m.spent_s <= 0:
         return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from shoal.comm.accounting.counters import Kind, Place, Total, total
 from shoal.comm.accounting.remedies import Measured
+from shoal.comm.accounting.split_account import of_passes
 from shoal.observe.curves import Event, number
 
 WARM_UP = 3  # first steps of a session, which allocate and compile
@@ -57,6 +58,7 @@ class Communication:
     waits: tuple[tuple[float, ...], ...]  # [worker][peer]: seconds a step that the worker stood still for the peer
     transport: Mapping[str, Any]  # see the event `started`
     placement: tuple[int, ...]  # shards of each worker
+    mesh: Mapping[str, int] | None = None  # of a model that is split: workers along each axis
     samples: tuple[Sample, ...] = ()
 
     @property
@@ -97,18 +99,24 @@ class Communication:
 
     @cached_property
     def compute(self) -> tuple[float, ...]:
-        """Seconds of forward and backward passes a step, by worker; reducing that was done inside of them left out."""
-        both = zip(self.phase("forward"), self.phase("backward"), self.by_worker, strict=True)
-        return tuple(max(0.0, forward + back - of.hidden[Kind.reducing]) for forward, back, of in both)
+        """Seconds of forward and backward passes a step, by worker, without what was reduced or sent inside of them."""
+        sent = [sum(of[rank].exposed[Kind.transferring] for of in self.of_passes) for rank in range(self.workers)]
+        both = zip(self.phase("forward"), self.phase("backward"), self.by_worker, sent, strict=True)
+        return tuple(max(0.0, ahead + back - of.hidden[Kind.reducing] - moved) for ahead, back, of, moved in both)
 
     @property
     def busy(self) -> tuple[float, ...]:
         return tuple(load + work for load, work in zip(self.phase("loading"), self.compute, strict=True))
 
     @property
+    def of_passes(self) -> list[tuple[Total, ...]]:
+        """Of the operations that the passes of a split model make: stages, slices, experts."""
+        return [of for (operation, _), of in self.flows.items() if of_passes(operation)]
+
+    @property
     def large(self) -> list[tuple[Total, ...]]:
         """Of the operations that carry gradients."""
-        return [of for (operation, _), of in self.flows.items() if operation not in SMALL]
+        return [of for (name, _), of in self.flows.items() if name not in SMALL and not of_passes(name)]
 
     @property
     def operations(self) -> float:
@@ -224,6 +232,7 @@ def _means(session: Event, fields: Sequence[Event], seconds: Mapping[int, float]
         waits=tuple(tuple(value / steps for value in row) for row in waits),
         transport=session.get("transport") or {},
         placement=tuple(placement) if isinstance(placement, list) and len(placement) == workers else (1,) * workers,
+        mesh={str(axis): int(size) for axis, size in ((session.get("split") or {}).get("mesh") or {}).items()},
         samples=tuple(_sample(field["sample"]) for field in fields if field.get("sample")),
     )
 

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from shoal.comm.accounting.counters import Kind
-from shoal.comm.accounting.remedies import remedies, ways
+from shoal.comm.accounting.remedies import Remedy, remedies, ways
 from shoal.observe.bottleneck import bottleneck, evidence
 from shoal.observe.communication import Communication, read_communication
 from shoal.observe.units import duration, share
@@ -26,7 +26,7 @@ def facts(c: Communication) -> dict[str, Any]:
         "exposed_s": c.exposed_s,
         "bottleneck": asdict(bottleneck(c)),
         "spent": dict(evidence(c)),
-        "remedies": [asdict(remedy) for remedy in remedies(c.measured)],
+        "remedies": [asdict(remedy) for remedy in known_remedies(c)],
         "operations": [
             {
                 "operation": operation,
@@ -41,8 +41,13 @@ def facts(c: Communication) -> dict[str, Any]:
             for (operation, link), of in c.flows.items()
         ],
         "waits_s": c.waits,
-        "ways": [asdict(way) for way in ways(c.measured)],
+        "ways": [] if c.mesh else [asdict(way) for way in ways(c.measured)],
     }
+
+
+def known_remedies(c: Communication) -> tuple[Remedy, ...]:
+    """None for a split model: the predictions are of whole gradients, summed by all workers."""
+    return () if c.mesh else remedies(c.measured)
 
 
 def of_runs(runs: Sequence[Run]) -> list[Communication | None]:
@@ -51,7 +56,7 @@ def of_runs(runs: Sequence[Run]) -> list[Communication | None]:
 
 def lines(c: Communication) -> list[str]:
     """The finding, and the remedies that would gain most."""
-    notable = [remedy for remedy in remedies(c.measured) if remedy.gain_s >= 0.01 * c.step_s][:SHOWN_REMEDIES]
+    notable = [remedy for remedy in known_remedies(c) if remedy.gain_s >= 0.01 * c.step_s][:SHOWN_REMEDIES]
     helps = "; ".join(
         f"{r.name} ({r.how}): {duration(r.gain_s)}, {share(r.gain_s / c.step_s)} of a step" for r in notable
     )

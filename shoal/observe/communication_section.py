@@ -27,12 +27,13 @@ def finding(c: Communication) -> str:
 def of_one(c: Communication) -> str:
     waits = traffic_tables.matrix(c)
     text = finding(c)
+    helps = (
+        "What would help",
+        "Predicted from this run’s own numbers, each change by itself.",
+        "" if c.mesh else traffic_tables.help_table(c),
+    )
     text += _panels(
-        (
-            "What would help",
-            "Predicted from this run’s own numbers, each change by itself.",
-            traffic_tables.help_table(c),
-        ),
+        *([] if c.mesh else [helps]),
         ("Where a step goes", "Seconds of the mean worker.", traffic_tables.time_of_a_step(c)),
         look="unequal",
     )
@@ -41,7 +42,7 @@ def of_one(c: Communication) -> str:
     ways = "Predicted for the same gradients and link. Bytes are those of one direction; the other has as many."
     text += _panels(
         *([("Who waits for whom", skew, waits)] if waits else []),
-        ("All-reduce or parameter servers", ways, traffic_tables.other_ways(c)),
+        *([] if c.mesh else [("All-reduce or parameter servers", ways, traffic_tables.other_ways(c))]),
     )
     return text + (bucket_picture.picture(c.samples[-1]) if c.samples else "")
 
@@ -50,6 +51,7 @@ def _means(c: Communication) -> str:
     return (
         f"Of the mean worker in a step; {c.steps:,} steps. Hidden: while it computed. Exposed: it stood still. "
         "The last columns split both by what the time went to."
+        + (" In brackets: the axes of the mesh along which an operation’s workers lie." if c.mesh else "")
     )
 
 
@@ -68,7 +70,10 @@ def side_by_side(told: Sequence[tuple[str, Communication]]) -> str:
     for name, c in told:
         ways = "Predicted from this run; beside it the exposed seconds and the step that other runs measured."
         others = [(other, of) for other, of in told if of is not c]
-        text += f"<h3>{escape(name)}</h3>{finding(c)}" + _panels(
+        text += f"<h3>{escape(name)}</h3>{finding(c)}"
+        if c.mesh:
+            continue  # the predictions are of whole gradients, summed by all workers
+        text += _panels(
             ("What would help", "Predicted, each change by itself.", traffic_tables.help_table(c)),
             ("All-reduce or parameter servers", ways, traffic_tables.other_ways(c, others)),
             wide=True,

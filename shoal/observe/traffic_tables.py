@@ -160,7 +160,7 @@ def measured(told: Sequence[tuple[str, Communication]]) -> str:
     for name, c in told:
         of = c.by_worker
         cells = [
-            size(sum(c.bucket_bytes)),
+            "–" if c.mesh else size(sum(c.bucket_bytes)),
             size(c.sent_bytes),
             duration(c.hidden_s),
             f"{duration(c.exposed_s)} · {share(c.exposed_s / c.step_s)}",
@@ -179,8 +179,10 @@ def measured(told: Sequence[tuple[str, Communication]]) -> str:
 
 
 def way_of(c: Communication) -> str:
-    """How a run sums its gradients, in words."""
+    """How a run sums its gradients, in words, or splits its model."""
     link = str(c.transport.get("link", ""))
+    if c.mesh:
+        return " x ".join(f"{axis} {size}" for axis, size in c.mesh.items())
     if c.servers:
         return f"{c.servers} parameter server{'s' if c.servers > 1 else ''}, {link}"
     return f"{c.transport.get('operation', 'all-reduce')}, {link}"

@@ -4,6 +4,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.comm.accounting.split_account import SplitAccount
 from shoal.comm.finishing import block_squares, global_norm
 from shoal.comm.group import Group
 from shoal.comm.layout import BLOCK
 from shoal.comm.slices import Piece, pieces_of
 from shoal.train.gradients import Gradients
 
-_HEAD = struct.Struct("<BI")  # what was asked for; how many sums of squares follow
+_HEAD = struct.Struct("<BII")  # what was asked for; how many sums of squares follow; bytes of the account behind them
 STOP, CHANGE = 1, 2  # what a worker may be asked for: see `StepFigures`
 
 
@@ -42,11 +44,16 @@ class NormOverStages:
     Sums of squares of whole blocks are what it takes. A block that lies on several chunks is put together first."""
 
     def __init__(
-        self, group: Group, sets: Sequence[Gradients], blocks: Sequence[Sequence[int]], ranks: Sequence[int]
+        self,
+        group: Group,
+        sets: Sequence[Gradients],
+        blocks: Sequence[Sequence[int]],
+        ranks: Sequence[int],
+        account: SplitAccount,
     ) -> None:
         """``group``: all workers. ``blocks``: of each set, the numbers in the whole layout; ``ranks``: this worker's
         among those that sum the set."""
-        self._group, self._sets = group, sets
+        self._group, self._sets, self._account = group, sets, account
         counted = [numbers for numbers, rank in zip(blocks, ranks, strict=True) if rank == 0]
         told = [json.loads(row) for row in group.gather(json.dumps(list(chain.from_iterable(counted))).encode())]
         held = Counter(chain.from_iterable(told))
@@ -68,16 +75,14 @@ class NormOverStages:
     def __call__(self, squares: Sequence[Tensor], asked: int) -> tuple[float, int]:
         own = torch.cat([each[index] for each, index in zip(squares, self._whole, strict=True)]).numpy()
         values = [_read(gradients, piece).cpu().numpy() for gradients, piece in self._pieces]
-        head = _HEAD.pack(asked, len(own))
-        rows = self._group.gather(b"".join([head, own.tobytes(), *(value.tobytes() for value in values)]))
+        rows = _all_rows(self._group, self._account, asked, own, values)
         dtype = self._sets[0].dtype
         numbers: list[float] = []
         shared: dict[int, Tensor] = {}
         for row, places in zip(rows, self._places, strict=True):
-            also, count = _HEAD.unpack_from(row)
-            asked |= also
-            numbers += np.frombuffer(row, np.float64, count, _HEAD.size).tolist()
-            rest = torch.frombuffer(bytearray(row[_HEAD.size + 8 * count :]) or bytearray(1), dtype=torch.uint8)
+            asked |= row.asked
+            numbers += row.squares
+            rest = torch.frombuffer(bytearray(row.rest) or bytearray(1), dtype=torch.uint8)
             at = 0
             for block, start, end in places:
                 size = (end - start) * dtype.itemsize
@@ -93,11 +98,16 @@ class NormOverParts:
     """Tensors are cut: each element is counted once, in float64, in an order that the cut decides."""
 
     def __init__(
-        self, group: Group, sets: Sequence[Gradients], counted: Sequence[Sequence[bool]], ranks: Sequence[int]
+        self,
+        group: Group,
+        sets: Sequence[Gradients],
+        counted: Sequence[Sequence[bool]],
+        ranks: Sequence[int],
+        account: SplitAccount,
     ) -> None:
         """``group``: all workers. ``counted``: of each set's parameters, those that this worker's place in the replica
         counts; ``ranks``: this worker's among those that sum the set."""
-        self._group = group
+        self._group, self._account = group, account
         self._pieces = [
             (gradients, piece)
             for gradients, counts, rank in zip(sets, counted, ranks, strict=True)
@@ -108,11 +118,33 @@ class NormOverParts:
     def __call__(self, squares: Sequence[Tensor], asked: int) -> tuple[float, int]:
         own = [float(_read(gradients, piece).to(torch.float64).square().sum()) for gradients, piece in self._pieces]
         numbers: list[float] = []
-        for row in self._group.gather(_HEAD.pack(asked, len(own)) + np.array(own, dtype=np.float64).tobytes()):
-            also, count = _HEAD.unpack_from(row)
-            asked |= also
-            numbers += np.frombuffer(row, np.float64, count, _HEAD.size).tolist()
+        for row in _all_rows(self._group, self._account, asked, np.array(own, dtype=np.float64)):
+            asked |= row.asked
+            numbers += row.squares
         return global_norm(numbers), asked
+
+
+@dataclass(frozen=True)
+class _Row:
+    asked: int
+    squares: list[float]
+    rest: bytes
+
+
+def _all_rows(
+    group: Group, account: SplitAccount, asked: int, own: np.ndarray, values: Sequence[np.ndarray] = ()
+) -> list[_Row]:
+    """All workers' rows; what they have counted goes along."""
+    counted = account.row()
+    head = _HEAD.pack(asked, len(own), len(counted))
+    rows, accounts = [], []
+    for row in group.gather(b"".join([head, own.tobytes(), counted, *(value.tobytes() for value in values)])):
+        also, count, length = _HEAD.unpack_from(row)
+        at = _HEAD.size + 8 * count
+        rows.append(_Row(also, np.frombuffer(row, np.float64, count, _HEAD.size).tolist(), row[at + length :]))
+        accounts.append(row[at : at + length])
+    account.heard(accounts)
+    return rows
 
 
 def _read(gradients: Gradients, piece: Piece) -> Tensor:

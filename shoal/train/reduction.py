@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from shoal.comm.accounting.split_account import SplitAccount
+from shoal.comm.accounting.telling import Teller
 from shoal.comm.layout import blocks_held, flat_layout
 from shoal.errors import UserError
 from shoal.parallel.held import Held, Share
@@ -27,6 +30,8 @@ class Reduction:
         self.sets = [self._set(share, ownership, shards, micro_batches, device) for share in held.shares]
         self._of_chunk = {s.chunk: [g for g, o in zip(self.sets, held.shares, strict=True) if o.chunk == s.chunk]
                           for s in held.shares}  # fmt: skip
+        self._teller = Teller(self.first.exchange.account.form)
+        self._split = self._account() if held.plan.splits_model else None
         self._norm = self._make_norm()
 
     @property
@@ -66,15 +71,24 @@ class Reduction:
 
     def _make_norm(self) -> Norm:
         held = self.held
-        if not held.plan.splits_model:
+        if self._split is None:
             return NormAlone()
         group, ranks = held.group, [share.group.rank for share in held.shares]
         if held.plan.sums_in_order:
             blocks = [blocks_held(held.ready_sizes, held.places(each.names)) for each in self.sets]
-            return NormOverStages(group, self.sets, blocks, ranks)
+            return NormOverStages(group, self.sets, blocks, ranks, self._split)
         counted = [[held.counts(name, share) for name in each.names]
                    for each, share in zip(self.sets, held.shares, strict=True)]  # fmt: skip
-        return NormOverParts(group, self.sets, counted, ranks)
+        return NormOverParts(group, self.sets, counted, ranks, self._split)
+
+    def _account(self) -> SplitAccount:
+        axes, group = self.held.plan.axes, self.held.group
+
+        def axes_of(ranks: Sequence[int]) -> list[str]:
+            return [axis for axis, _ in axes.sizes if len({axes.coordinate(rank, axis) for rank in ranks}) > 1]
+
+        summing = [gradients.exchange.account.counters for gradients in self.sets]
+        return SplitAccount(group.counters, group.report, axes_of, summing)
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -87,6 +101,8 @@ class Reduction:
             checksum = parameter_checksum(share.parameters.values()) if check else 0.0
             own = self._row.passes(passes) if self._row is not None and self._of_experts(share) else passes
             gradients.begin(own, stop=stop, change=change, checksum=checksum, votes=votes, careful=careful)
+        if self._split is not None:
+            self._split.begin()
 
     def enter_leaf(self, leaf: int, chunk: int = 0) -> None:
         """Before a forward pass of a leaf: buffers start from the step's first state."""
@@ -144,6 +160,21 @@ class Reduction:
         factor = clip / norm if clip and norm > clip else 1.0
         for gradients in self.sets:
             gradients.hang(factor, keep_gradients=keep_gradients)
+
+    def ended(self) -> None:
+        """The step is committed: what is counted from now on belongs to no step."""
+        if self._split is not None:
+            self._split.end()
+
+    def communication(self) -> dict[str, Any] | None:
+        """See `Worker.communication`."""
+        rows, offsets = self.first.exchange.rows, self.first.exchange.account.offsets
+        if self._split is None:
+            return self._teller(rows, offsets)
+        if not self._split.told:
+            return None
+        ranks = self.held.ranks(self.held.shares[0])  # of those that sum the first set: its buckets are told
+        return self._teller.since(self._split.told) | self._teller.sample(rows, offsets, ranks)
 
     def undo(self) -> None:
         """Instead of `hang`: the step can begin again."""

@@ -243,6 +243,7 @@ class Step:
         if self._reduction.held.pipeline is not None and due(self.number):
             rows = self._crew.group.gather(json.dumps(self._of_stage).encode())
             self.beside["stages"] = [json.loads(row) for row in rows]
+        self._reduction.ended()
         self._lap("update")
         return figures
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shoal.comm.accounting.telling import Teller, transport
+from shoal.comm.accounting.telling import transport
 from shoal.comm.group import Group
 from shoal.comm.server.optimizer import check as check_optimizer
 from shoal.comm.status import Phase
@@ -74,7 +74,6 @@ class Worker:
         self._reduction: Reduction | None = None
         self._update: Update | None = None
         self.unsent = Unsent()
-        self._teller: Teller | None = None
         self._writers: dict[Path, BackgroundWriter] = {}
         self._prepared: set[Path] = set()
         self._resumed: checkpoint.Checkpoint | None = None
@@ -129,7 +128,6 @@ class Worker:
         self.group, self.plan = group, plan
         self.rank, self.world = group.rank, group.world
         self._ownership = plan.owned(self._shard_count)
-        self._teller = None
         self.stopping = False
         self._prepared = set()
         self._held = place(self.held.module, plan, group, self.device, None)
@@ -330,11 +328,7 @@ class Worker:
 
     def communication(self) -> dict[str, Any] | None:
         """On rank 0, after a step: now and then, what all workers' transports have counted since the last answer."""
-        if self._reduction is None:
-            return None
-        exchange = self._reduction.first.exchange
-        self._teller = self._teller or Teller(exchange.account.form)
-        return self._teller(exchange.rows, exchange.account.offsets)
+        return self._reduction.communication() if self._reduction is not None else None
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 

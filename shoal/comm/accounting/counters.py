@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import zip_longest
@@ -153,6 +153,7 @@ class Counters:
         self.watchers = 0  # recordings under way: while there are any, transports keep the spans of every step
         self.spans: deque[Span] = deque(maxlen=KEPT_SPANS)
         self._tallies: dict[tuple[str, str, int], Tally] = {}
+        self.parts: list[Counters] = []  # those of groups that were split off
         Counters.live.add(self)
 
     @classmethod
@@ -166,6 +167,16 @@ class Counters:
         if key not in self._tallies:
             self._tallies[key] = Tally(len(self.peers))
         return self._tallies[key]
+
+    def tallies(self) -> list[tuple[tuple[str, str, int], Tally]]:
+        """((operation, link, thread), tally) of each."""
+        return list(self._tallies.items())
+
+    def with_parts(self) -> Iterator["Counters"]:
+        """These, and those of all parts of the group, in the order in which they were made."""
+        yield self
+        for part in self.parts:
+            yield from part.with_parts()
 
     def totals(self) -> dict[Place, Total]:
         """How everything stands, over all threads. A tally that is being written may be caught between two numbers."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from shoal.comm.accounting.account import Account, Form, Sample, Told, sampled
 from shoal.comm.accounting.clocks import Offset
-from shoal.comm.accounting.counters import Kind
+from shoal.comm.accounting.counters import Kind, Total
 from shoal.comm.status import Phase
 
 EVERY_STEP_UP_TO = 10  # after that, one event tells of TOGETHER steps
@@ -15,10 +15,16 @@ TOGETHER = 10
 MOST_MOMENTS = 2_000  # buckets of all workers in a sample; beyond, only some workers' are told
 
 
+def due(step: int, steps: int) -> bool:
+    """Whether it is time to tell, ``step`` being the last one that is told of, and the ``steps``-th of the session."""
+    return step <= EVERY_STEP_UP_TO or step % TOGETHER == 0 or steps <= EVERY_STEP_UP_TO or sampled(step)
+
+
 class Teller:
     """Makes the ``comm`` of `committed` events: what came to every worker's counts since it last told."""
 
     def __init__(self, form: Form) -> None:
+        """``form``: of the rows that it is called with."""
         self._form = form
         self._last: list[Told] | None = None
 
@@ -27,31 +33,38 @@ class Teller:
 
         ``offsets``: of the workers whose clock is not rank 0's."""
         step, steps = int(rows[0, 0]), int(rows[0, 1])
-        due = step <= EVERY_STEP_UP_TO or step % TOGETHER == 0 or steps <= EVERY_STEP_UP_TO or sampled(step)
-        if len(rows) < 2 or not due:
+        if len(rows) < 2 or not due(step, steps):
             return None
         now = [self._form.read(row) for row in rows]
         if not all(told.steps for told in now):
             return None
-        field = _since(self._last, now, self._form)
-        samples = [told.sample for told in now]
-        if all(samples):
-            field["sample"] = _sample(step, [sample for sample in samples if sample], offsets or {})
-        self._last = now
-        return field
+        return self.since(now) | self.sample(rows, offsets or {})
+
+    def since(self, now: Sequence[Told]) -> dict[str, Any]:
+        """The field without a sample. ``now``: what all workers say."""
+        before, self._last = self._last, list(now)
+        return _since(before, now)
+
+    def sample(
+        self, rows: np.ndarray, offsets: Mapping[int, Offset], names: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """What the field says of one step besides, if anything. ``names``: what the ranks are called in the run."""
+        samples = [told.sample for told in map(self._form.read, rows)]
+        if len(rows) < 2 or not all(samples):
+            return {}
+        names = names or range(len(rows))
+        return {"sample": _sample(int(rows[0, 0]), [each for each in samples if each], offsets, names)}
 
 
-def _since(last: Sequence[Told] | None, now: Sequence[Told], form: Form) -> dict[str, Any]:
+def _since(last: Sequence[Told] | None, now: Sequence[Told]) -> dict[str, Any]:
     before = last or [Told(0, 0, (0.0,) * len(Phase), {}, (0.0,) * len(told.waits), None) for told in now]
     phases = {
         phase.name: [seconds(b.phases[phase] - a.phases[phase]) for a, b in zip(before, now, strict=True)]
         for phase in Phase
     }
     operations = []
-    for place in form.operations:
-        gains = [
-            b.totals[place] - a.totals[place] if a.totals else b.totals[place] for a, b in zip(before, now, strict=True)
-        ]
+    for place in dict.fromkeys(place for told in now for place in told.totals):
+        gains = [b.totals.get(place, Total()) - a.totals.get(place, Total()) for a, b in zip(before, now, strict=True)]
         if not any(gain.calls or gain.exposed_s for gain in gains):
             continue
         row: dict[str, Any] = {"operation": place[0], "link": place[1]}
@@ -73,7 +86,9 @@ def _since(last: Sequence[Told] | None, now: Sequence[Told], form: Form) -> dict
     }
 
 
-def _sample(step: int, samples: Sequence[Sample], offsets: Mapping[int, Offset]) -> dict[str, Any]:
+def _sample(
+    step: int, samples: Sequence[Sample], offsets: Mapping[int, Offset], names: Sequence[int]
+) -> dict[str, Any]:
     """The moments of a step, in seconds since the first worker began it. Workers of unknown clocks are left out."""
     every = -(-len(samples) * len(samples[0].buckets) // MOST_MOMENTS)
     shifts = {rank: offsets[rank].seconds if rank in offsets else 0.0 for rank in range(len(samples))}
@@ -85,7 +100,7 @@ def _sample(step: int, samples: Sequence[Sample], offsets: Mapping[int, Offset])
             return seconds(moment + shift - start)
 
         told: dict[str, Any] = {
-            "rank": rank,
+            "rank": names[rank],
             "begun": at(sample.begun),
             "finish": at(sample.finish),
             "done": at(sample.done),
