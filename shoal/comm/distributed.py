@@ -95,7 +95,7 @@ class DistributedGroup:
         made.rank, made.world = made.names.index(self.names[self.rank]), len(made.names)
         made.counters = Counters.of_workers(made.rank, made.names)
         made._gathers = made.counters.tally("gather", "tcp")
-        self.counters.parts.append(made.counters)
+        self.counters.adopt(made.counters)
         return made
 
     def _all_parts(self, partition: Partition) -> list[tuple[int, ...]]:

@@ -100,7 +100,7 @@ class HostGroup:
             server_heap=None,
             _sequence=0,
         )
-        self.counters.parts.append(made.counters)
+        self.counters.adopt(made.counters)
         return made
 
     @property

@@ -56,7 +56,7 @@ class WiredGroup:
         names = tuple(self.names[rank] for rank in part)
         mesh = self.mesh.part(part, number)
         made = replace(self, rank=part.index(self.rank), world=len(part), mesh=mesh, names=names, _sequence=0)
-        self.counters.parts.append(made.counters)
+        self.counters.adopt(made.counters)
         return made
 
     @property

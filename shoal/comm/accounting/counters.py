@@ -22,15 +22,18 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import ClassVar, Self
 
 KEPT_SPANS = 20_000  # of the newest steps that somebody wanted to see
 
 Place = tuple[str, str]  # operation, kind of link: ("reduce-scatter", "shared memory")
+
+
+_numbers = count()
 
 
 class Kind(IntEnum):
@@ -45,9 +48,10 @@ class Kind(IntEnum):
 class Tally:
     """One operation over one kind of link. Has one writer: each thread asks `Counters.tally` for its own."""
 
-    __slots__ = ("calls", "exposed", "hidden", "received_bytes", "sent_bytes", "waits")
+    __slots__ = ("_owner", "calls", "exposed", "hidden", "received_bytes", "sent_bytes", "waits")
 
-    def __init__(self, peers: int) -> None:
+    def __init__(self, peers: int, owner: "Counters | None" = None) -> None:
+        self._owner = owner  # lives as long
         self.calls = self.sent_bytes = self.received_bytes = 0
         self.hidden = [0.0] * len(Kind)
         self.exposed = [0.0] * len(Kind)
@@ -153,7 +157,8 @@ class Counters:
         self.watchers = 0  # recordings under way: while there are any, transports keep the spans of every step
         self.spans: deque[Span] = deque(maxlen=KEPT_SPANS)
         self._tallies: dict[tuple[str, str, int], Tally] = {}
-        self.parts: list[Counters] = []  # those of groups that were split off
+        self.number = next(_numbers)
+        self._family = [weakref.ref(self)]  # of a group, and of all that were split off it, or off one of these
         Counters.live.add(self)
 
     @classmethod
@@ -165,18 +170,21 @@ class Counters:
         """The calling thread's tally of an operation over a kind of link. Keep hold of it: looking it up takes time."""
         key = (operation, link, threading.get_ident())
         if key not in self._tallies:
-            self._tallies[key] = Tally(len(self.peers))
+            self._tallies[key] = Tally(len(self.peers), self)
         return self._tallies[key]
 
     def tallies(self) -> list[tuple[tuple[str, str, int], Tally]]:
         """((operation, link, thread), tally) of each."""
         return list(self._tallies.items())
 
-    def with_parts(self) -> Iterator["Counters"]:
-        """These, and those of all parts of the group, in the order in which they were made."""
-        yield self
-        for part in self.parts:
-            yield from part.with_parts()
+    def adopt(self, part: "Counters") -> None:
+        """``part`` is what a group counts that was split off this one's. It stays while somebody counts in it."""
+        self._family[:] = [*(each for each in self._family if each() is not None), weakref.ref(part)]
+        part._family = self._family
+
+    def with_parts(self) -> list["Counters"]:
+        """These, and those of all groups that were split off, in the order in which they were made."""
+        return [found for each in self._family if (found := each()) is not None]
 
     def totals(self) -> dict[Place, Total]:
         """How everything stands, over all threads. A tally that is being written may be caught between two numbers."""

@@ -13,8 +13,7 @@ from shoal.comm.accounting.telling import due
 from shoal.comm.stages.messages import RECEIVE, SEND
 from shoal.comm.status import Reporter
 
-_NAMED_ALREADY = frozenset({SEND, RECEIVE, "gather"})
-_Key = tuple[int, str, str, int]  # which counters; operation, link, thread
+_Key = tuple[int, str, str, int]  # number of the counters; operation, link, thread
 _NUMBERS = 3 + 2 * len(Kind)  # of a tally, before the waits
 
 
@@ -27,7 +26,7 @@ class SplitAccount:
     """``counters``: of the group of all workers; those of its parts are found there.
 
     An operation of those that sum gradients, ``summing``, has its own name, one among others the axes along which its
-    workers lie besides, as ``axes_of`` gives them for ranks: "all-reduce (tensor)"."""
+    workers lie besides, as ``axes_of`` gives them for ranks: "all-reduce (tensor)". Messages of stages need none."""
 
     def __init__(
         self,
@@ -37,7 +36,7 @@ class SplitAccount:
         summing: Collection[Counters],
     ) -> None:
         self._counters, self._report, self._axes_of = counters, report, axes_of
-        self._plain = {id(counters), *map(id, summing)}
+        self._plain = {each.number for each in (counters, *summing)}
         self._outside: dict[_Key, list[float]] = {}  # counted between steps: evaluation, checkpoints
         self._left: dict[_Key, list[float]] = {}  # as a step left it
         self._open = False
@@ -72,29 +71,35 @@ class SplitAccount:
 
     def _snapshot(self) -> dict[_Key, list[float]]:
         return {
-            (index, *key): [t.calls, t.sent_bytes, t.received_bytes, *t.hidden, *t.exposed, *t.waits]
-            for index, counters in enumerate(self._counters.with_parts())
+            (counters.number, *key): [t.calls, t.sent_bytes, t.received_bytes, *t.hidden, *t.exposed, *t.waits]
+            for counters in self._counters.with_parts()
             for key, t in counters.tallies()
         }
 
     def _packed(self, step: int, now: dict[_Key, list[float]]) -> bytes:
-        everybody = list(self._counters.with_parts())
+        everybody = {counters.number: counters for counters in self._counters.with_parts()}
         sums: dict[Place, list[float]] = {}
         waits = [0.0] * len(self._counters.peers)
         for key, numbers in now.items():
-            index, operation, link, _ = key
+            number, operation, link, _ = key
             gained = _minus(numbers, self._outside.get(key))
-            place = (self._name(operation, everybody[index]), link)
+            counters = everybody[number]
+            place = (self._name(operation, counters), link)
             sums[place] = _plus(sums.get(place), gained[:_NUMBERS])
-            for peer, seconds in zip(everybody[index].peers, gained[_NUMBERS:], strict=True):
+            for peer, seconds in zip(counters.peers, gained[_NUMBERS:], strict=True):
                 waits[self._counters.peers.index(peer)] += seconds
         operations = [[*place, *numbers] for place, numbers in sums.items() if any(numbers)]
         return json.dumps([step, self._steps, self._report.seconds, operations, waits]).encode()
 
     def _name(self, operation: str, counters: Counters) -> str:
-        if id(counters) in self._plain or operation in _NAMED_ALREADY:
+        if counters.number in self._plain or operation == "gather":
             return operation
-        return f"{operation} ({', '.join(self._axes_of([self._counters.peers.index(p) for p in counters.peers]))})"
+        axes = self._axes_of([self._counters.peers.index(peer) for peer in counters.peers])
+        if operation in (SEND, RECEIVE):
+            if list(axes) == ["pipe"]:
+                return operation
+            operation = operation.removeprefix("stage ")  # such messages go round a ring of slices too
+        return f"{operation} ({', '.join(axes)})"
 
 
 def _told(row: bytes) -> Told:
