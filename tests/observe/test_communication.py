@@ -73,6 +73,40 @@ def test_a_resumed_run_is_told_by_its_last_session():
     assert c.exposed_s == pytest.approx(0.01)
 
 
+def split(events, mesh, bottom="stage receive"):
+    """The same log of a split model, whose passes wait for messages."""
+    for event in events:
+        if event["event"] == "started":
+            event["split"] = {"mesh": mesh, "exact": True}
+        for row in event.get("comm", {}).get("operations", []):
+            row["operation"] = bottom
+    return events
+
+
+def test_a_pipeline_names_the_stages_that_wait_and_predicts_nothing_of_gradients(tmp_path):
+    turns = ((0.0, 0.02), (0.02, 0.0))
+    log = make_run(tmp_path / "pipe", split(run(steps=8, waits=turns, compute=(0.05, 0.05)), {"pipe": 2}))
+    c = read_communication(log.events())
+    found = facts(c)
+    assert (found["remedies"], found["ways"]) == ([], [])
+    assert found["bottleneck"]["kind"] == "stages"
+    assert len(lines(c)) == 1
+    text = section(write([log]))
+    assert "stage receive" in text
+    assert "Who waits for whom" in text
+    assert "What would help" not in text
+    assert "parameter servers" not in text
+    assert "pipe 2" in section(write([log, make_run(tmp_path / "whole", run(steps=8))]))
+
+
+def test_seconds_that_slices_send_within_their_passes_are_not_computing():
+    events = split(run(steps=8, compute=(0.08, 0.08), transferring=0.02), {"tensor": 2}, "all-reduce (tensor)")
+    c = read_communication(events)
+    assert c.compute == pytest.approx((0.06, 0.06))
+    assert c.operations == 0  # none with gradients
+    assert "all-reduce (tensor) over tcp" in facts(c)["bottleneck"]["sentence"]
+
+
 ANY = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["step", "waits", "phases"]), inner),
