@@ -39,7 +39,7 @@ def test_a_whole_log_has_no_blank_lines(tmp_path):
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["one", "two"]
 
 
-def test_a_line_that_did_not_fit_is_an_error_and_the_next_one_is_whole(tmp_path, monkeypatch):
+def test_a_line_that_did_not_fit_is_an_error_and_is_written_before_the_next_one(tmp_path, monkeypatch):
     path = tmp_path / "events.jsonl"
     log = EventLog(path)
     import os
@@ -51,7 +51,7 @@ def test_a_line_that_did_not_fit_is_an_error_and_the_next_one_is_whole(tmp_path,
     monkeypatch.undo()
     log.write("two")
     log.close()
-    assert [event["event"] for event in read_events(path)] == ["two"]
+    assert [event["event"] for event in read_events(path)] == ["one", "two"]
 
 
 def test_not_a_number_is_written_as_text(tmp_path):
