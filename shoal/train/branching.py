@@ -19,18 +19,18 @@ def find_start(target: str, steps: int = 0) -> Path:
     if 0 < steps <= step:
         raise UserError(f"--from {target!r}: a run of {steps} steps has nothing left to do there: raise --steps.")
     found = checkpoint.listing(run.checkpoints)
-    steps = sorted({one.step for one in found if not one.problem})
-    if not steps:
+    saved = sorted({one.step for one in found if not one.problem})
+    if not saved:
         raise UserError(f"--from {target!r}: there is no whole checkpoint in {str(run.checkpoints)!r}.")
     of_step = [one for one in found if one.step == step]
     if not of_step:
-        near = min(steps, key=lambda each: (abs(each - step), each))
-        shown = ", ".join(map(str, steps[-SHOWN:]))
-        kept = f"{'..., ' if len(steps) > SHOWN else ''}{shown}"
+        near = min(saved, key=lambda each: (abs(each - step), each))
+        shown = ", ".join(map(str, saved[-SHOWN:]))
+        kept = f"{'..., ' if len(saved) > SHOWN else ''}{shown}"
         raise UserError(f"--from {target!r}: there is no checkpoint of step {step}, the nearest is {near} (of {kept}).")
     problems = checkpoint.damage(of_step[0].path)
     if problems:
-        others = sorted((each for each in steps if each != step), key=lambda each: abs(each - step))
+        others = sorted((each for each in saved if each != step), key=lambda each: abs(each - step))
         other = f" The nearest other one is of step {others[0]}." if others else ""
         raise UserError(f"--from {target!r}: {problems[0]}{other}")
     return of_step[0].path

@@ -141,7 +141,7 @@ def test_agents_that_are_stopped_killed_and_started_anew_cost_no_bit_and_no_old_
     assert steps == list(range(1, len(steps) + 1)), "every step is told once, in order"
     epochs = [e["membership"] for e in hosts.events if "membership" in e]
     assert epochs == sorted(epochs)
-    entries = [e["entry"] for e in hosts.events if "entry" in e]
+    entries = [e["entry"] for e in hosts.events if e.get("entry")]  # 0: seen by one agent, and nothing decided
     assert len(entries) == len(set(entries)), "no line is written by two leaders"
     assert len(hosts.of("recovered")) == 3
     assert all(e["redone"] <= 1 for e in hosts.of("recovered"))
