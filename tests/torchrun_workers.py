@@ -18,12 +18,14 @@ def as_torchrun(group: HostGroup, function: Callable[..., Any], *arguments: Any)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(group.rank), WORLD_SIZE=str(group.world))
     joined = DistributedGroup(20.0, accelerator=False)
     try:
-        result = function(joined, *arguments)
+        return function(joined, *arguments)
     finally:
         joined.close()
-    assert not gloo_threads(), (
-        "a process group is held by somebody: its threads end the interpreter by SIGABRT at times"
-    )
+
+
+def leaving_no_thread(group: HostGroup, function: Callable[..., Any], *arguments: Any) -> Any:
+    result = as_torchrun(group, function, *arguments)
+    assert not gloo_threads(), "somebody holds a process group: its threads end an interpreter by SIGABRT at times"
     return result
 
 
