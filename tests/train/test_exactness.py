@@ -16,6 +16,7 @@ from shoal.train.weights import weights_sha256
 
 KINDS = ("cnn", "lstm", "gpt", "resnet")
 WORKERS = (2, 3, 4, 5, 8)
+OFTEN = {("gpt", "float32"), ("cnn", "bfloat16")}  # the whole matrix of these in every run of the tests
 TAILS = {"shorter than the shards": 101, "longer than the shards": 107, "none": 96}  # with a batch of 16
 
 
@@ -52,14 +53,13 @@ def test_the_weights_do_not_depend_on_the_number_of_workers(run, kind, precision
     agrees(run, wanted, splits(kind, 101), [plan(3, 5), plan(3, 3, 2)], clips=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("precision", "micro_batches", "tail"),
+    ("kind", "precision", "micro_batches", "tail"),
     [
-        pytest.param("float32", 1, "shorter than the shards", marks=pytest.mark.slow),
-        pytest.param("bfloat16", 2, "longer than the shards", marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1, "shorter than the shards", marks=pytest.mark.soak),
-        pytest.param("float32", 2, "longer than the shards", marks=pytest.mark.soak),
+        pytest.param(kind, precision, *rest, marks=pytest.mark.slow if (kind, precision) in OFTEN else pytest.mark.soak)
+        for kind in KINDS
+        for precision in ("float32", "bfloat16")
+        for rest in ((1, "shorter than the shards"), (2, "longer than the shards"))
     ],
 )
 def test_the_whole_matrix_gives_one_hash_a_recipe(run, kind, precision, micro_batches, tail):
