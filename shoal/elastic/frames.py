@@ -5,6 +5,7 @@ A message is [kind, field, field, ...]; nothing else is read, and nothing that i
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -113,12 +114,14 @@ def _reader(hint: Any) -> Reader:
 
 
 def _scalar(kind: type[Any], value: Any) -> Any:
+    if type(value) is int and abs(value) >= 1 << 63:
+        raise FrameError("a number that is too large")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is str and len(value) > LONGEST_TEXT):
         raise FrameError(f"{str(value)[:100]} is no {kind.__name__}")
-    if kind is int and abs(value) >= 1 << 63:
-        raise FrameError("a number that is too large")
+    if kind is float and not math.isfinite(value):
+        raise FrameError(f"{value} is no number that can be counted with")
     return value
 
 

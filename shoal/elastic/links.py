@@ -261,7 +261,7 @@ class Links:
         theirs, ours = wire.take(_NONCE), secrets.token_bytes(_NONCE)
         pair = wire.pair
         links = [pair.epoch, pair.low, pair.high] if pair else []
-        hello = json.dumps({"from": self.number, "to": wire.agent, "job": self._job, "pair": links}).encode()
+        hello = json.dumps([self.number, wire.agent, self._job, links]).encode()
         proof = _proof(self._token, b"who", theirs, ours, hello)
         wire.unsent += _HELLO.pack(len(hello)) + hello + ours + proof
         wire.proof, wire.key = _proof(self._token, b"so", ours, theirs), _proof(self._token, b"key", theirs, ours)
@@ -280,18 +280,18 @@ class Links:
         hello, theirs, proof = wire.take(size), wire.take(_NONCE), wire.take(_PROOF)
         if not hmac.compare_digest(proof, _proof(self._token, b"who", wire.nonce, theirs, hello)):
             raise EOFError
-        said = json.loads(hello)
-        if said["to"] != self.number or said["from"] not in self._retry_s:
+        origin, to, job, pair = _read_hello(hello)
+        if to != self.number or origin not in self._retry_s:
             raise EOFError
-        if said["job"] != self._job:
-            news.append(Differs(said["from"]))
+        if job != self._job:
+            news.append(Differs(origin))
             raise EOFError
-        wire.agent, wire.key = said["from"], _proof(self._token, b"key", wire.nonce, theirs)
+        wire.agent, wire.key = origin, _proof(self._token, b"key", wire.nonce, theirs)
         wire.unsent += _proof(self._token, b"so", theirs, wire.nonce)
         wire.flush()
         wire.state = "open"
-        if said["pair"]:
-            self._hand(wire, Pair(*said["pair"]), news)
+        if pair:
+            self._hand(wire, Pair(*pair), news)
 
     def _believe(self, wire: _Wire, news: list[News]) -> None:
         if not wire.fill(_PROOF):
@@ -321,6 +321,20 @@ class Links:
                 raise EOFError
             wire.received = number
             news.append(Heard(wire.agent, frames.decode(body)))
+
+
+def _read_hello(raw: bytes) -> tuple[int, int, str, list[int]]:
+    """Who speaks, to whom, of which job, and for which pair of workers. Raises EOFError for anything else."""
+    try:
+        said = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise EOFError from None
+    match said:
+        case [int(origin), int(to), str(job), [] as pair]:
+            return origin, to, job, pair
+        case [int(origin), int(to), str(job), [int(), int(), int()] as pair]:
+            return origin, to, job, pair
+    raise EOFError
 
 
 def _proof(token: bytes, *parts: bytes) -> bytes:
