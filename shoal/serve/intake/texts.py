@@ -8,6 +8,7 @@ from shoal.data.tokenizer import from_description
 from shoal.errors import UserError
 from shoal.serve.http.messages import HttpError
 from shoal.serve.intake.task import Classes, field, several
+from shoal.serve.intake.words import ID_BYTES, Words, stands_alone
 from shoal.serve.payloads import Array, Inputs, Outputs
 
 NAMES = "text", "input", "inputs"  # of one field: who asks may call it as they are used to
@@ -23,17 +24,24 @@ class Texts:
         self.start = int(facts["start"])
         self.separator = int(facts["separator"])
         self.vocab = int(facts["vocab"])
+        self._words = Words(self.tokenizer) if stands_alone(self.tokenizer) else None
+        self._frame = machine_array("i", [self.start]).tobytes(), machine_array("i", [self.separator]).tobytes()
 
     def framed(self, text: str) -> Inputs:
+        text = text[: CHARACTERS_A_TOKEN * self.context]
+        first, last = self._frame
         try:
-            ids = self.tokenizer.encode(text[: CHARACTERS_A_TOKEN * self.context])
+            ids = self._words.ids(text) if self._words else machine_array("i", self.tokenizer.encode(text)).tobytes()
         except UserError as error:  # a character that the tokeniser does not know
             raise HttpError(400, str(error), param="text") from None
-        return self.from_ids([self.start, *ids[: self.context - 2], self.separator])
+        return self._inputs(first + ids[: ID_BYTES * (self.context - 2)] + last)
 
     def from_ids(self, ids: Sequence[int]) -> Inputs:
-        data = machine_array("i", ids).tobytes()
-        return Inputs(1, len(ids), {"tokens": Array("int32", (1, len(ids)), data)})
+        return self._inputs(machine_array("i", ids).tobytes())
+
+    def _inputs(self, ids: bytes) -> Inputs:
+        length = len(ids) // ID_BYTES
+        return Inputs(1, length, {"tokens": Array("int32", (1, length), ids)})
 
 
 class TextClasses(Classes):
