@@ -15,6 +15,7 @@ from shoal.models.dropout import Dropout
 from shoal.models.ends import Joint, Logits, Positions, Segments
 from shoal.models.facts import at_least_one, probability
 from shoal.models.gpt import STREAM, head_grains
+from shoal.models.initial_values import Constant, Initial, Normal, initialise
 
 Head = Literal["encoder", "masked-language-model", "classification", "question-answering"]
 HEADS: tuple[Head, ...] = get_args(Head)
@@ -116,15 +117,14 @@ class Bert(nn.Module):
             self.classifier = nn.Linear(config.width, config.classes)
         if head == "question-answering":
             self.span = nn.Linear(config.width, 2)
-        self.initialise()
+        initialise(self)
 
-    @torch.no_grad()
-    def initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+    def initial_values(self) -> dict[str, Initial]:
+        return {
+            "*norm*.weight": Constant(1.0),
+            "*bias": Constant(0.0),
+            "*.weight": Normal(0.02),
+        }
 
     def encode(self, tokens: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:
         """The last layer's states [n, T, width]."""

@@ -11,6 +11,7 @@ from shoal.models.dimensions import Dimensions, Grain, name_dimensions
 from shoal.models.dropout import Dropout
 from shoal.models.ends import Joint
 from shoal.models.facts import at_least_one, probability
+from shoal.models.initial_values import Constant, Initial, Normal, fan_in, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,13 @@ class CNN(nn.Module):
         self.dropouts = nn.ModuleList(Dropout(config.dropout, ("samples", name)) for name in ("pixels", names[-2]))
         self.hidden = nn.Linear(channels * self.pixels, config.hidden)
         self.head = nn.Linear(config.hidden, config.classes)
-        for layer in (*self.convolutions, self.hidden):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        initialise(self)
+
+    def initial_values(self) -> dict[str, Initial]:
+        """Of what a ReLU comes after, those for one (He et al., 2015, section 2.2)."""
+        layers = {f"convolutions.{i}": layer for i, layer in enumerate(self.convolutions)} | {"hidden": self.hidden}
+        said: dict[str, Initial] = {f"{name}.bias": Constant(0.0) for name in layers}
+        return said | {f"{name}.weight": Normal((2 / fan_in(layer)) ** 0.5) for name, layer in layers.items()}  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
         x = input.reshape(len(input), *self.shape)

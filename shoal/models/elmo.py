@@ -9,6 +9,7 @@ from shoal.models.dimensions import Dimensions, name_dimensions
 from shoal.models.dropout import Dropout
 from shoal.models.ends import Logits
 from shoal.models.facts import at_least_one, probability
+from shoal.models.initial_values import Constant, Initial, Normal, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,11 @@ class Elmo(nn.Module):
         self.head = None if config.tied else nn.Linear(width, config.vocab, bias=False)
         self.logits = Logits(("vocab", "width" if config.tied else "hidden"))
         self.bias = nn.Parameter(torch.zeros(config.vocab))
-        nn.init.normal_(self.tokens.weight, std=width**-0.5)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=width**-0.5)
+        initialise(self)
+
+    def initial_values(self) -> dict[str, Initial]:
+        softmax = Normal(self.config.width**-0.5)
+        return {"tokens.weight": softmax, "head.weight": softmax, "bias": Constant(0.0)}
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         embedded = self.dropout(self.tokens(tokens))

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from shoal.errors import UserError
@@ -14,6 +13,7 @@ from shoal.models.dimensions import Dimensions, Grain, name_dimensions
 from shoal.models.dropout import Dropout
 from shoal.models.ends import Logits, Positions
 from shoal.models.facts import at_least_one, probability
+from shoal.models.initial_values import Constant, Initial, Normal, initialise
 
 STREAM = ("samples", "sequence", "width")  # the dims of what flows from block to block
 
@@ -100,21 +100,18 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
         self.logits = Logits()
-        self.initialise()
+        initialise(self)
 
-    @torch.no_grad()
-    def initialise(self) -> None:
+    def initial_values(self) -> dict[str, Initial]:
         """Normal(0, 0.02); what adds to the residual stream is scaled by 1 / sqrt(2 layers) (GPT-2, section 2.3)."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                scale = self.added_scale if name.endswith((".attention.out", ".down")) else 1.0
-                nn.init.normal_(module.weight, std=0.02 * scale)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    @property
-    def added_scale(self) -> float:
-        return float((2 * self.config.layers) ** -0.5)
+        added = Normal(0.02 * (2 * self.config.layers) ** -0.5)
+        return {
+            "*norm*.weight": Constant(1.0),
+            "*.bias": Constant(0.0),
+            "*.attention.out.weight": added,
+            "*.down.weight": added,
+            "*.weight": Normal(0.02),
+        }
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]

@@ -9,6 +9,7 @@ from shoal.models.dimensions import Dimensions, name_dimensions
 from shoal.models.dropout import Dropout
 from shoal.models.ends import Logits
 from shoal.models.facts import at_least_one, probability
+from shoal.models.initial_values import Constant, Initial, Normal, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +46,12 @@ class LSTM(nn.Module):
         self.head = None if config.tied else nn.Linear(hidden, config.vocab, bias=False)
         self.logits = Logits(("vocab", "width" if config.tied else "hidden"))
         self.bias = nn.Parameter(self.tokens.weight.new_zeros(config.vocab))
-        nn.init.normal_(self.tokens.weight, std=0.1 if not config.tied else hidden**-0.5)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=hidden**-0.5)
+        initialise(self)
+
+    def initial_values(self) -> dict[str, Initial]:
+        softmax = Normal((self.config.hidden or self.config.width) ** -0.5)
+        embedding = softmax if self.config.tied else Normal(0.1)
+        return {"tokens.weight": embedding, "head.weight": softmax, "bias": Constant(0.0)}
 
     def forward(self, tokens: Tensor) -> Tensor:
         states, _ = self.lstm(self.dropout(self.tokens(tokens)))

@@ -9,6 +9,7 @@ from shoal.errors import UserError
 from shoal.models.dimensions import Dimensions, Grain, name_dimensions
 from shoal.models.dropout import Dropout
 from shoal.models.facts import at_least_one, probability
+from shoal.models.initial_values import Constant, Initial, Normal, fan_in, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,15 @@ class MLP(nn.Module):
         self.dropouts = nn.ModuleList(
             Dropout(config.dropout, ("samples", _hidden(i))) for i in range(len(config.hidden))
         )
-        for layer in self.layers[:-1]:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        initialise(self)
+
+    def initial_values(self) -> dict[str, Initial]:
+        """Of the hidden layers those for a ReLU (He et al., 2015, section 2.2)."""
+        said: dict[str, Initial] = {}
+        for number, layer in enumerate(self.layers[:-1]):
+            said |= {f"layers.{number}.weight": Normal((2 / fan_in(layer)) ** 0.5)}  # type: ignore[arg-type]
+            said |= {f"layers.{number}.bias": Constant(0.0)}
+        return said
 
     def forward(self, input: Tensor) -> Tensor:
         x = input.flatten(1)

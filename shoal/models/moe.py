@@ -195,13 +195,6 @@ class MoE(GPT):
     config: MoEConfig
     block = Block
 
-    @torch.no_grad()
-    def initialise(self) -> None:
-        super().initialise()
-        for block in self.blocks:
-            nn.init.normal_(block.mixture.experts.up.weight, std=0.02)  # type: ignore[union-attr,arg-type]
-            nn.init.normal_(block.mixture.experts.down.weight, std=0.02 * self.added_scale)  # type: ignore[union-attr,arg-type]
-
     def dimensions(self) -> Dimensions:
         return name_dimensions(self, {**_DIMENSIONS, **DIMENSIONS})
 

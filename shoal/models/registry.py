@@ -63,7 +63,7 @@ class Kind:
 
 
 def build(spec: ModelSpec, facts: Facts) -> nn.Module:
-    """The model on the CPU, initialised from torch's default generator as it stands: the caller seeds it.
+    """The model on the CPU, with the first values that torch's seed gives (``torch.manual_seed``).
 
     ``facts`` (``Source.facts``) fills the sizes that the recipe leaves out. Weights and frozen parameters are applied.
     Raises UserError for an unknown kind, task or option, for sizes that contradict the data, for weights that do not

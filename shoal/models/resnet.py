@@ -3,6 +3,7 @@
 Parameters carry the names that torchvision made common (conv1, bn1, layer1.0.conv1, ..., fc), so that weights published
 under those names fit."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ from shoal.models.convolution import Conv2d
 from shoal.models.dimensions import Dimensions, Grain, name_dimensions
 from shoal.models.ends import GlobalAverage
 from shoal.models.facts import at_least_one
+from shoal.models.initial_values import Initial, Normal, initialise
 
 IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -127,9 +129,15 @@ class ResNet(nn.Module):
             channels = (width << stage) * block.growth
         self.average = GlobalAverage()
         self.fc = nn.Linear(channels, config.classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
+
+    def initial_values(self) -> dict[str, Initial]:
+        """Of convolutions those that keep the size of gradients through ReLUs (He et al., 2015, section 2.2)."""
+        return {
+            f"{name}.weight": Normal((2 / (module.out_channels * math.prod(module.kernel_size))) ** 0.5)
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Conv2d)
+        }
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.maxpool(self.bn1(self.conv1(input.reshape(len(input), *self.shape))).relu())

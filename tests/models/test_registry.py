@@ -21,14 +21,15 @@ def test_sizes_that_the_recipe_leaves_out_come_from_the_data():
     assert (model.config.vocab, model.config.context) == (65, 16)
 
 
-def test_building_takes_its_numbers_from_the_default_generator_as_it_stands():
+def test_a_built_model_depends_on_the_seed_and_not_on_what_was_drawn_since():
     torch.manual_seed(5)
     first = build(_gpt(), TEXT)
-    second = build(_gpt(), TEXT)
-    torch.manual_seed(5)
+    torch.rand(3)
     again = build(_gpt(), TEXT)
+    torch.manual_seed(6)
+    other = build(_gpt(), TEXT)
     assert torch.equal(first.tokens.weight, again.tokens.weight)
-    assert not torch.equal(first.tokens.weight, second.tokens.weight)
+    assert not torch.equal(first.tokens.weight, other.tokens.weight)
     assert {parameter.device.type for parameter in first.parameters()} == {"cpu"}
 
 
