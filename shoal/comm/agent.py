@@ -290,7 +290,8 @@ def _group(
     say: Callable[[str, Any], None],
 ) -> HostGroup:
     mesh, arenas = Mesh(rank, peers[: job.workers], report), Arenas(rank, shared.own)
-    group = HostGroup(rank, job.workers, mesh, Heap(shared.heap), arenas, report, lambda value: say("event", value))
+    heap = Heap(shared.heap)
+    group = HostGroup(rank, job.workers, mesh, report, lambda value: say("event", value), heap=heap, arenas=arenas)
     if job.servers:
         group.servers = Mesh(-1, peers[job.workers :], report, first=SERVERS)
         group.server_heap = Heap(shared.server_heap)

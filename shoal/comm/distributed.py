@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from datetime import timedelta
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from shoal.comm.accounting.moments import Moments
 from shoal.comm.exchange import Terms, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat
 from shoal.comm.group import Partition
+from shoal.comm.lanes import LanedGroup, ProcessGroupLane, Work
 from shoal.comm.layout import Bucket
 from shoal.comm.status import Phase, Reporter
 from shoal.comm.torch_all_gather import all_gather
@@ -105,6 +106,9 @@ class DistributedGroup:
             return mine
         told = [json.loads(row) for row in self._whole.gather(json.dumps(mine).encode())]
         return list(dict.fromkeys(tuple(part) for parts in told for part in parts))
+
+    def lane(self, *, shared: bool = False) -> ProcessGroupLane:
+        return ProcessGroupLane(self if shared else self.split([range(self.world)]))
 
     def listen(self, listener: Callable[[Any], None]) -> None:
         """What this worker emits goes to ``listener``, in this process."""
@@ -193,16 +197,18 @@ class DistributedExchange:
     shared_result = sliced_result = False
     operations: tuple[str, ...] = ("reduce-scatter", "all-gather", "facts")
 
-    def __init__(self, group: DistributedGroup, terms: Terms) -> None:
+    def __init__(self, group: LanedGroup, terms: Terms) -> None:
         self.layout, self._placement, self._denominators = terms.layout, terms.placement, terms.denominators
         layout, facts, dtype, device = terms.layout, terms.facts, terms.dtype, terms.device
         self._group = group
-        self._open_lanes(group)
+        # Collectives of one lane are matched by their order. When a result can go out depends on what has come in, so
+        # that workers start these in another order among the scatters: they need a lane of their own.
+        self._lane, self._results = group.lane(shared=True), group.lane()
         self._eager = group.world > 1 and device.type == "cpu"  # NCCL's own order must be equal on all workers too
         named = [row.decode().split("|", 1) for row in group.gather(f"{group.host}|{clock_name()}".encode())]
         hosts = [host for host, _ in named]
         self._near = hosts.count(group.host) - 1  # peers on this host
-        link = self._link(device)
+        link = self._lane.link(device)
         self._links = [link] if len(set(hosts)) == 1 else [f"{link} between hosts", f"{link} in a host"]
         operations: list[Place] = [(operation, link) for link in self._links for operation in self.operations]
         bucket_bytes = [bucket.slice * group.world * dtype.itemsize for bucket in layout.buckets]
@@ -219,32 +225,11 @@ class DistributedExchange:
         self.partials: Sequence[torch.Tensor] = ()
         self._passes: tuple[int, ...] = ()
         self._posted = self._reduced = 0
-        self._facts_work: dist.Work | None = None
-        self._late_work: dist.Work | None = None
-        self._scatters: list[list[dist.Work]] = []
+        self._facts_work: Work | None = None
+        self._late_work: Work | None = None
+        self._scatters: list[list[Work]] = []
         self._operands: list[list[torch.Tensor]] = []
-        self._gathers: list[dist.Work] = []
-
-    def _open_lanes(self, group: DistributedGroup) -> None:
-        """Collectives of one group are matched by their order. When a result can go out depends on what has come in, so
-        that workers start these in another order among the scatters: they need a group of their own."""
-        self._results = group.split([range(group.world)])
-
-    def _link(self, device: torch.device) -> str:
-        return "nccl" if device.type == "cuda" else "tcp"
-
-    def _all_gather(self, whole: torch.Tensor, own: torch.Tensor, *, result: bool) -> "dist.Work":
-        """``own``, from everybody, into ``whole``: a row of facts, or a slice of the result."""
-        work: dist.Work = all_gather(whole, own, async_op=True, group=(self._results if result else self._group).pg)
-        return work
-
-    def _all_to_all(
-        self, out: torch.Tensor, data: torch.Tensor, received: list[int], sent: list[int]
-    ) -> "dist.Work":  # fmt: skip
-        """``sent[r]`` elements of ``data`` to each rank r, ``received[r]`` from it, in the order of ranks."""
-        work: dist.Work | None = dist.all_to_all_single(out, data, received, sent, async_op=True, group=self._group.pg)
-        assert work is not None
-        return work
+        self._gathers: list[Work] = []
 
     def _reserve(self, terms: Terms) -> None:
         """The memory of own partial sums, of what comes in from others, and of the result."""
@@ -267,7 +252,7 @@ class DistributedExchange:
         best = float("inf")
         for _ in range(PROBES):
             begun = self.account.now()
-            all_gather(all_ones, one, group=self._group.pg)
+            self._lane.all_gather(all_ones, one).wait()
             float(all_ones[0])  # on a GPU: wait for it
             best = min(best, self.account.now() - begun)
         return best
@@ -316,8 +301,8 @@ class DistributedExchange:
             self._scatter(self.layout.buckets[self._posted])
             self._posted += 1
 
-    def _gather_facts(self, into: torch.Tensor, row: torch.Tensor) -> "dist.Work | None":
-        work = self._all_gather(into.view(-1), row.clone(), result=False)
+    def _gather_facts(self, into: torch.Tensor, row: torch.Tensor) -> "Work | None":
+        work = self._lane.all_gather(into.view(-1), row.clone())
         self._count("facts", row.nbytes)
         return work
 
@@ -325,14 +310,14 @@ class DistributedExchange:
         """Send every owner its slice of the own partials; slices of rank r's i-th partial arrive in round i."""
         world, size = self._group.world, bucket.slice
         operands: list[list[torch.Tensor]] = [[] for _ in range(world)]
-        works: list[dist.Work] = []
+        works: list[Work] = []
         free = self._room(len(self._scatters))
         for i in range(max(self._counts)):
             origins = [rank for rank in range(world) if self._counts[rank] > i]
             sends = self._group.rank in origins
             out, free = free[: len(origins) * size], free[len(origins) * size :]
             works.append(
-                self._all_to_all(
+                self._lane.all_to_all(
                     out,
                     self.partials[i][bucket.start : bucket.stop] if sends else out[:0],
                     [size if rank in origins else 0 for rank in range(world)],
@@ -373,7 +358,7 @@ class DistributedExchange:
             parts = [operand[start - owned.start : stop - owned.start] for operand in operands]
             finish_flat(parts, self._placement.adds(self._passes), denominator(start, self.layout, denominators))
         whole = self._result[bucket.start : bucket.stop]
-        self._gathers.append(self._all_gather(whole, operands[0], result=True))
+        self._gathers.append(self._results.all_gather(whole, operands[0]))
         self._count("all-gather", operands[0].nbytes)
 
     @torch.no_grad()
@@ -393,7 +378,7 @@ class DistributedExchange:
         self.account.settle()
         self._group.report(before.phase, shard=before.shard)
 
-    def _wait(self, operation: str, works: "Sequence[dist.Work | None]") -> None:
+    def _wait(self, operation: str, works: "Sequence[Work | None]") -> None:
         """Stand still until these are done. How much of it is a peer's lateness, their own accounts tell."""
         begun = self.account.now()
         for work in works:
@@ -423,7 +408,7 @@ class ReducingExchange(DistributedExchange):
             piece.copy_(self.partials[0][bucket.start : bucket.stop])
         else:
             piece.zero_()
-        work = dist.all_reduce(piece, async_op=True, group=self._group.pg)
+        work = dist.all_reduce(piece, async_op=True, group=cast(DistributedGroup, self._group).pg)
         assert work is not None
         self._count("all-reduce", 2 * piece.nbytes / self._group.world)
         self._scatters.append([work])

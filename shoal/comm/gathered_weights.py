@@ -7,14 +7,12 @@ but what others own is there only between `start` and `release`: on the processo
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from shoal.comm.distributed import DistributedGroup
+from shoal.comm.lanes import LanedGroup, Work
 from shoal.comm.layout import Layout
 from shoal.comm.pages import Pages, resident_bytes
 from shoal.comm.slices import Piece, Sharing, owned_ranges
-from shoal.comm.torch_all_gather import all_gather
 
 
 class GatheredWeights:
@@ -22,7 +20,7 @@ class GatheredWeights:
 
     def __init__(
         self,
-        group: DistributedGroup,
+        group: LanedGroup,
         rank: int,
         sharing: Sharing,
         layout: Layout,
@@ -33,7 +31,7 @@ class GatheredWeights:
 
         ``count`` is told of every all-gather: bytes of each worker, and how many workers."""
         self._group, self._layout, self.parameters, self._count = group, layout, parameters, count
-        self._lane = group.split([range(group.world)])  # gathers are matched by their order among themselves
+        self._lane = group.lane()  # gathers are matched by their order among themselves
         self._members = sharing.members
         self._pages: dict[torch.dtype, Pages] = {}
         for dtype in dict.fromkeys(p.dtype for p in parameters):
@@ -47,7 +45,7 @@ class GatheredWeights:
         self._own: list[list[range]] = [[] for _ in layout.buckets]
         for index, own in owned_ranges(layout, sharing.slices(rank)):
             self._own[index].append(own)
-        self._works: dict[int, list[dist.Work]] = {}  # buckets that are coming in
+        self._works: dict[int, list[Work]] = {}  # buckets that are coming in
         self.here = set(range(len(layout.buckets)))  # buckets that are whole
 
     @torch.no_grad()
@@ -66,15 +64,13 @@ class GatheredWeights:
         """Begin to bring in what others own of a bucket that is not here."""
         if bucket in self.here or bucket in self._works:
             return
-        works: list[dist.Work] = []
+        works: list[Work] = []
         with self._group.explained("the all-gather of parameters"):
             for dtype in self._kinds[bucket]:
                 flat = self._pages[dtype].tensor
                 for run, own in self._runs(bucket):
                     whole, mine = flat[run.start : run.stop], flat[own.start : own.stop]
-                    work = all_gather(whole, mine, async_op=True, group=self._lane.pg)
-                    assert work is not None
-                    works.append(work)
+                    works.append(self._lane.all_gather(whole, mine))
                     self._count(mine.nbytes, self._members)
         self._works[bucket] = works
 

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from shoal.comm.accounting.account import stand
 from shoal.comm.accounting.counters import Counters, Tally
@@ -58,19 +58,15 @@ def gather_over(mesh: Mesh, sequence: int, payload: bytes, counters: Counters, t
 
 
 @dataclass
-class HostGroup:
-    """Workers that one agent forked on this host: sockets for words, heap and arenas for numbers."""
+class SocketGroup:
+    """Workers that have a socket to each other one, whether of one host or of several."""
 
     rank: int
     world: int
     mesh: Mesh
-    heap: Heap
-    arenas: Arenas
     report: Reporter
     emit: Callable[[Any], None]
     host: str = field(default_factory=socket.gethostname)
-    servers: Mesh | None = None  # sockets to parameter servers, in runs that have some
-    server_heap: Heap | None = None  # memory shared with them
     parts: "count[int]" = field(default_factory=lambda: count(1))  # numbers of heaps and channels that are still free
     names: tuple[int, ...] = ()  # what its ranks are called among all workers of the run; () for all of them
     _sequence: int = 0
@@ -84,25 +80,37 @@ class HostGroup:
         self._sequence += 1
         return gather_over(self.mesh, self._sequence, payload, self.counters, self._gathers)
 
-    def split(self, partition: Partition) -> "HostGroup":
+    def _split(self, partition: Partition) -> tuple[Self, Sequence[int], int]:
+        """The part that this worker is in, which ranks of this group it has, and the number that is its alone."""
         numbers = [next(self.parts) for _ in partition]  # all count alike, also those that are in another part
         part, number = next((p, n) for p, n in zip(partition, numbers, strict=True) if self.rank in p)
-        names = tuple(self.names[rank] for rank in part)
         made = replace(
             self,
             rank=part.index(self.rank),
             world=len(part),
             mesh=self.mesh.part(part, number),
-            heap=self.heap.part(number, min(names)),
-            arenas=self.arenas.part(part),
-            names=names,
-            servers=None,
-            server_heap=None,
+            names=tuple(self.names[rank] for rank in part),
             _sequence=0,
         )
         self.counters.adopt(made.counters)
-        return made
+        return made, part, number
 
     @property
     def stop_asked(self) -> bool:
         return self.report.board is not None and self.report.board.stop_asked
+
+
+@dataclass
+class HostGroup(SocketGroup):
+    """Workers that one agent forked on this host: sockets for words, heap and arenas for numbers."""
+
+    heap: Heap = field(kw_only=True)
+    arenas: Arenas = field(kw_only=True)
+    servers: Mesh | None = field(default=None, kw_only=True)  # sockets to parameter servers, in runs that have some
+    server_heap: Heap | None = field(default=None, kw_only=True)  # memory shared with them
+
+    def split(self, partition: Partition) -> "HostGroup":
+        made, part, number = self._split(partition)
+        made.heap, made.arenas = self.heap.part(number, min(made.names)), self.arenas.part(part)
+        made.servers = made.server_heap = None
+        return made

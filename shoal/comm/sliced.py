@@ -10,16 +10,15 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from shoal.comm.distributed import DistributedExchange, DistributedGroup
+from shoal.comm.distributed import DistributedExchange
 from shoal.comm.exchange import Terms, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat
+from shoal.comm.lanes import Lane, LanedGroup
 from shoal.comm.layout import BLOCK
 from shoal.comm.pages import Pages, resident_bytes
 from shoal.comm.slices import Piece, Sharing, owned_ranges, pieces_of
-from shoal.comm.torch_all_gather import all_gather
 
 ROOMS = 4  # buckets that may be coming in at once
 
@@ -29,12 +28,13 @@ class SlicedExchange(DistributedExchange):
 
     sliced_result = True
 
-    def __init__(self, group: DistributedGroup, terms: Terms, sharing: Sharing) -> None:
+    def __init__(self, group: LanedGroup, terms: Terms, sharing: Sharing) -> None:
         self.sharing = sharing
         self.before_finish: Callable[[], None] = lambda: None
         super().__init__(group, terms)
         self._even = True  # all workers have as many passes in this step
         self._twins = group.split(sharing.twins())
+        self._twins_lane = self._twins.lane(shared=True)
 
     def _reserve(self, terms: Terms) -> None:
         layout, dtype, device = terms.layout, terms.dtype, terms.device
@@ -104,22 +104,20 @@ class SlicedExchange(DistributedExchange):
             self._own_of[index].copy_(operands[0])
         else:
             mine = operands[0].clone()  # the room is used again while this goes out
-            self._start_gather(self._own_of[index], mine, self._twins.pg, self._twins.world)
+            self._start_gather(self._own_of[index], mine, self._twins_lane, self._twins.world)
         if bucket.stop > self._state_from:
             place = bucket.start - self._state_from
             whole = self._state[place : place + bucket.stop - bucket.start]
-            self._start_gather(whole, operands[0].clone(), self._results.pg)
+            self._start_gather(whole, operands[0].clone(), self._results)
         if index == len(self.layout.buckets) - 1:
-            self._start_gather(self._all_squares.view(-1), self._squares, self._results.pg)
+            self._start_gather(self._all_squares.view(-1), self._squares, self._results)
         self._operands[index] = []
         self._rooms.append(self._used.pop(index))
         for pages in self._pages:
             pages.release(bucket.start, bucket.stop)
 
-    def _start_gather(self, whole: Tensor, mine: Tensor, pg: "dist.ProcessGroup | None", workers: int = 0) -> None:
-        work = all_gather(whole, mine, async_op=True, group=pg)
-        assert work is not None
-        self._gathers.append(work)
+    def _start_gather(self, whole: Tensor, mine: Tensor, lane: Lane, workers: int = 0) -> None:
+        self._gathers.append(lane.all_gather(whole, mine))
         self.count_gather(mine.nbytes, workers or self._group.world)
 
     def count_gather(self, nbytes: int, workers: int) -> None:

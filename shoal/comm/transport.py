@@ -14,11 +14,17 @@ def make_exchange(group: Group, terms: Terms) -> Exchange:
             )
         return HeapExchange(group, terms)
     from shoal.comm.distributed import DistributedExchange, DistributedGroup, ReducingExchange
-    from shoal.comm.wired import WiredExchange, WiredGroup
+    from shoal.comm.wired import WiredGroup
 
     if isinstance(group, WiredGroup):
-        return WiredExchange(group, terms)
-
+        check_wired(terms)
+        return DistributedExchange(group, terms)
     if not isinstance(group, DistributedGroup):
         raise UserError(f"no exchange carries a {type(group).__name__}.")
     return (ReducingExchange if terms.placement.fast else DistributedExchange)(group, terms)
+
+
+def check_wired(terms: Terms) -> None:
+    """Raises UserError for what sockets between hosts do not carry."""
+    if terms.device.type != "cpu" or terms.placement.fast:
+        raise UserError("elastic workers of several hosts train on processors, with sync = 'exact'.")

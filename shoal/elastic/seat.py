@@ -66,6 +66,7 @@ class Place:
     formation: Formation
     rank: int  # workers come first, then servers
     run: str  # the run directory; "" when there is none yet
+    quiet: bool  # all who are not in this epoch any more can write to no memory
     group: HostGroup | WiredGroup
 
     @property
@@ -149,7 +150,7 @@ class Seat:
 
     def _group_of(self, rank: int, peers: list[socket.socket | None], heap: int, arenas: Arenas) -> HostGroup:
         mesh = Mesh(rank, peers, self.report)
-        return HostGroup(rank, len(peers), mesh, Heap(heap), arenas, self.report, self._emit)
+        return HostGroup(rank, len(peers), mesh, self.report, self._emit, heap=Heap(heap), arenas=arenas)
 
     def _beside_servers(self, rank: int, workers: int, places: list[socket.socket | None], arenas: Arenas) -> HostGroup:
         """Of all workers, with sockets to the servers; of a server alone, with sockets to the workers."""
@@ -210,6 +211,7 @@ class Seat:
             formation=Formation(tuple(order["shares"]), order["depth"], order["servers"]),
             rank=rank,
             run=order["run"],
+            quiet=order["quiet"],
             group=self._group,
         )
 
@@ -232,9 +234,9 @@ class Seat:
     def left(self, step: int, due: bool) -> None:
         self.say("left", (step, due))
 
-    def went(self, step: int) -> None:
-        """The epoch's first step has been committed."""
-        self.say("went", (self._epoch, step))
+    def went(self, step: int, shards: dict[str, int]) -> None:
+        """The epoch's first step has been committed; ``shards``: how many were kept, and done again."""
+        self.say("went", (self._epoch, step, shards))
 
     def _emit(self, event: Any) -> None:
         self.say("event", event)

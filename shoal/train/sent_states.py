@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from shoal.comm.distributed import DistributedGroup
+from shoal.comm.lanes import LanedGroup
 from shoal.comm.layout import Layout
 from shoal.comm.slices import Piece, Sharing, pieces_of
 from shoal.train.state_gathering import State, assembled, dtype_of, tell
@@ -15,10 +14,9 @@ from shoal.train.state_gathering import State, assembled, dtype_of, tell
 class SentStates:
     """Workers that share no memory: rank 0 of the group is sent what the others hold."""
 
-    def __init__(
-        self, group: DistributedGroup, layout: Layout, parameters: Sequence[nn.Parameter], sharing: Sharing
-    ) -> None:
+    def __init__(self, group: LanedGroup, layout: Layout, parameters: Sequence[nn.Parameter], sharing: Sharing) -> None:
         self._group, self._layout, self._parameters, self._sharing = group, layout, parameters, sharing
+        self._lane = group.lane(shared=True)
         self._pieces: dict[int, list[Piece]] = {}
 
     def gather(self, pieces: Sequence[Piece], parts: Sequence[Tensor], states: Sequence[State]) -> dict[int, State]:
@@ -51,6 +49,6 @@ class SentStates:
             if own is not None and into is not None:
                 into.copy_(own)
         elif own is not None:
-            dist.send(own, self._group.names[0], group=self._group.pg)
+            self._lane.send(own, 0)
         elif into is not None:
-            dist.recv(into, self._group.names[rank], group=self._group.pg)
+            self._lane.receive(into, rank)

@@ -1,7 +1,7 @@
 """Sharded states of all sets of gradients that a worker has: of a model, of each chunk of a pipeline, of experts."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from shoal.train.state_gathering import HostStates
 from shoal.train.synchrony import Everywhere
 
 if TYPE_CHECKING:
+    from shoal.comm.lanes import LanedGroup
     from shoal.comm.sliced import SlicedExchange
 
 
@@ -95,7 +96,6 @@ def _of_set(
         assert isinstance(exchange, SlicedHeapExchange)
         exchange.on_release = gradients.let_go
         return Sharded(gradients, optimizer, shared, HostStates(among, layout, parameters), pieces, exchange)
-    from shoal.comm.distributed import DistributedGroup
     from shoal.comm.gathered_weights import GatheredWeights
     from shoal.comm.sliced import SlicedExchange
     from shoal.train.gathering import BlockWeights
@@ -103,8 +103,8 @@ def _of_set(
     from shoal.train.stage_gathering import StageWeights
 
     assert isinstance(exchange, SlicedExchange)
-    assert isinstance(among, DistributedGroup)
-    gathered = GatheredWeights(among, group.rank, sharing, layout, parameters, exchange.count_gather)
+    laned = cast("LanedGroup", among)
+    gathered = GatheredWeights(laned, group.rank, sharing, layout, parameters, exchange.count_gather)
     releases = plan.states == "zero3"
     weights: StageWeights | BlockWeights
     if held.pipeline is not None:
@@ -114,7 +114,7 @@ def _of_set(
         passes = _passes(held, share, exchange, sets, ranks)
         weights = BlockWeights(gathered, held.module, layout, passes, releases=releases)
     exchange.before_finish = weights.complete
-    sent = SentStates(among, layout, parameters, sharing)
+    sent = SentStates(laned, layout, parameters, sharing)
     return Sharded(gradients, optimizer, weights, sent, pieces, exchange)
 
 

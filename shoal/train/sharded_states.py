@@ -5,7 +5,7 @@ optimisers that are allowed here treat each element by itself.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from shoal.comm.group import Group, HostGroup
 from shoal.comm.server.optimizer import ELEMENTWISE, build
 from shoal.comm.sliced_heap import SlicedHeapExchange
 from shoal.comm.slices import Piece, Sharing
-from shoal.comm.transport import make_exchange
+from shoal.comm.transport import check_wired, make_exchange
 from shoal.data.ledger import Ledger
 from shoal.errors import UserError
 from shoal.memory.optimizer_need import state_bytes
@@ -23,6 +23,9 @@ from shoal.recipe.plan import Plan
 from shoal.train.gradients import Gradients, StepFigures
 from shoal.train.state_gathering import State, cut
 from shoal.train.synchrony import Everywhere
+
+if TYPE_CHECKING:
+    from shoal.comm.lanes import LanedGroup
 
 
 class Weights(Protocol):
@@ -232,12 +235,13 @@ def sliced_exchange(plan: Plan, group: Group, terms: Terms) -> Exchange:
         if terms.device.type != "cpu" and group.world > 1:
             return make_exchange(group, terms)  # which refuses
         return SlicedHeapExchange(group, terms, releases=plan.states != "zero1")
-    from shoal.comm.distributed import DistributedGroup
     from shoal.comm.sliced import SlicedExchange
+    from shoal.comm.wired import WiredGroup
 
-    assert isinstance(group, DistributedGroup)
+    if isinstance(group, WiredGroup):
+        check_wired(terms)
     if plan.states == "zero3" and terms.device.type != "cpu":
         raise UserError(
             "plan: states = 'zero3' between hosts gives back memory of the processor only so far: use states = 'zero2'."
         )
-    return SlicedExchange(group, terms, sharing_of(plan, group))
+    return SlicedExchange(cast("LanedGroup", group), terms, sharing_of(plan, group))

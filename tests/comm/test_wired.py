@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shoal.comm.arena import Arenas
+from shoal.comm.distributed import DistributedExchange
 from shoal.comm.exchange import Exchange, HeapExchange, Placement, Terms
 from shoal.comm.group import HostGroup
 from shoal.comm.heap import Heap, heap_file
@@ -17,7 +18,7 @@ from shoal.comm.layout import flat_layout
 from shoal.comm.mesh import Mesh, PeerLost
 from shoal.comm.status import Reporter
 from shoal.comm.transport import make_exchange
-from shoal.comm.wired import WiredExchange, WiredGroup
+from shoal.comm.wired import WiredGroup
 from shoal.errors import UserError
 
 SIZES, BUCKET = [70_000, 33, 40_000], 40_000  # several buckets
@@ -69,7 +70,8 @@ def terms(owned: Sequence[range], rank: int) -> Terms:
 
 def alone() -> torch.Tensor:
     report = Reporter(0, 0, None)
-    group = HostGroup(0, 1, Mesh(0, [None], report), Heap(heap_file()), Arenas(0, []), report, lambda _: None)
+    memory = {"heap": Heap(heap_file()), "arenas": Arenas(0, [])}
+    group = HostGroup(0, 1, Mesh(0, [None], report), report, lambda _: None, **memory)
     asked = terms([range(SHARDS)], 0)
     return step(HeapExchange(group, asked), asked.placement)
 
@@ -100,7 +102,7 @@ def together(owned: Sequence[range], act: Callable[[WiredGroup, Terms], Any]) ->
 def test_workers_of_several_hosts_have_the_bits_of_one_worker_at_every_step(owned):
     def two_steps(group: WiredGroup, asked: Terms) -> list[torch.Tensor]:
         exchange = make_exchange(group, asked)
-        assert isinstance(exchange, WiredExchange)
+        assert isinstance(exchange, DistributedExchange)
         return [step(exchange, asked.placement) for _ in range(2)]
 
     wanted = alone()

@@ -30,8 +30,8 @@ class Links:
                     end.close()
         # With the HTTP side there is one process more that wants a core: who waits for a peer is not to spin on it.
         report = Reporter(rank, os.getpid(), StatusBoard(self._board, self.world + 1))
-        mesh, heap = Mesh(rank, peers, report), Heap(self._heap)
-        return HostGroup(rank, self.world, mesh, heap, Arenas(rank, self._arenas), report, lambda message: None)
+        mesh, heap, arenas = Mesh(rank, peers, report), Heap(self._heap), Arenas(rank, self._arenas)
+        return HostGroup(rank, self.world, mesh, report, lambda message: None, heap=heap, arenas=arenas)
 
     def close(self) -> None:
         for pair in self._pairs.values():
