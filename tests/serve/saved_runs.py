@@ -58,10 +58,10 @@ def text_run(folder: Path) -> Path:
     return save_run(folder / "run", ModelSpec(kind="bert", options=options), data, scale=8.0)
 
 
-def gpt_run(folder: Path) -> Path:
-    """A GPT on characters."""
+def gpt_run(folder: Path, kind: str = "gpt", **more: Any) -> Path:
+    """A GPT on characters, or with kind "moe" a mixture of experts."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 50)
     data = DataSpec(source="text", path=str(folder / "text.txt"), options={"tokenizer": "chars", "context": 32})
-    options = {"layers": 1, "heads": 2, "width": 16}
-    return save_run(folder / "run", ModelSpec(kind="gpt", options=options), data)
+    options = {"layers": 1, "heads": 2, "width": 16, **more}
+    return save_run(folder / "run", ModelSpec(kind=kind, options=options), data)

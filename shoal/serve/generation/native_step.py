@@ -26,7 +26,7 @@ _Sum = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 class _Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (
         "layers", "heads", "head_size", "width", "ffn", "vocab", "activation", "tied", "half", "blocks",
-        "first_token",
+        "first_token", "sliced", "experts", "top_k", "first_expert", "own_experts",
     )] + [("eps", ctypes.c_double)]  # fmt: skip
 
 
@@ -44,6 +44,7 @@ class _Batch(ctypes.Structure):
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
+        ("routes", ctypes.c_void_p),
         ("entered", ctypes.c_void_p),
         ("left", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
@@ -61,7 +62,7 @@ class NativeStage:
     """See `step.Stage`. ``half``: weights in bfloat16, everything else in float32. Its threads are made here: not to be
     made before a fork. Raises RuntimeError where `available` is False.
 
-    ``weights`` as `packing.packed` makes them of the part; ``sum`` is that of tensors over the slices of a layer."""
+    ``weights`` as `packing.packed` makes them of the part; ``sum`` is that of tensors over the parts of a stage."""
 
     def __init__(
         self,
@@ -89,10 +90,12 @@ class NativeStage:
         self._keys, self._values = cache.view(2, len(part.layers), blocks, self._inner * BLOCK)
         self._c_shape = _Shape(
             len(part.layers), len(part.heads), shape.head_size, shape.width, self._ffn, self._vocab,
-            _ACTIVATIONS[shape.activation], int(shape.tied), int(half), blocks, part.vocab.start, shape.eps,
+            _ACTIVATIONS[shape.activation], int(shape.tied), int(half), blocks, part.vocab.start,
+            int(part.sliced(shape)), shape.experts, shape.top_k, part.experts.start, len(part.experts), shape.eps,
         )  # fmt: skip
         self._threads = threads
-        self._scratch = torch.empty(0)
+        self._experts, self._picks = shape.experts, shape.top_k
+        self._scratch, self._routes = torch.empty(0), torch.empty(0, dtype=torch.int64)
         self._sum, self._partial = sum, torch.empty(0)
         self._lost: Exception | None = None  # what ended a sum over the slices
         self._c_sum = _Sum(self._sum_partial if sum is not None else 0)
@@ -104,17 +107,21 @@ class NativeStage:
 
     def compute(self, rows: Rows, entered: Tensor | None) -> Tensor:
         count, wanted, stride = len(rows.tokens), len(rows.wants), rows.tables.shape[1]
-        inner, width = self._inner, self._width
-        floats = count * (2 * width + 3 * inner + max(inner, self._ffn)) + self._threads * stride * BLOCK
+        inner, width, picks = self._inner, self._width, self._picks
+        floats = count * (2 * width + 3 * inner + max(inner, picks * self._ffn)) + self._threads * stride * BLOCK
+        if self._experts:
+            floats += count * (self._experts + picks + picks * width)
+            if self._routes.numel() < 3 * count * picks + self._experts + 1:
+                self._routes = torch.empty(3 * count * picks + self._experts + 1, dtype=torch.int64)
         if self._scratch.numel() < floats:
             self._scratch = torch.empty(floats)
         made = self._logits(wanted) if self._part.last else torch.empty(count, width)
         if self._sum is not None:
-            self._partial = torch.empty(count * width)
+            self._partial = torch.empty(count * picks * width)
         batch = _Batch(
             count, _pointer(rows.tokens), _pointer(rows.places), _pointer(rows.sequences), _pointer(rows.tables),
             stride, wanted, _pointer(rows.wants), made.data_ptr() if self._part.last else 0,
-            self._keys.data_ptr(), self._values.data_ptr(), self._scratch.data_ptr(),
+            self._keys.data_ptr(), self._values.data_ptr(), self._scratch.data_ptr(), self._routes.data_ptr(),
             0 if entered is None else entered.data_ptr(), 0 if self._part.last else made.data_ptr(),
             0 if self._sum is None else self._partial.data_ptr(), self._c_sum,
         )  # fmt: skip
@@ -131,7 +138,8 @@ class NativeStage:
         assert self._sum is not None
         try:
             if self._lost is None:
-                self._partial.copy_(self._sum(self._partial))
+                part = self._partial[:count]
+                part.copy_(self._sum(part))
         except Exception as error:
             self._lost = error
 

@@ -27,6 +27,6 @@ class Pace:
 
 
 def pace_of(shape: Shape, half: bool, stretch: float, most: int) -> Pace:
-    layers = shape.parameters_of_layers()
-    decode = (layers + shape.vocab * shape.width) / layers
-    return Pace(READ_IN_ROWS * decode / (2 if half else 1), decode, stretch, most)
+    row, head = shape.products_of_layers(), shape.vocab * shape.width
+    read = READ_IN_ROWS * (shape.parameters_of_layers() + head) / row
+    return Pace(read / (2 if half else 1), (row + head) / row, stretch, most)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.models.gpt import GPT
+from shoal.models.moe import ExpertLinear
 from shoal.serve.generation.part import Part, whole
 from shoal.serve.generation.step import shape_of
 
@@ -16,17 +17,18 @@ PANEL = 48  # outputs that go through the processor's registers together; kPanel
 
 
 def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[out, in] -> [ceil(out / PANEL), in, PANEL], the last panel filled up with zeros."""
-    padded = F.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % PANEL))
-    return padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2).to(dtype).contiguous()
+    """[..., out, in] -> [..., ceil(out / PANEL), in, PANEL], the last panel filled up with zeros."""
+    *before, out, width = weight.shape
+    padded = F.pad(weight.detach(), (0, 0, 0, -out % PANEL))
+    return padded.view(*before, -1, PANEL, width).transpose(-1, -2).to(dtype).contiguous()
 
 
-ENDS, OF_LAYER = 5, 12  # tensors: kEnds and kOfLayer of native/generation/step.hpp
+ENDS, OF_LAYER = 5, 13  # tensors: kEnds and kOfLayer of native/generation/step.hpp
 
 
 def plain(model: GPT, part: Part | None = None) -> list[Tensor | None]:
-    """The weights of a part, in the order of step.hpp: the ends, then twelve of each layer. None: a bias that the model
-    lacks, what another part has, or the token vectors of a tied model, which are those of its head."""
+    """The weights of a part, in the order of step.hpp: the ends, then OF_LAYER of each layer. None: a bias or a router
+    that the model lacks, what another part has, or the token vectors of a tied model, which are those of its head."""
     part = part or whole(shape_of(model))
     size = model.config.width // model.config.heads
     tied = model.head is None
@@ -43,26 +45,31 @@ def plain(model: GPT, part: Part | None = None) -> list[Tensor | None]:
         attention = block.get_submodule("attention")
         qkv, qkv_bias = _pair(attention.get_submodule("qkv"))
         out, out_bias = _pair(attention.get_submodule("out"))
-        up, up_bias = _pair(block.get_submodule("up"))
-        down, down_bias = _pair(block.get_submodule("down"))
+        hidden = block.get_submodule("mixture.experts") if part.experts else block
+        up, up_bias = _pair(hidden.get_submodule("up"))
+        down, down_bias = _pair(hidden.get_submodule("down"))
+        if part.experts:
+            up, down = (tensor[part.experts.start : part.experts.stop] for tensor in (up, down))
+            up_bias, down_bias = _rows(up_bias, part.experts), _rows(down_bias, part.experts)
         found += _pair(block.get_submodule("norm1"))
         found += [_thirds(qkv, inner), _thirds(qkv_bias, inner), _columns(out, inner), out_bias]
         found += _pair(block.get_submodule("norm2"))
-        found += [_rows(up, part.ffn), _rows(up_bias, part.ffn), _columns(down, part.ffn), down_bias]
+        found += [_rows(up, part.ffn, -2), _rows(up_bias, part.ffn, -1), _columns(down, part.ffn), down_bias]
+        found.append(_pair(block.get_submodule("mixture.router"))[0] if part.experts else None)
     return [None if tensor is None else tensor.detach() for tensor in found]
 
 
 def _pair(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    assert isinstance(layer, nn.Linear | nn.LayerNorm)
+    assert isinstance(layer, nn.Linear | nn.LayerNorm | ExpertLinear)
     return layer.weight, layer.bias
 
 
-def _rows(tensor: Tensor | None, kept: range) -> Tensor | None:
-    return None if tensor is None else tensor[kept.start : kept.stop]
+def _rows(tensor: Tensor | None, kept: range, dim: int = 0) -> Tensor | None:
+    return None if tensor is None else tensor.narrow(dim, kept.start, len(kept))
 
 
 def _columns(tensor: Tensor, kept: range) -> Tensor:
-    return tensor[:, kept.start : kept.stop]
+    return tensor[..., kept.start : kept.stop]
 
 
 def _thirds(tensor: Tensor | None, kept: range) -> Tensor | None:
@@ -73,14 +80,22 @@ def _thirds(tensor: Tensor | None, kept: range) -> Tensor | None:
 
 
 def is_matrix(place: int) -> bool:
-    """Whether what stands at this place of `plain` goes through a matrix product."""
+    """Whether what stands at this place of `plain` is a matrix that may be rounded: a router never is."""
     return place == 2 or (place >= ENDS and (place - ENDS) % OF_LAYER in (2, 4, 8, 10))
+
+
+def _is_router(place: int) -> bool:
+    return place >= ENDS and (place - ENDS) % OF_LAYER == OF_LAYER - 1
 
 
 def packed(weights: Sequence[Tensor | None], dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
     """`plain` as the C++ step reads it. ``dtype`` is that of the panels."""
     return [
-        None if tensor is None else panels(tensor, dtype) if is_matrix(place) else tensor.float().contiguous()
+        None
+        if tensor is None
+        else panels(tensor, dtype if is_matrix(place) else torch.float32)
+        if is_matrix(place) or _is_router(place)
+        else tensor.float().contiguous()
         for place, tensor in enumerate(weights)
     ]
 

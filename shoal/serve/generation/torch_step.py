@@ -6,6 +6,7 @@ in a tile depends on its place in the sequence only. It costs time where few row
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from shoal.models.activation import ACTIVATIONS
 from shoal.models.gpt import GPT
+from shoal.models.moe import choose_experts
 from shoal.serve.generation.packing import ENDS, OF_LAYER, is_matrix, plain
 from shoal.serve.generation.part import Part, whole
 from shoal.serve.generation.step import BLOCK, Floats, Rows, Shape, shape_of
@@ -24,7 +26,7 @@ Rounded = Callable[[Tensor], Tensor]
 class TorchStage:
     """See `step.Stage`. ``half``: weights rounded to bfloat16, computed with in float32.
 
-    ``weights`` as `packing.plain` makes them of the part; ``sum`` is that of tensors over the slices of a layer."""
+    ``weights`` as `packing.plain` makes them of the part; ``sum`` is that of tensors over the parts of a stage."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class TorchStage:
         self.blocks = blocks
         self.name = "torch" + ("-bfloat16" if half else "")
         self._shape, self._part, self._sum = shape, part, sum
+        self._sliced = part.sliced(shape)
         rounding = torch.bfloat16 if half else torch.float32
         all_weights = [
             None if tensor is None else tensor.to(rounding if is_matrix(place) else torch.float32).float()
@@ -74,7 +77,11 @@ class TorchStage:
                 blocks = tables[sequence, : place // BLOCK + 1]
                 mixed[first:last] = _attention(q[first:last], place % TILE, keys[blocks], values[blocks])
             x = x + self._summed(mixed.flatten(1), *layer.out)
-            x = x + self._summed(_linear(layer.norm2(x), *layer.up, self._activate), *layer.down)
+            normed = layer.norm2(x)
+            if layer.router is not None:
+                x = x + self._mixed(normed, layer, layer.router)
+            else:
+                x = x + self._summed(_linear(normed, *layer.up, self._activate), *layer.down)
         if self._norm is None:
             return x
         assert self._head is not None
@@ -91,10 +98,29 @@ class TorchStage:
         return self._sum(found) + self._positions[places]
 
     def _summed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._sum is None:
+        if self._sum is None or not self._sliced:
             return _linear(x, weight, bias)
         total = self._sum(_linear(x, weight, None))
         return total if bias is None else total + bias
+
+    def _mixed(self, x: Tensor, layer: "_Layer", router: Tensor) -> Tensor:
+        """What the experts of a mixture make of rows [n, width]: each row's best, weighted, the best first."""
+        shares = _linear(x, router, None, partial(torch.softmax, dim=-1))
+        routes = choose_experts(shares, self._shape.top_k)
+        own = self._part.experts
+        answers = x.new_zeros(len(x), self._shape.top_k, x.shape[1])
+        for number, expert in enumerate(own):
+            rows, places = (routes.experts == expert).nonzero(as_tuple=True)
+            if len(rows):
+                up, down = layer.of_expert(layer.up, number), layer.of_expert(layer.down, number)
+                bias = None if self._sliced else down[1]
+                answers[rows, places] = _linear(_linear(x[rows], *up, self._activate), down[0], bias)
+        if self._sum is not None:  # of experts elsewhere: zeros are added to their answers, which changes none
+            answers = self._sum(answers)
+        if self._sliced and layer.down[1] is not None:
+            answers = answers + layer.down[1][routes.experts]
+        weighted = (answers * routes.weights.unsqueeze(-1)).unbind(1)
+        return reduce(torch.add, weighted)
 
     def copy(self, source: int, target: int) -> None:
         for cache in (self._keys, self._values):
@@ -137,6 +163,12 @@ class _Layer:
         self.norm1, self.norm2 = _Norm(weights[0], weights[1], eps), _Norm(weights[6], weights[7], eps)
         self.qkv, self.out = pair(2), pair(4)
         self.up, self.down = pair(8), pair(10)
+        self.router = weights[12]
+
+    @staticmethod
+    def of_expert(layer: tuple[Tensor, Tensor | None], number: int) -> tuple[Tensor, Tensor | None]:
+        weight, bias = layer
+        return weight[number], None if bias is None else bias[number]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: Rounded | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from shoal.cluster.detect import launched_workers
 from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 
-SERVED_AXES = ("pipe", "tensor")
+SERVED_AXES = ("pipe", "tensor", "expert")
 MOST = 64  # processes of a group
 
 
@@ -17,7 +17,9 @@ def plan_of(mesh: Mapping[str, int]) -> Plan:
         if axis == "data" and size > 1:
             raise UserError(f"--mesh data={size}: whole models side by side are --replicas {size}.")
         if axis not in ("data", *SERVED_AXES) and size > 1:
-            raise UserError(f"--mesh {axis}={size}: models are served along {' and '.join(SERVED_AXES)} so far.")
+            raise UserError(f"--mesh {axis}={size}: models are served along {', '.join(SERVED_AXES)} so far.")
+    if plan.axes.size("tensor") > 1 and plan.axes.size("expert") > 1:
+        raise UserError("--mesh: axes tensor and expert do not go together so far: leave one of them out.")
     if plan.workers > MOST:
         raise UserError(f"--mesh: {plan.workers} processes for one model, and {MOST} are the most.")
     return plan

@@ -45,6 +45,10 @@ class SplitModel:
         so, where the number of operations does. Raises UserError for what cannot be split as the plan says."""
         self.module, self.plan = module, plan
         axes = plan.axes
+        if axes.size("expert") > 1:
+            raise UserError(
+                f"--mesh expert={axes.size('expert')}: it is for text from a mixture of experts: leave it out."
+            )
         self._layout: Layout = layout_for(module, plan)
         self._variants: dict[Names | None, Chunks] = {}
         if axes.size("pipe") > 1:

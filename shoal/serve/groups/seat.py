@@ -16,7 +16,7 @@ from shoal.comm.stages.host import HostMessages
 from shoal.comm.tensors import Collectives, make_collectives
 from shoal.recipe.plan import Plan
 
-LEADER = 0  # the rank that has the link to the HTTP side: at the first stage, first along axis tensor
+LEADER = 0  # the rank that has the link to the HTTP side: at the first stage, the first of it
 ORDER, VALUES, OUTPUT = range(3)  # what a message is: the first of its key
 
 
@@ -29,12 +29,13 @@ class Seat:
     def __init__(self, plan: Plan, group: Group) -> None:
         axes = plan.axes
         self.plan, self.group, self.rank = plan, group, group.rank
-        self.stages, self.ways = axes.size("pipe"), axes.size("tensor")
-        self.stage, self.slice = (axes.coordinate(self.rank, axis) for axis in ("pipe", "tensor"))
+        self._within = "expert" if axes.size("expert") > 1 else "tensor"  # along which a stage is split
+        self.stages, self.ways = axes.size("pipe"), axes.size(self._within)
+        self.stage, self.slice = (axes.coordinate(self.rank, axis) for axis in ("pipe", self._within))
         self.messages = make_messages(group, torch.device("cpu"), ahead=AHEAD)
         self.collectives: Collectives | None = None
         if self.ways > 1:
-            self.collectives = make_collectives(group.split(axes.partition("tensor")))
+            self.collectives = make_collectives(group.split(axes.partition(self._within)))
         self._answers = self.messages if isinstance(group, HostGroup) else make_messages(group, torch.device("cpu"))
         self._waiting: _Waiting | None = None  # the leader's, for answers of other hosts
 
@@ -68,8 +69,8 @@ class Seat:
         return self.group.arenas.inside() if isinstance(self.group, HostGroup) else nullcontext()
 
     def at(self, stage: int, slice: int | None = None) -> int:
-        """Whose rank stands there; along axis tensor as this one unless it is named."""
-        return self.plan.axes.rank({"pipe": stage, "tensor": self.slice if slice is None else slice})
+        """Whose rank stands there; within the stage as this one unless it is named."""
+        return self.plan.axes.rank({"pipe": stage, self._within: self.slice if slice is None else slice})
 
     def stage_of(self, rank: int) -> int:
         return self.plan.axes.coordinate(rank, "pipe")

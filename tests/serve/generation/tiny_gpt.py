@@ -1,4 +1,4 @@
-"""Small GPTs, and the prompts that the tests of generation give them."""
+"""Small GPTs and mixtures of experts, and the prompts that the tests of generation give them."""
 
 from pathlib import Path
 
@@ -7,15 +7,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from shoal.models.gpt import GPT, GPTConfig
 from shoal.models.huggingface import save_folder
+from shoal.models.moe import MoE, MoEConfig
 
 VOCAB = 320
 
 
 def tiny_gpt(**options: object) -> GPT:
-    """Random weights, far enough from 0 that every input matters."""
+    """Random weights, far enough from 0 that every input matters. With ``experts`` it is a mixture of them."""
     torch.manual_seed(0)
-    sizes = {"layers": 2, "heads": 2, "width": 32, "context": 128, "vocab": VOCAB}
-    model = GPT(GPTConfig(**{**sizes, **options})).eval()
+    sizes = {"layers": 2, "heads": 2, "width": 32, "context": 128, "vocab": VOCAB, **options}
+    model = (MoE(MoEConfig(**sizes)) if "experts" in options else GPT(GPTConfig(**sizes))).eval()
     for parameter in model.parameters():
         parameter.data.mul_(4)
     return model.requires_grad_(False)

@@ -90,10 +90,16 @@ def bits(told: list[Told]) -> list[Any]:
         ({"pipe": 3}, {"threads": 2, "speculate": 3}, {"tied": False, "bias": False}),
         ({"pipe": 2}, {"precision": "bfloat16", "cache_bytes": 40 * 16 * 32 * 4 * 2 * 2}, {}),
         ({"pipe": 2}, {"kernels": "torch"}, {}),
+        ({"expert": 2}, {}, {"experts": 5, "top_k": 3}),
+        ({"pipe": 2, "expert": 3}, {"threads": 2}, {"experts": 5, "tied": False, "bias": False}),
+        ({"expert": 2}, {"kernels": "torch"}, {"experts": 5}),
     ],
-    ids=["two stages", "three stages, guesses", "little room, bfloat16", "PyTorch's kernels"],
+    ids=[
+        *("two stages", "three stages, guesses", "little room, bfloat16", "PyTorch's kernels"),
+        *("experts apart", "stages of experts", "PyTorch's kernels, experts apart"),
+    ],
 )
-def test_stages_generate_the_bits_of_one_process(
+def test_stages_and_experts_in_other_processes_generate_the_bits_of_one(
     mesh: dict[str, int], generation: dict[str, Any], sizes: dict[str, Any]
 ) -> None:
     want = alone(asked(), Options(**{k: v for k, v in generation.items() if k != "cache_bytes"}), **sizes)
@@ -101,16 +107,22 @@ def test_stages_generate_the_bits_of_one_process(
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kernels"),
-    [({"tensor": 3}, "auto"), ({"pipe": 2, "tensor": 2}, "auto"), ({"tensor": 2}, "torch")],
-    ids=["uneven slices", "stages of slices", "PyTorch's kernels"],
+    ("mesh", "kernels", "sizes"),
+    [
+        ({"tensor": 3}, "auto", {}),
+        ({"pipe": 2, "tensor": 2}, "auto", {}),
+        ({"tensor": 2}, "torch", {}),
+        ({"tensor": 2}, "auto", {"experts": 4}),
+        ({"tensor": 2}, "torch", {"experts": 4}),
+    ],
+    ids=["uneven", "stages of slices", "PyTorch's kernels", "of each expert", "of each expert, PyTorch's kernels"],
 )
 def test_slices_generate_the_same_tokens_within_rounding_and_equal_themselves(
-    mesh: dict[str, int], kernels: str
+    mesh: dict[str, int], kernels: str, sizes: dict[str, Any]
 ) -> None:
     asks = [ask for ask in asked() if not ask.beams]
-    want = alone(asks, Options(kernels=kernels))  # type: ignore[arg-type]
-    got, again = (of_group(mesh, asks, {"kernels": kernels}) for _ in range(2))
+    want = alone(asks, Options(kernels=kernels), **sizes)  # type: ignore[arg-type]
+    got, again = (of_group(mesh, asks, {"kernels": kernels}, **sizes) for _ in range(2))
     assert bits(got) == bits(again)
     for (tokens, scores, _), (wanted, expected, _) in zip(got, want, strict=True):
         assert tokens == wanted
@@ -201,6 +213,7 @@ def test_who_leaves_during_a_step_gives_its_blocks_back_when_the_step_is_done() 
     [
         ({"pipe": 5}, {}, "4 layers"),
         ({"tensor": 5}, {}, "4 heads"),
+        ({"expert": 2}, {}, "no experts"),
         ({"pipe": 2}, {"draft": "somewhere"}, "leave draft out"),
     ],
 )

@@ -9,12 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from serve.conftest import Served, gone
 from serve.generation.tiny_gpt import save_gpt
+from serve.saved_runs import gpt_run
 from serve.served_models import FAULT, HANG, POISON, SLOW
 from serve.test_faults import Load
 
 from shoal.cli.main import main
+from shoal.data.tokenizer import from_description
+from shoal.models.generation import generate
+from shoal.serve.target import load
 
 Start = Callable[..., Served]
 pytestmark = pytest.mark.slow
@@ -83,6 +88,21 @@ def test_a_group_sleeps_wakes_and_takes_other_weights(served: Start, tmp_path: P
         assert [future.result()[1]["choices"][0]["text"] for future in asked] == told[:1] * 4
     assert server.processes_become(1), "one parent, asleep"
     assert server.metric("shoal_replicas_lost_total") == 0
+
+
+def test_a_run_of_a_mixture_is_served_with_its_experts_in_two_processes(served: Start, tmp_path: Path) -> None:
+    run = gpt_run(tmp_path, "moe", experts=3)
+    loaded = load(str(run))
+    tokenizer = from_description(loaded.facts["tokenizer"])
+    server = served(run, "--mesh", "expert=2", "--name", "g")
+    prompts = ["the", "quick brown", "a lazy dog"]
+    body = {"model": "g", "prompt": prompts, "max_tokens": 8, "temperature": 0, "logprobs": 0}
+    status, answer = server.post("/v1/completions", body)
+    assert status == 200
+    for prompt, choice in zip(prompts, answer["choices"], strict=True):
+        tokens = tokenizer.encode(prompt)
+        alone = generate(loaded.model, torch.tensor([tokens]), 8, temperature=0)[0, len(tokens) :].tolist()
+        assert choice["text"] == tokenizer.decode(alone)
 
 
 def test_a_mesh_that_a_model_does_not_have_is_one_line_and_exit_code_2(

@@ -202,7 +202,8 @@ def test_a_fault_in_a_later_stage_harms_no_other_request_of_its_batch() -> None:
     ("mesh", "why"),
     [
         ({"data": 2}, "--replicas 2"),
-        ({"expert": 2}, "along pipe and tensor so far"),
+        ({"context": 2}, "along pipe, tensor, expert so far"),
+        ({"expert": 2, "tensor": 2}, "leave one of them out"),
         ({"tenosr": 2}, "tensor"),
         ({"pipe": 0}, "at least 1"),
         ({"pipe": 16, "tensor": 16}, "64 are the most"),
@@ -220,6 +221,7 @@ def test_a_mesh_that_is_not_served_is_refused_before_anything_starts(mesh: dict[
         (table, {"pipe": 9}, "too few"),
         (encoder, {"tensor": 3}, "heads"),
         (yours, {"tensor": 2}, "splits nothing"),
+        (table, {"expert": 2}, "text from a mixture of experts"),
     ],
 )
 def test_a_model_that_has_too_little_to_split_is_refused_in_one_line(

@@ -20,12 +20,16 @@ struct Shape {
   std::int64_t half;        // the panels are bfloat16
   std::int64_t blocks;      // of the cache
   std::int64_t first_token; // of those that this part has
+  std::int64_t sliced;      // heads and hidden layers are slices: what they give is added over the slices
+  std::int64_t experts, top_k;  // of a mixture in the place of the hidden layer; 0: a plain one
+  std::int64_t first_expert, own_experts;  // those that this part has
   double eps;               // of the layer norms
 };
 
 // Pointers: tokens, positions, head, norm.weight, norm.bias, then of each layer norm1.weight, norm1.bias, qkv, qkv.bias,
-// out, out.bias, norm2.weight, norm2.bias, up, up.bias, down, down.bias. A bias may be null, and what a part does not use.
-constexpr int kEnds = 5, kOfLayer = 12;
+// out, out.bias, norm2.weight, norm2.bias, up, up.bias, down, down.bias, router. A bias may be null, and what a part does
+// not use. Of a mixture, up and down and their biases are those of its own experts, one after the other.
+constexpr int kEnds = 5, kOfLayer = 13;
 
 struct Batch {
   std::int64_t rows;
@@ -39,11 +43,14 @@ struct Batch {
   float* logits;                  // [wanted, vocab]
   float* keys;                    // [layers, blocks, heads, head_size, kBlock]
   float* values;                  // [layers, blocks, heads, kBlock, head_size]
-  float* scratch;                 // rows x (2 width + 3 heads head_size + max(heads head_size, ffn)), and for each thread
-                                  // the longest sequence in whole blocks
+  float* scratch;                 // rows x (2 width + 3 heads head_size + max(heads head_size, picks ffn)), for a mixture
+                                  // rows x (experts + picks + picks width) more, and for each thread the longest
+                                  // sequence in whole blocks; picks: top_k, or 1
+  std::int64_t* routes;           // 3 rows top_k + experts + 1, of a mixture
   const float* entered;           // [rows, width] from the layers before; null: this part begins with the tokens
   float* left;                    // [rows, width] for the layers after; null: this part ends with the logits
-  float* partial;                 // [rows, width] of this slice, which `sum` makes those of all slices; null: not sliced
+  float* partial;                 // [rows, picks width] of this part, which `sum` adds to those of the others of its
+                                  // stage; null: there are none
   void (*sum)(std::int64_t count);
 };
 

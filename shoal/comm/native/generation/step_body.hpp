@@ -246,6 +246,8 @@ void attend(const float* q, std::int64_t size, std::int64_t tokens, const Cache&
   mix_rest(weights, tokens, cache, size, column, share, to);
 }
 
+#include "mixture.hpp"
+
 // ---- the step
 
 void step(const Shape& shape, const void* const* weights, const Batch& batch, const Share& share) {
@@ -256,24 +258,26 @@ void step(const Shape& shape, const void* const* weights, const Batch& batch, co
   float* normed = x + rows * width;
   float* qkv = normed + rows * width;
   float* hidden = qkv + rows * 3 * inner;  // the heads' outputs, then the hidden layer
-  const std::int64_t longest = batch.stride * kBlock, broad = inner > shape.ffn ? inner : shape.ffn;
-  float* attended = hidden + rows * broad + share.index * longest;
+  const std::int64_t picks = shape.experts ? shape.top_k : 1, broad = inner > picks * shape.ffn ? inner : picks * shape.ffn;
+  const std::int64_t longest = batch.stride * kBlock;
+  float* mixed = hidden + rows * broad;  // of a mixture
+  float* attended = mixed + (shape.experts ? rows * (shape.experts + picks + picks * width) : 0) + share.index * longest;
   const std::int64_t begin = rows * share.index / share.count, end = rows * (share.index + 1) / share.count;
   const auto meet = [&] { share.meet(share.with); };
-  const auto sum_slices = [&] {
+  const auto sum_parts = [&](std::int64_t count) {
     meet();
-    if (share.index == 0) batch.sum(rows * width);
+    if (share.index == 0) batch.sum(count);
     meet();
   };
   // what a slice's heads or hidden layer give, added to x
   const auto add = [&](const float* from, std::int64_t in, int weight) {
     const float* bias = vector(weight + 1);
-    if (!batch.partial) {
+    if (!shape.sliced) {
       multiply(shape, from, in, nullptr, rows, weights[weight], {x, width, width, bias, After::kAdd, 0}, share);
     } else {
       multiply(shape, from, in, nullptr, rows, weights[weight], {batch.partial, width, width, nullptr, After::kStore, 0},
                share);
-      sum_slices();
+      sum_parts(rows * width);
       for (std::int64_t r = begin; r < end; ++r)
         for (std::int64_t i = 0; i < width; ++i) x[r * width + i] += batch.partial[r * width + i] + (bias ? bias[i] : 0.0f);
     }
@@ -285,7 +289,7 @@ void step(const Shape& shape, const void* const* weights, const Batch& batch, co
   } else {
     float* to = batch.partial ? batch.partial : x;
     for (std::int64_t r = begin; r < end; ++r) embed(shape, weights, batch.tokens[r], to + r * width);
-    if (batch.partial) sum_slices();
+    if (batch.partial) sum_parts(rows * width);
     for (std::int64_t r = begin; r < end; ++r) {
       const float* position = vector(1) + batch.places[r] * width;
       for (std::int64_t i = 0; i < width; ++i) x[r * width + i] = to[r * width + i] + position[i];
@@ -322,6 +326,10 @@ void step(const Shape& shape, const void* const* weights, const Batch& batch, co
     for (std::int64_t r = begin; r < end; ++r)
       normalise(x + r * width, width, vector(at + 6), vector(at + 7), shape.eps, normed + r * width);
     meet();
+    if (shape.experts) {
+      mixture(shape, batch, weights + at + 8, normed, hidden, mixed, x, share, sum_parts, meet);
+      continue;
+    }
     multiply(shape, normed, width, nullptr, rows, weights[at + 8],
              {hidden, shape.ffn, shape.ffn, vector(at + 9), After::kActivate, shape.activation}, share);
     meet();
