@@ -104,6 +104,13 @@ def test_the_page_about_splitting_shows_equal_hashes_for_pipelines(tmp_path: Pat
     assert rows[0][1] == rows[1][1] == rows[2][1] != rows[3][1]
 
 
+def events_of_the_design() -> dict[str, set[str]]:
+    """Of each event in the table of docs/design.md, the words of its row."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (`.*) \|$", text, flags=re.MULTILINE)
+    return {name: set(re.findall(r"\w+", row)) for names, row in rows for name in re.findall(r"\w+", names)}
+
+
 @pytest.mark.slow
 def test_the_case_studies_run_as_printed_and_learn_the_same(tmp_path: Path) -> None:
     (tmp_path / "page.txt").write_text(
@@ -125,10 +132,11 @@ def test_the_case_studies_run_as_printed_and_learn_the_same(tmp_path: Path) -> N
     weights = [load_newest(tmp_path / name / "checkpoints")[0] for name in ("megatron", "rules")]
     assert (tmp_path / "both.html").stat().st_size > 10_000
     assert [found.step for found in weights if found] == [3, 2], "one of them went on under the rules"
-    losses = [
-        {event["step"]: event["loss"] for event in Run(tmp_path / name).events() if event["event"] == "committed"}
-        for name in ("megatron", "rules")
-    ]
+    logs = [Run(tmp_path / name).events() for name in ("megatron", "rules")]
+    rows = events_of_the_design()
+    for event in (event for log in logs for event in log):
+        assert set(event) - {"time", "event"} <= rows[event["event"]], "the design's table names every field"
+    losses = [{event["step"]: event["loss"] for event in log if event["event"] == "committed"} for log in logs]
     assert len(losses[0]) == 3
     for step, loss in losses[1].items():
         assert losses[0][step] == pytest.approx(loss, rel=1e-5)
