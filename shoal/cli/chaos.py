@@ -38,7 +38,7 @@ def run(args: Namespace) -> int:
     from shoal.elastic.chaos import rehearse, usual_faults
     from shoal.elastic.faults import KINDS, Fault
 
-    chosen = choose(args)
+    chosen = choose(args, elastic=True)
     kinds = [name.strip() for name in args.kinds.split(",")] if args.kinds else KINDS
     phases = [name.strip() for name in args.phases.split(",")] if args.phases else []
     faults = [Fault.parse(text) for text in args.fault] or usual_faults(chosen.plan.workers, kinds, phases)

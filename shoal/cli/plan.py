@@ -12,6 +12,7 @@ from shoal.cli.output import json_line, table
 from shoal.cli.recipe_arguments import Chosen, add_plan_arguments, add_recipe_arguments, choose
 from shoal.errors import UserError
 from shoal.recipe.axes import MEANING
+from shoal.recipe.typed import flatten, to_mapping
 
 if TYPE_CHECKING:
     from shoal.parallel.schedules.prediction import Costs, Prediction
@@ -49,7 +50,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--csv", type=Path, metavar="FILE", help="write the schedule, to be changed and used as a plan's"
     )
     parser.add_argument(
-        "--explain", action="store_true", help="what each layer sends along axis tensor for a micro-batch, and why"
+        "--explain",
+        action="store_true",
+        help="every value of the plan and where it came from; what each layer sends along axis tensor, and why",
     )
 
 
@@ -76,9 +79,24 @@ def workers(chosen: Chosen, args: Namespace) -> Section:
     lines = [f"{count}: {axes}", f"{recipe.shards} shards, each of {_of(recipe.micro_batches)}"]
     shown = [(_run(row["ranks"]), _run(row["shards"])) for row in rows]
     return Section(
-        {"workers": plan.workers, "mesh": dict(plan.axes.sizes), "replicas": rows},
-        "\n".join([*lines, table(("ranks", "shards"), shown)]),
+        {
+            "workers": plan.workers,
+            "mesh": dict(plan.axes.sizes),
+            "replicas": rows,
+            "states": {"kind": plan.states, "origin": chosen.origins["states"]},
+        },
+        "\n".join([*lines, table(("ranks", "shards"), shown), f"states: {plan.states} ({chosen.origins['states']})"]),
     )
+
+
+def origins(chosen: Chosen, args: Namespace) -> Section | None:
+    """Every value of the plan, and where it came from."""
+    if not args.explain:
+        return None
+    rows = [(key, value, chosen.origins[key]) for key, value in flatten(to_mapping(chosen.plan)).items()]
+    shown = [(key, value if isinstance(value, str) and value else json_line(value), why) for key, value, why in rows]
+    facts = [{"key": key, "value": value, "origin": why} for key, value, why in rows]
+    return Section({"plan": facts}, table(("key", "value", "origin"), shown))
 
 
 def pipeline(chosen: Chosen, args: Namespace) -> Section | None:
@@ -111,13 +129,9 @@ def pipeline(chosen: Chosen, args: Namespace) -> Section | None:
 
 def layout(chosen: Chosen, args: Namespace) -> Section | None:
     """What the layers that are split over axis tensor send."""
-    if not args.explain:
-        return None
     ways = chosen.plan.axes.size("tensor")
-    if ways == 1:
-        raise UserError(
-            "--explain is for a plan that splits tensors: add an axis to the mesh, such as --mesh tensor=2."
-        )
+    if not args.explain or ways == 1:
+        return None
     from shoal.data.registry import open_data
     from shoal.parallel.layout.explain_run import explain_run, grouped
 
@@ -135,7 +149,7 @@ def layout(chosen: Chosen, args: Namespace) -> Section | None:
 
 
 # What `shoal plan` says, in this order. A further part is one more function of the choice and the arguments.
-SECTIONS: tuple[Callable[[Chosen, Namespace], Section | None], ...] = (workers, pipeline, layout)
+SECTIONS: tuple[Callable[[Chosen, Namespace], Section | None], ...] = (workers, origins, pipeline, layout)
 
 
 def _names(args: Namespace, chosen: Chosen) -> list[str]:

@@ -66,7 +66,7 @@ def remark(event: Event) -> str | None:
         shards = f" of {'+'.join(map(str, event['placement']))} shards" if event.get("placement") else ""
         return (
             f"{count(event['parameters'])} parameters, {workers} worker{'s' if workers != 1 else ''}{shards} on "
-            f"{event['device']}, {event['precision']}{_lossy(event)}"
+            f"{event['device']}, {event['precision']}{_states(event)}{_lossy(event)}"
         )
     if kind == "evaluated":
         return f"step {event['step']}  {event['split']}: {figures(event['figures'])}"
@@ -84,6 +84,10 @@ def remark(event: Event) -> str | None:
         how = f"error {event['error']:.2g}" if event["ok"] else "DIFFERS"
         return f"{event['number']}/{event['of']}  {model}{event['plan']}  {how}  {event['seconds']:.1f} s"
     return None  # a failure is told by the error that ends the command
+
+
+def _states(event: Event) -> str:
+    return f", states {event['states']}" if event.get("states") else ""
 
 
 def _lossy(event: Event) -> str:

@@ -14,6 +14,7 @@ from shoal.recipe.layers import Layer, Origins, assemble, assemble_plan, owner, 
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run, origin
+from shoal.train.states_choice import CHOSEN, settled_states
 
 DEFAULT_PRESET = "gpt-stdlib"
 FOUND_OUT = ("default", "detected", "torchrun")  # plan values that a resumed run finds out again
@@ -67,8 +68,10 @@ def add_plan_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
 
 
-def choose(args: Namespace, environment: Mapping[str, str] = os.environ) -> Chosen:
-    """The recipe and the plan that the arguments mean. Raises UserError naming the argument, the file or the key."""
+def choose(args: Namespace, environment: Mapping[str, str] = os.environ, *, elastic: bool = False) -> Chosen:
+    """The recipe and the plan that the arguments mean. Raises UserError naming the argument, the file or the key.
+
+    ``elastic``: workers of the run may come and go."""
     of_recipe, of_plan, spelt = _flags(args)
     resumed = Run.find(args.resume) if getattr(args, "resume", None) else None
     if getattr(args, "start", None) and not args.recipe and not resumed:
@@ -81,16 +84,18 @@ def choose(args: Namespace, environment: Mapping[str, str] = os.environ) -> Chos
     )
     if not recipe.data.path:
         raise UserError(f"the recipe ({preset or file}) needs your data: --set data.path=PATH")
+    joined = launched_workers(environment)
     plan, plan_origins = assemble_plan(
         getattr(args, "plan", None),
         of_plan,
         shards=recipe.shards,
         cores=usable_cores(),
-        world_size=launched_workers(environment),
+        world_size=joined,
         spelt=spelt,
         saved=_decided(resumed) if resumed else None,
     )
-    return Chosen(recipe, plan, origins | plan_origins)
+    plan, told = settled_states(plan, recipe, elastic=elastic, joined=joined is not None)
+    return Chosen(recipe, plan, origins | plan_origins | told)
 
 
 def speaks(environment: Mapping[str, str] = os.environ) -> bool:
@@ -111,8 +116,12 @@ def _file_or_preset(name: str | None) -> tuple[Path | None, str | None]:
 def _decided(run: Run) -> Layer:
     """The run's plan, but for what was only found out about the machine that it ran on."""
     saved = saved_layer(run.plan, run.origins)
-    kept = {key: value for key, value in saved.values.items() if saved.origin_of(key) not in FOUND_OUT}
+    kept = {key: value for key, value in saved.values.items() if not _found_out(saved.origin_of(key))}
     return Layer(kept, saved.origin, saved.origins)
+
+
+def _found_out(origin: str) -> bool:
+    return origin in FOUND_OUT or origin.startswith(CHOSEN)
 
 
 def _flags(args: Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:

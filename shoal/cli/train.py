@@ -60,7 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    chosen = choose(args)
+    chosen = choose(args, elastic=args.elastic)
     if args.explain:
         rows = explained(chosen)
         print(json_line([row._asdict() for row in rows]) if args.json else table(Explained._fields, map(_shown, rows)))

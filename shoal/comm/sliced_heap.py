@@ -26,6 +26,7 @@ class SlicedHeapExchange(HeapExchange):
         super().__init__(group, terms)
         self._gives_back = releases and group.world > 1 and terms.device.type == "cpu"
         self._words = group.split([range(group.world)]).mesh  # of their own: they come between those of the exchange
+        self.keeps_sums = not self._gives_back  # the partial sums are there until the next step
         self.on_release: Callable[[Sequence[int]], None] = lambda slots: None
         self._released = 0  # buckets of this step
         self._heard_of = [0] * group.world  # buckets that each worker has said to have finished its slice of

@@ -21,6 +21,7 @@ from shoal.train.able import check_trainable
 from shoal.train.api import PRELOAD as TRAINS
 from shoal.train.api import start_of, tell_failure
 from shoal.train.notices import Notice, drains
+from shoal.train.states_choice import settled_states
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,8 +53,8 @@ def check_elastic(plan: Plan, shards: int, least: int) -> None:
         raise UserError(f"plan: state_group = {plan.state_group} is not elastic yet: leave it or --elastic out.")
     if plan.memory.budget_bytes:
         raise UserError("plan: memory.peak_bytes is not elastic yet: leave it or --elastic out.")
-    if plan.memory.changes_updates and (plan.states != "replicated" or plan.axes.size("pipe") > 1):
-        other = f"states = {plan.states!r}" if plan.states != "replicated" else "mesh axis 'pipe'"
+    if plan.memory.changes_updates and (plan.shards_states or plan.axes.size("pipe") > 1):
+        other = f"states = {plan.states!r}" if plan.shards_states else "mesh axis 'pipe'"
         raise UserError(
             f"plan: {plan.memory.changes_updates} with {other} is not elastic yet: leave one of them or --elastic out."
         )
@@ -76,7 +77,7 @@ def _check_stages(plan: Plan) -> None:
     if pipeline.schedule.endswith(".csv") or pipeline.cuts:
         what = f"a schedule from {pipeline.schedule!r}" if not pipeline.cuts else "pipeline.cuts"
         raise UserError(f"plan: {what} is for one number of stages, and --elastic changes it: leave one of them out.")
-    if plan.states != "replicated":
+    if plan.shards_states:
         raise UserError(
             f"plan: states = {plan.states!r} in a pipeline is not elastic yet: use states = 'replicated', or leave "
             f"--elastic out."
@@ -126,7 +127,8 @@ def train_elastic(
         raise UserError(f"{len(faults)} faults in one run: use at most {MOST}.")
     folder = Run.find(resume).path if resume is not None else run_dir
     begins = start_of(start, resume, recipe.steps)
-    order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data, start=begins)
+    plan, told = settled_states(plan, recipe, elastic=True)
+    order = Order(recipe, plan, {**(origins or {}), **told}, folder, resume is not None, model, data, start=begins)
     seen: list[Path] = []
 
     def listen(_: int, event: Any) -> None:

@@ -33,8 +33,8 @@ TOKEN_BYTES = 32
 def check_hosts(plan: Plan, shards: int, least: int) -> None:
     """Raises UserError for plans whose workers share what one host has."""
     check_elastic(plan, shards, least)
-    if plan.states != "replicated" or plan.splits_model or plan.sync != "exact":
-        what = f"states = {plan.states!r}" if plan.states != "replicated" else "a mesh with more than axis 'data'"
+    if plan.shards_states or plan.splits_model or plan.sync != "exact":
+        what = f"states = {plan.states!r}" if plan.shards_states else "a mesh with more than axis 'data'"
         what = what if plan.sync == "exact" else f"sync = {plan.sync!r}"
         raise UserError(f"plan: {what} is elastic on one host only: leave it out, or --agents and --emulate-hosts.")
     if plan.device not in ("", "auto", "cpu"):

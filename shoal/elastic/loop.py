@@ -40,7 +40,7 @@ REMEMBERED = 8  # committed steps that every worker could still tell of, should 
 
 def holds_apart(plan: Plan) -> bool:
     """Whether workers hold what no other one does: it is mirrored after each step."""
-    return plan.states != "replicated" or plan.axes.size("pipe") > 1 or plan.sync == "parameter-server"
+    return plan.shards_states or plan.axes.size("pipe") > 1 or plan.sync == "parameter-server"
 
 
 def run_elastic(seat: Seat, order: Order) -> dict[str, Any]:

@@ -57,12 +57,12 @@ def counted_change(need: Need, plan: Plan, micro_batches: int, error: str) -> st
     asked = _asked(error)
     replicas = plan.axes.size("data")
     found: list[tuple[float, str]] = []
-    if replicas > 1 and plan.states == "replicated" and not plan.memory.changes_updates:
+    if replicas > 1 and not plan.shards_states and not plan.memory.changes_updates:
         found.append((need.optimizer * (1 - 1 / replicas), "states = 'zero1'"))
     for parts in PARTS:
         told = f"micro_batches = {parts * micro_batches} in the recipe (now {micro_batches})"
         found.append((need.activations * (1 - 1 / parts), told))
-    if plan.states == "replicated" and plan.memory.offload_optimizer == "none":
+    if not plan.shards_states and plan.memory.offload_optimizer == "none":
         found.insert(2, (need.optimizer, "memory.offload_optimizer = 'disk'"))
     for freed, told in found:
         if freed >= asked:

@@ -16,7 +16,7 @@ def families(plan: Plan) -> set[str]:
     found = {axis for axis, size in plan.axes.sizes if size > 1} | {"standard"}
     found |= {"fast"} if plan.sync == "fast" else set()
     found |= {"servers"} if plan.server_processes else set()
-    found |= {"states"} if plan.states != "replicated" else set()
+    found |= {"states"} if plan.shards_states else set()
     return found | ({"memory"} if plan.memory != MemoryPlan() else set())
 
 

@@ -118,13 +118,13 @@ def run_and_compare(group: Group, order: Order, folder: Path, losses: Sequence[S
     held: dict[str, Tensor] = {}
     gather: list[Whole] = []
     plan = order.plan
-    kinds = (GRADIENT, MODEL) if plan.states == "replicated" else (MODEL,)  # of gradients each worker has slices
+    kinds = (MODEL,) if plan.shards_states else (GRADIENT, MODEL)  # of gradients each worker has slices
 
     def observe(worker: Worker, step: Step) -> None:
         assert step.figures is not None
         optimizer = worker._optimizer
         assert optimizer is not None
-        if plan.states != "replicated":
+        if plan.shards_states:
             worker.settle()
             worker._fetch()  # rank 0 has all states for now
         gradients, module = gradients_of(worker.held.module), worker.held.module

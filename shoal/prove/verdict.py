@@ -80,7 +80,7 @@ def _kinds(plan: Plan) -> list[tuple[str, ...]]:
     """The kinds of tensors that each worker can show after a step."""
     if plan.server_processes:  # gradients and the optimiser's state are the servers'
         return [(MODEL,)] * plan.workers
-    if plan.states != "replicated":  # each has slices of them; states are brought together on the first replica
+    if plan.shards_states:  # each has slices of them; states are brought together on the first replica
         places = [plan.axes.coordinates(rank) for rank in range(plan.workers)]
         first = [all(place.get(axis, 0) == 0 for axis in ("data", "context")) for place in places]
         return [(MODEL, OPTIMIZER) if shows else (MODEL,) for shows in first]

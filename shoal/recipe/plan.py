@@ -37,8 +37,9 @@ class Plan:
     average_every: int = 8  # local: steps between two averages of the weights
     compression: Literal["none", "fp16", "bf16", "int8", "topk", "1bit", "powersgd"] = "none"  # lossy: of gradients
     compression_force: bool = False  # compress although a measurement says that it does not pay
-    states: Literal["replicated", "zero1", "zero2", "zero3"] = "replicated"
-    # data replicas hold slices of optimiser states, gradients too, parameters too (Rajbhandari et al., 2020)
+    states: Literal["auto", "replicated", "zero1", "zero2", "zero3"] = "auto"
+    # zero: data replicas hold slices of optimiser states, gradients too, parameters too (Rajbhandari et al., 2020);
+    # auto: what `shoal train` finds to be fastest with the same bits (shoal.train.states_choice), elsewhere replicated
     state_group: int = 0  # zero1-3: replicas that share one copy of the states; 0: all of them
     pipeline: PipelinePlan = field(default_factory=PipelinePlan)
     memory: MemoryPlan = field(default_factory=MemoryPlan)
@@ -64,9 +65,9 @@ class Plan:
             raise UserError(
                 "plan: compression is for whole models so far: leave it out, or use mesh axis 'data' alone."
             )
-        if self.states != "replicated" and self.sync != "exact":
+        if self.shards_states and self.sync != "exact":
             raise UserError(f"plan: states = {self.states!r} needs sync = 'exact', and sync is {self.sync!r}.")
-        if self.state_group and (self.states == "replicated" or axes.size("data") % self.state_group):
+        if self.state_group and (not self.shards_states or axes.size("data") % self.state_group):
             raise UserError(
                 f"plan: state_group = {self.state_group} must divide the {axes.size('data')} data replicas, "
                 f"with states = 'zero1', 'zero2' or 'zero3'."
@@ -126,10 +127,15 @@ class Plan:
         return self.workers > self.axes.size("data")
 
     @property
+    def shards_states(self) -> bool:
+        """Data replicas hold slices of what training keeps."""
+        return self.states not in ("auto", "replicated")
+
+    @property
     def alike(self) -> bool:
         """Every worker holds the whole model and its states, and makes the same update of them."""
-        replicated = self.states == "replicated" and not self.splits_model
-        return replicated and self.sync in ("exact", "fast") and not self.compresses
+        whole = not self.shards_states and not self.splits_model
+        return whole and self.sync in ("exact", "fast") and not self.compresses
 
     @property
     def exact(self) -> bool:

@@ -21,12 +21,12 @@ def check_trainable(plan: Plan, recipe: Recipe | None = None) -> None:
         raise UserError(
             "plan: memory.blocks are modules, and a pipeline computes its chunks again as a whole: leave it out."
         )
-    if memory.changes_updates and (plan.sync == "local" or plan.states != "replicated"):
-        other = f"states = {plan.states!r}" if plan.states != "replicated" else "sync = 'local'"
+    if memory.changes_updates and (plan.sync == "local" or plan.shards_states):
+        other = f"states = {plan.states!r}" if plan.shards_states else "sync = 'local'"
         raise UserError(f"plan: {memory.changes_updates} does not go with {other} so far: leave one of them out.")
     if memory.budget_bytes:
         other = (
-            f"states = {plan.states!r}" if plan.states != "replicated"
+            f"states = {plan.states!r}" if plan.shards_states
             else f"sync = {plan.sync!r}" if plan.sync not in ("exact", "fast")
             else f"compression = {plan.compression!r}" if plan.compression != "none"
             else ""

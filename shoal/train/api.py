@@ -14,6 +14,7 @@ from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
 from shoal.train.able import check_trainable
 from shoal.train.notices import Notice, drains, handled
+from shoal.train.states_choice import settled_states
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,7 +58,8 @@ def train(
     check_trainable(plan, recipe)
     folder = Run.find(resume).path if resume is not None else run_dir
     begins = start_of(start, resume, recipe.steps)
-    order = Order(recipe, plan, dict(origins or {}), folder, resume is not None, model, data, start=begins)
+    plan, told = settled_states(plan, recipe, joined=joins is not None, foreign=model is not None)
+    order = Order(recipe, plan, {**(origins or {}), **told}, folder, resume is not None, model, data, start=begins)
     if plan.splits_model:
         from shoal.train.legality import check_split
 

@@ -25,7 +25,7 @@ def carried_out(step: Step, once: Callable[[], None], worker: Worker, saved: Pat
         _doubt(found, worker, saved)
         raise
     except NotFinite as first:
-        if not worker.plan.alike:
+        if not step.redoes:
             raise
         begun = time.perf_counter()
         step.again()

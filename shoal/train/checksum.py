@@ -46,6 +46,21 @@ def _sums(parameter: Tensor) -> list[Tensor]:
     return found
 
 
+def compare_kept(ranks: Sequence[int], kept: Sequence[bool], when: str) -> None:
+    """Of workers that share one copy of the parameters. ``kept``: whether each found its slices as it had left them.
+
+    Raises Diverged naming all ranks, as what one finds is everybody's, when one has not."""
+    odd = [rank for rank, value in zip(ranks, kept, strict=True) if not value]
+    if odd:
+        who = f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"
+        raise Diverged(
+            f"shared parameters were written to {when}, between two updates: the slices of {who} are not as it left "
+            f"them (memory that fails, or a write that torch does not count, through .data say).",
+            ranks,
+            False,
+        )
+
+
 def compare(ranks: Sequence[int], checksums: Sequence[float], when: str, kept: Sequence[bool] = ()) -> None:
     """Raises Diverged naming the ranks whose parameters are not those of the most.
 

@@ -106,6 +106,7 @@ class Gradients:
         self._begun_state: list[torch.Tensor] = []
         self._votes = self._careful = False
         self._left: float | None = None  # the checksum of the parameters as the last update left them
+        self.watched: Sequence[torch.Tensor] = self.parameters  # of which checksums are taken
         self.spoilt: list[tuple[int, str]] = []  # (leaf, parameter), of a careful step
 
     # --- one step ---------------------------------------------------------------------------------------------
@@ -296,13 +297,12 @@ class Gradients:
 
     def _vote(self) -> None:
         if self._votes:
-            found = parameter_checksum(self.parameters)
-            self.exchange.facts[_CHECKSUM] = found
+            self.exchange.facts[_CHECKSUM] = found = parameter_checksum(self.watched)
             self.exchange.facts[_TOUCHED] = float(self._left is not None and self._left != found)
 
     def remember(self) -> None:
         """Keep what an update has left: of two workers that differ, the one whose parameters changed since is wrong."""
-        self._left = parameter_checksum(self.parameters)
+        self._left = parameter_checksum(self.watched)
 
     # --- its end ----------------------------------------------------------------------------------------------
 

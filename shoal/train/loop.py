@@ -241,9 +241,14 @@ class Loop:
             steps=self.steps,
             transport=worker.transport,
             **({"memory": worker.memory.started} if worker.memory.started else {}),
+            **({"states": f"{worker.plan.states} ({why})"} if (why := self._why_states()) else {}),
             **({"split": worker.held.split()} if worker.plan.splits_model else {}),
             **({"lossy": worker.plan.lossy} if worker.plan.lossy else {}),
         )
+
+    def _why_states(self) -> str:
+        """Where the kind of states came from, when slices are what workers hold."""
+        return self.order.origins.get("states", "given") if self.worker.plan.shards_states else ""
 
     def _resume(self) -> None:
         found = self.worker.resume(self.run.checkpoints)

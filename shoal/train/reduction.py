@@ -194,6 +194,12 @@ class Reduction:
         for gradients in self.sets:
             gradients.release()
 
+    @property
+    def redoes(self) -> bool:
+        """A step that was finished, and not hung, can be done again: weights are as they were, and sums are there."""
+        plan, exchange = self.held.plan, self.first.exchange
+        return plan.alike or (not plan.splits_model and getattr(exchange, "keeps_sums", False))
+
     def checksums(self) -> list[tuple[tuple[int, ...], list[float], list[bool]]]:
         """Of each set, after `finish`: the ranks that hold the same parameters, what each has, whether it kept it."""
         return [

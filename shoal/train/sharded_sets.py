@@ -76,6 +76,7 @@ def sharded(held: Held, sets: Sequence[Gradients], optimizer: torch.optim.Optimi
     ``sets``: those of ``held.shares``."""
     made = [_of_set(held, share, each, sets, optimizer) for share, each in zip(held.shares, sets, strict=True)]
     if len(made) == 1 and held.pipeline is None:
+        made[0].watch()
         return made[0]
     return ShardedSets(held, optimizer, made)
 

@@ -84,7 +84,7 @@ def check(states: str, optimizer: torch.optim.Optimizer, module: nn.Module) -> N
 
 def check_compiled(compiled: bool, plan: Plan, group: Group) -> None:
     """Raises UserError when the model is compiled and cannot be trained with these states."""
-    if compiled and plan.states != "replicated" and not isinstance(group, HostGroup):
+    if compiled and plan.shards_states and not isinstance(group, HostGroup):
         raise UserError(
             f"plan: states = {plan.states!r} between hosts brings parameters in by hooks on blocks, which a compiled "
             f"model does not keep: leave model.compile out."
@@ -137,6 +137,7 @@ class Sharded(Everywhere):
         super().begin(ledger)
         self._take_over()
         self.note_versions()
+        self._remember()
 
     @torch.no_grad()
     def _take_over(self) -> None:
@@ -172,7 +173,16 @@ class Sharded(Everywhere):
 
     # --- a step -----------------------------------------------------------------------------------------------
 
+    def watch(self) -> None:
+        """Find in each step whether the own slices, in memory that workers share, are still as their update left them.
+
+        Of one copy there is nothing to compare with: this is what finds failing memory and strangers' writes."""
+        self.watches = self.weights.shared
+        if self.watches:
+            self.gradients.watched = self.parts
+
     def arrive(self) -> None:
+        self._check_written()
         self.weights.arrive()
 
     def settle(self, number: int) -> None:
@@ -192,7 +202,6 @@ class Sharded(Everywhere):
     @torch.no_grad()
     def update(self) -> None:
         """Of the own pieces; what others have updated is there after `arrive`."""
-        self._check_written()
         self._let_go()
         unused = set(self.gradients.unused())
         for piece, part in zip(self.pieces, self.parts, strict=True):
@@ -204,7 +213,12 @@ class Sharded(Everywhere):
         for holder in (*self.parts, *self.gradients.parameters):
             holder.grad = None  # the exchange writes the next one over it
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for before they step
+        self._remember()  # before anybody goes on, and may write
         self.weights.updated()
+
+    def _remember(self) -> None:
+        if self.watches:
+            self.gradients.remember()
 
     def note_versions(self) -> None:
         self._written = [parameter._version for parameter in self.gradients.parameters]

@@ -16,7 +16,7 @@ from shoal.data.loading import Prefetcher
 from shoal.data.source import Batch
 from shoal.errors import UserError
 from shoal.models.task import Task
-from shoal.train.checksum import compare
+from shoal.train.checksum import compare, compare_kept
 from shoal.train.gradients import StepFigures, writes_gradients
 from shoal.train.memory import due
 from shoal.train.not_finite import NotFinite, Spoilt, all_spoilt
@@ -74,7 +74,7 @@ class Step:
         self._on_commit = on_commit
         self._report = crew.group.report
         self._passes = ledger.passes(number)
-        self._alike = reduction.held.plan.alike
+        self._alike, self.redoes = reduction.held.plan.alike, reduction.redoes
         self._spoilt: list[Spoilt] = []
         self._place: Place | None = None
         self._of_others = False  # the pass is for the tokens that others send to this worker's experts
@@ -84,6 +84,7 @@ class Step:
         self._careful = careful
         self._report(Phase.loading, step=self.number)
         check = self._zero_based % COMPARE_EVERY == 0 and self._update.equal and not self._alike
+        check = check and not self._update.watches  # of one copy there is nothing to compare with
         if check:
             self._update.arrive()
         self._reduction.begin(
@@ -91,7 +92,7 @@ class Step:
             stop=self._crew.group.stop_asked,
             change=self._report.change_asked,
             check=check,
-            votes=self._alike and self._crew.group.world > 1,
+            votes=(self._alike or self._update.watches) and self._crew.group.world > 1,
             careful=careful,
         )
         self._mark = time.perf_counter()
@@ -181,7 +182,7 @@ class Step:
         if not math.isfinite(value):
             ids = self._ledger.shard(self._zero_based, shard)[micro].tolist()
             found = Spoilt(self._crew.group.rank, (shard,), tuple(ids), value)
-            if not self._alike:
+            if not self.redoes:
                 raise NotFinite(self.number, value, "", [found])
             self._spoilt.append(found)
 
@@ -249,13 +250,15 @@ class Step:
 
     def _check(self, figures: StepFigures) -> None:
         for ranks, checksums, kept in self._reduction.checksums():
-            if len(checksums) == len(ranks):  # workers that go their own ways know of themselves alone
+            if self._update.watches:
+                compare_kept(ranks, kept, f"before step {self.number} was committed")
+            elif len(checksums) == len(ranks):  # workers that go their own ways know of themselves alone
                 compare(ranks, checksums, f"in step {self.number}", kept)
         if math.isfinite(figures.norm) and math.isfinite(figures.loss):
             return
         parameter = self._reduction.first_not_finite()
         found: list[Spoilt] = []
-        if self._alike:
+        if self.redoes:
             of_loss = not math.isfinite(figures.loss)  # the same on all workers
             found = all_spoilt(self._crew.group, self._spoilt if of_loss else self._spoilt_gradients())
         raise NotFinite(self.number, figures.loss, parameter, found)

@@ -34,6 +34,7 @@ class Update(Protocol):
 
     optimizer: torch.optim.Optimizer
     equal: bool  # all workers have the same weights before every step
+    watches: bool  # each worker knows what it has left of its slices of weights that are there once for all
 
     def check_readable(self) -> None:
         """Raises UserError when not all weights are on this worker right now: `settle` brings them."""
@@ -88,7 +89,7 @@ def exchange_of(
         from shoal.comm.compression.exchange import compressed_exchange
 
         return compressed_exchange(plan.compression, group, terms, shapes=list(shapes), force=plan.compression_force)
-    if plan.states != "replicated":
+    if plan.shards_states:
         from shoal.train.sharded_states import sliced_exchange
 
         return sliced_exchange(plan, group, terms)
@@ -109,7 +110,7 @@ def update_of(held: Held, sets: Sequence[Gradients], optimizer: torch.optim.Opti
         return Averaging(plan, group, gradients, optimizer)
     if plan.sync == "parameter-server":
         return (Stale if plan.staleness else Served)(held, gradients, optimizer)
-    if plan.states != "replicated":
+    if plan.shards_states:
         from shoal.train.sharded_sets import sharded
 
         return sharded(held, sets, optimizer)
@@ -120,6 +121,7 @@ class Everywhere:
     """Every worker has the global mean gradient, and makes the same update."""
 
     equal = True
+    watches = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, pipeline: Pipeline | None = None) -> None:
         self.optimizer, self._pipeline = optimizer, pipeline

@@ -157,7 +157,7 @@ class Worker:
             raise UserError("LBFGS evaluates the loss again inside its step, which a distributed step cannot do.")
         if self.plan.sync == "parameter-server":
             check_optimizer(optimizer)
-        if self.plan.states != "replicated":
+        if self.plan.shards_states:
             sharded_states.check(self.plan.states, optimizer, self.held.module)
         if self.plan.memory.changes_updates:
             optimizer = keep_states(
@@ -242,7 +242,7 @@ class Worker:
                 yield step
                 if not step.committed:
                     raise UserError(f"step {step.number} was left without commit(): call step.commit() at its end.")
-        if self.plan.states != "replicated":
+        if self.plan.shards_states:
             update.settle(self.step)  # whoever reads the weights now finds them whole
 
     def _committed(self, figures: StepFigures) -> None:

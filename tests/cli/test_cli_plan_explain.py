@@ -28,7 +28,13 @@ def test_an_illegal_layout_is_one_line_with_the_repair(shoal):
     assert "twice, by 'vocab' and 'width': write rules.width = ''" in err
 
 
-def test_explain_without_a_tensor_axis_is_refused(shoal):
-    code, _, err = shoal("plan", "--mesh", "data=2", "--explain")
-    assert code == 2
-    assert "add an axis to the mesh, such as --mesh tensor=2" in err
+def test_explain_shows_every_value_of_the_plan_and_what_was_chosen_and_why(shoal):
+    code, out, err = shoal("plan", "--mesh", "data=2", "--explain", "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert told["states"] == {"kind": "zero1", "origin": "chosen: 2 workers of one host share weights"}
+    rows = {row["key"]: (row["value"], row["origin"]) for row in told["plan"]}
+    assert rows["states"] == ("zero1", "chosen: 2 workers of one host share weights")
+    assert rows["mesh.data"] == (2, "flag --mesh")
+    assert "states: replicated (flag --set)" in shoal("plan", "--mesh", "data=2", "--set", "states=replicated")[1]
+    assert "states: replicated (chosen: sync = 'fast')" in shoal("plan", "--mesh", "data=2", "--fast")[1]

@@ -41,7 +41,7 @@ def test_train_without_arguments_trains_the_default_preset_on_every_core(calls, 
     assert code == 0
     (call,) = calls
     assert call["recipe"] == assemble(None, "gpt-stdlib")[0]
-    assert call["plan"] == Plan(mesh={"data": 3})
+    assert call["plan"] == Plan(mesh={"data": 3}, states="zero1")
     assert call["origins"]["steps"] == "preset gpt-stdlib"
     assert call["origins"]["mesh.data"] == "detected"
     assert (call["run_dir"], call["resume"]) == (None, None)
@@ -189,15 +189,16 @@ def test_a_run_directory_under_the_working_directory_is_shown_relative_to_it(lib
 
 def test_resume_goes_on_with_the_run_s_recipe_and_the_workers_of_now(calls, shoal, monkeypatch):
     recipe, origins = assemble(None, "gpt-stdlib", {"seed": 3}, spelt={"seed": "--seed"})
-    plan = Plan(mesh={"data": 8}, prefetch=7)
-    Run.create(recipe, plan, {**origins, "mesh.data": "detected", "prefetch": "flag --set"}, Path("run"))
+    plan = Plan(mesh={"data": 1}, states="replicated", prefetch=7)
+    found = {"mesh.data": "detected", "states": "chosen: one worker", "prefetch": "flag --set"}
+    Run.create(recipe, plan, {**origins, **found}, Path("run"))
     monkeypatch.setattr("shoal.cli.recipe_arguments.usable_cores", lambda: 2)
     assert shoal("train", "--resume", "run")[0] == 0
     (call,) = calls
     assert call["resume"] == "run"
     assert call["recipe"] == recipe
     assert call["origins"]["seed"] == "flag --seed"
-    assert call["plan"] == Plan(mesh={"data": 2}, prefetch=7)
+    assert call["plan"] == Plan(mesh={"data": 2}, states="zero1", prefetch=7)
     assert shoal("train", "--resume", "run", "--workers", "5", "--steps", "9")[0] == 0
     assert calls[1]["plan"].workers == 5
     assert calls[1]["recipe"].steps == 9

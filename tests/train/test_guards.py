@@ -60,8 +60,9 @@ def with_fault(agent, tmp_path, request):
 
     cloudpickle.register_pickle_by_value(request.module)
 
-    def run(fault, workers=3, made=RESNET, data=DATA):
-        order = Order(made, Plan(mesh={"data": workers}, device="cpu"), run_dir=tmp_path / "run", data=data)
+    def run(fault, workers=3, made=RESNET, data=DATA, states="replicated"):
+        wanted = Plan(mesh={"data": workers}, states=states, device="cpu")
+        order = Order(made, wanted, run_dir=tmp_path / "run", data=data)
         return agent.run(_planted, (order, fault), workers=workers)[0], Run(tmp_path / "run").events()
 
     return run
@@ -72,9 +73,11 @@ def ids_of(step: int, shards: range) -> set[int]:
     return {int(each) for shard in shards for ids in ledger.shard(step - 1, shard) for each in ids}
 
 
-@pytest.mark.parametrize("fault", ["loss", "gradient"])
-def test_a_nan_that_comes_once_is_named_and_its_step_done_again_with_the_same_bits(with_fault, run, fault):
-    result, events = with_fault(Planted(fault))
+@pytest.mark.parametrize(
+    ("fault", "states"), [("loss", "replicated"), ("gradient", "replicated"), ("loss", "zero1"), ("gradient", "zero1")]
+)
+def test_a_nan_that_comes_once_is_named_and_its_step_done_again_with_the_same_bits(with_fault, run, fault, states):
+    result, events = with_fault(Planted(fault), states=states)
     assert result["weights_sha256"] == run(RESNET, 1, data=DATA)["weights_sha256"]
     (replayed,) = [event for event in events if event["event"] == "replayed"]
     assert replayed["step"] == STEP + 1
@@ -123,6 +126,20 @@ def test_a_flipped_bit_in_one_workers_parameters_is_caught_before_the_next_commi
         with_fault(Planted("bit", rank), workers)
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert [e["step"] for e in map(json.loads, lines) if e["event"] == "committed"] == list(range(1, STEP + 1))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_flipped_bit_in_parameters_that_workers_share_is_caught_before_the_next_commit(with_fault, tmp_path, rank):
+    """There is one copy: each worker remembers what its own update left of its slices, whoever has written to them."""
+    made = replace(RESNET, report=Reporting(evaluate_every=0, checkpoint_every=1, sample=False))
+    line = rf"shared parameters were written to before step {STEP + 1} was committed, .*: the slices of rank \d are not"
+    with pytest.raises(RunFailed, match=line):
+        with_fault(Planted("bit", rank), 2, made, states="zero1")
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert [e["step"] for e in map(json.loads, lines) if e["event"] == "committed"] == list(range(1, STEP + 1))
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / f"doubtful-step-{STEP:08d}").is_dir()
+    assert checkpoint.newest(folder)[0].step == STEP - 1
 
 
 def test_what_a_wrong_rank_0_has_saved_is_put_out_of_the_way_and_the_run_goes_on_from_before(with_fault, tmp_path, run):
