@@ -12,8 +12,8 @@ from shoal.errors import UserError
 from shoal.models.activation import Activation
 from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.gpt import GPT, GPTConfig
-from shoal.models.huggingface_names import Link, State, bert_links, gpt_links, to_ours, to_theirs
-from shoal.models.weights_file import read_json, read_tensors, write_tensors
+from shoal.models.huggingface_names import Renamed, State, bert_links, gpt_links, links_of, to_theirs
+from shoal.models.weights_file import StoredTensors, read_json, write_tensors
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -126,11 +126,7 @@ def load_folder(path: str | Path) -> Folder:
 
     Raises UserError for a folder that is not of a BERT or GPT-2, and for files that are missing or corrupt."""
     config = read_config(path)
-    return Folder(config, to_ours(read_tensors(Path(path)), _links(config.kind, config.options["layers"])))
-
-
-def _links(kind: str, layers: int) -> list[Link]:
-    return bert_links(layers) if kind == "bert" else gpt_links(layers)
+    return Folder(config, Renamed(StoredTensors(Path(path)), links_of(config.kind, config.options["layers"])).state())
 
 
 def save_folder(

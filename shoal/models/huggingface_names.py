@@ -1,13 +1,15 @@
 """What the tensors of BERT and GPT-2 are called in Hugging Face files, and how they are laid out there."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shoal.errors import UserError
+from shoal.models.initial_values import Kept, Run
+from shoal.models.weights_file import StoredTensors
 
 State = dict[str, Tensor]
 
@@ -64,31 +66,72 @@ def gpt_links(layers: int) -> list[Link]:
     return links
 
 
+def links_of(kind: str, layers: int) -> list[Link]:
+    """``kind``: "bert" or "gpt"."""
+    return bert_links(layers) if kind == "bert" else gpt_links(layers)
+
+
 _HEAD = re.compile(r"(cls|classifier|qa_outputs|lm_head)\.")  # these stand beside the body, not inside it
 _REDUNDANT = re.compile(  # position numbers, causal masks, copies of the tied embedding, BERT's next-sentence head
     r"embeddings\.position_ids|h\.\d+\.attn\.(masked_)?bias|cls\.predictions\.decoder\.(weight|bias)|cls\.seq_relationship\..*"
 )
 
 
-def to_ours(theirs: Mapping[str, Tensor], links: list[Link]) -> State:
-    """The tensors of a file under our names, in float32; files with and without the body's prefix, and old ones, fit.
+class Renamed:
+    """The tensors of files under our names, in float32; files with and without the body's prefix, and old ones, fit.
 
-    Raises UserError when the file holds a tensor that the model has no place for, or only a part of one."""
-    there = {_plain(name): tensor for name, tensor in theirs.items()}
-    ours: State = {}
-    for link in links:
-        parts = [there.pop(name) for name in link.theirs if name in there]
-        if len(parts) not in (0, len(link.theirs)):
-            raise UserError(f"the weights hold only some of {', '.join(link.theirs)}.")
-        if parts:
-            joined = torch.cat([part.float() for part in parts])
-            ours[link.ours] = joined.t().contiguous() if link.transposed else joined
-    unplaced = sorted(name for name in there if not _REDUNDANT.fullmatch(name))
-    if unplaced:
-        raise UserError(
-            f"the weights hold {unplaced[0]!r}, which this model and its number of layers have no place for."
-        )
-    return ours
+    Raises UserError when they hold a tensor that the model has no place for, or only a part of one."""
+
+    def __init__(self, stored: StoredTensors, links: list[Link]) -> None:
+        self._stored = stored
+        there = {_plain(name): name for name in stored}
+        self._links: dict[str, tuple[Link, list[str]]] = {}
+        for link in links:
+            parts = [there.pop(name) for name in link.theirs if name in there]
+            if len(parts) not in (0, len(link.theirs)):
+                raise UserError(f"the weights hold only some of {', '.join(link.theirs)}.")
+            if parts:
+                self._links[link.ours] = (link, parts)
+        unplaced = sorted(name for name in there if not _REDUNDANT.fullmatch(name))
+        if unplaced:
+            raise UserError(
+                f"the weights hold {unplaced[0]!r}, which this model and its number of layers have no place for."
+            )
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._links.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        link, parts = self._links[name]
+        first, *rest = self._stored.shape(parts[0])
+        joined = (first + sum(self._stored.shape(part)[0] for part in parts[1:]), *rest)
+        return joined[::-1] if link.transposed else joined
+
+    def part(self, name: str, kept: Kept) -> Tensor:
+        """The places that are kept of one tensor; nothing else is read."""
+        link, parts = self._links[name]
+        dims = len(self.shape(name))
+        there = {(dims - 1 - dim if link.transposed else dim): runs for dim, runs in kept.items()}
+        first = {dim: runs for dim, runs in there.items() if dim}
+        found, start = [], 0
+        for part in parts:
+            stop = start + self._stored.shape(part)[0]
+            cut = {0: _within(there[0], start, stop)} if 0 in there else {}
+            found.append(self._stored.part(part, {**first, **cut}).float())
+            start = stop
+        joined = torch.cat(found)
+        return joined.t().contiguous() if link.transposed else joined
+
+    def state(self) -> State:
+        """All of them, whole."""
+        return {name: self.part(name, {}) for name in self.names}
+
+
+def _within(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
+    """Of the places start to stop, counted from start; one empty run where there are none."""
+    found = [(max(a, start) - start, min(b, stop) - start) for a, b in runs if max(a, start) < min(b, stop)]
+    return found or [(0, 0)]
 
 
 def to_theirs(ours: Mapping[str, Tensor], links: list[Link], prefix: str) -> State:

@@ -4,7 +4,8 @@ A parameter's values depend on the seed, its name and the place of each in the w
 worker draws what it holds and nothing else, and gets what one process has there."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, runtime_checkable
@@ -87,12 +88,27 @@ def initial_values(model: nn.Module) -> dict[str, Initial]:
     return found
 
 
+_told: list[Callable[[nn.Module], None]] = []
+
+
+@contextmanager
+def watching(tell: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Within the block, ``tell`` gets each model that `initialise` is called with."""
+    _told.append(tell)
+    try:
+        yield
+    finally:
+        _told.remove(tell)
+
+
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
     """Give every tensor of a model that says them its first values, under torch's seed (``torch.manual_seed``).
 
     For the end of a model's constructor. On the meta device nothing is done."""
     values = initial_values(model)
+    for tell in _told:
+        tell(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.is_meta:
             tensor.copy_(draw(values[name], torch.initial_seed(), name, tensor.shape))

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from shoal.data.reference import resolve
@@ -17,9 +18,10 @@ from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.cnn import CNN, CNNConfig
 from shoal.models.elmo import Elmo, ElmoConfig
 from shoal.models.facts import fill
+from shoal.models.first_values import Blank, blank, materialise
 from shoal.models.gpt import GPT, GPTConfig
 from shoal.models.huggingface import read_config
-from shoal.models.initial_weights import load_weights
+from shoal.models.initial_weights import GivenWeights, load_weights
 from shoal.models.lstm import LSTM, LSTMConfig
 from shoal.models.mlp import MLP, MLPConfig
 from shoal.models.moe import MoE, MoEConfig
@@ -68,12 +70,44 @@ def build(spec: ModelSpec, facts: Facts) -> nn.Module:
     ``facts`` (``Source.facts``) fills the sizes that the recipe leaves out. Weights and frozen parameters are applied.
     Raises UserError for an unknown kind, task or option, for sizes that contradict the data, for weights that do not
     fit, and for a freeze pattern that fits no parameter."""
-    task_name(spec, facts)
+    found = build_blank(spec, facts)
+    if found is not None:
+        materialise([found.module], found.first, torch.device("cpu"))
+        return found.module
     model = _kind(spec).build(spec, facts)
     if spec.weights:
         load_weights(model, Path(spec.weights))
     _freeze(model, spec.freeze)
     return model
+
+
+def outline(spec: ModelSpec, facts: Facts) -> nn.Module:
+    """The model on the meta device: names, shapes and what is frozen. Nothing is allocated, no weights are read.
+
+    Raises UserError as `build` does."""
+    found = build_blank(spec, facts)
+    if found is not None:
+        return found.module
+    with torch.device("meta"):
+        model = _kind(spec).build(spec, facts)
+    if spec.weights:
+        GivenWeights(model, Path(spec.weights))
+    _freeze(model, spec.freeze)
+    return model
+
+
+def build_blank(spec: ModelSpec, facts: Facts) -> Blank | None:
+    """The model without memory, and where its first values come from; None for a custom one that does not say them.
+
+    Raises UserError as `build` does."""
+    task_name(spec, facts)
+    kind = _kind(spec)
+    made = blank(lambda: kind.build(spec, facts))
+    if made is None:
+        return None
+    given = GivenWeights(made.module, Path(spec.weights)) if spec.weights else None
+    _freeze(made.module, spec.freeze)
+    return Blank(made.module, made.first.over(given))
 
 
 def task_for(spec: ModelSpec, facts: Facts) -> Task:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from shoal.data.reference import resolve
 from shoal.data.special import special_tokens
@@ -73,7 +72,7 @@ _ALSO = {"tensors": ("classification", "image-classification")}  # tasks that an
 
 def _from_folder(path: Path) -> Loaded:
     folder = load_folder(path)
-    with _Undrawn():
+    with torch.device("meta"):  # the file's weights take the place of what is made here
         if folder.config.kind == "bert":
             head: Head = folder.config.head  # type: ignore[assignment]
             model: nn.Module = Bert(BertConfig(**folder.config.options), head)
@@ -104,15 +103,6 @@ _BERT_TASKS = {
 }
 
 
-class _Undrawn(TorchFunctionMode):
-    """Inside, parameters are made and nothing is drawn at random: the file's weights take their place."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.kaiming_uniform_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
     """What a model's own head never uses may lack in the file (an encoder's pooler), and the other way round."""
     wanted = model.state_dict()
@@ -120,7 +110,7 @@ def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> No
     for name in lacking:
         if not name.startswith("pooler."):
             raise UserError(f"{str(path)!r} lacks the weights of {name!r}: train that head first.")
-    found = {name: state[name] if name in state else torch.zeros_like(t) for name, t in wanted.items()}
+    found = {name: state[name] if name in state else torch.zeros(t.shape) for name, t in wanted.items()}
     try:
         model.load_state_dict(found, assign=True)
     except RuntimeError as error:

@@ -1,6 +1,6 @@
 """Whether a plan can split a recipe's model: looked at without its weights, before any worker starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from shoal.data.ledger import Ledger
 from shoal.data.registry import open_data
 from shoal.errors import UserError, unknown_name
-from shoal.models.registry import build
+from shoal.models.registry import outline
 from shoal.parallel.context.model import check_sequence
 from shoal.parallel.experts.model import experts_split
 from shoal.parallel.layout.decide import layout_for
@@ -23,8 +23,7 @@ def check_split(recipe: Recipe, plan: Plan, model: Callable[[], nn.Module] | Non
     splits = open_data(recipe.data, recipe.seed, data)
     if len(splits.train) == 0:
         return  # which is said by those who read it
-    with torch.device("meta"):
-        module = model() if model is not None else build(recipe.model, splits.train.facts)
+    module = _outline(recipe, model, splits.train.facts)
     layout_for(module, plan)
     if plan.axes.size("expert") > 1:
         experts_split(module, plan.axes.size("expert"))
@@ -32,6 +31,13 @@ def check_split(recipe: Recipe, plan: Plan, model: Callable[[], nn.Module] | Non
         check_sequence(module)
     if plan.axes.size("pipe") > 1:
         _check_pipeline(recipe, plan, module, len(splits.train))
+
+
+def _outline(recipe: Recipe, model: Callable[[], nn.Module] | None, facts: Mapping[str, Any]) -> nn.Module:
+    if model is None:
+        return outline(recipe.model, facts)
+    with torch.device("meta"):
+        return model()
 
 
 def _check_pipeline(recipe: Recipe, plan: Plan, module: nn.Module, samples: int) -> None:

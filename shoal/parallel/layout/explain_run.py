@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from shoal.data.source import Source
-from shoal.models.registry import build, task_for
+from shoal.models.registry import outline, task_for
 from shoal.parallel.layout.decide import layout_for
 from shoal.parallel.layout.explain import Sending, explain
 from shoal.parallel.pipeline.head_and_tail import arguments_of
@@ -16,8 +16,7 @@ from shoal.recipe.recipe import Recipe
 
 def explain_run(recipe: Recipe, plan: Plan, source: Source) -> list[Sending]:
     """For one micro-batch of the recipe; nothing is allocated for the model. Raises UserError for an illegal layout."""
-    with torch.device("meta"):
-        model = build(recipe.model, source.facts)
+    model = outline(recipe.model, source.facts)
     layout = layout_for(model, plan)
     size = max(1, recipe.batch // (recipe.shards * recipe.micro_batches))
     batch = source.fetch(torch.arange(min(size, len(source))).numpy(), 0)
