@@ -13,10 +13,12 @@ from shoal.cli.output import about_size, interval, json_line, table
 from shoal.cluster.cluster import Cluster, counted, gibibytes
 
 HELP = "what this machine has: cores, memory, accelerators, speeds, extras"
-EXTRAS = {  # extra -> (its module, what it is for)
-    "images": ("PIL", "image folders"),
-    "parquet": ("pyarrow", "Parquet files"),
-    "tensorboard": ("tensorboard", "metrics in TensorBoard"),
+EXTRAS = {  # extra of pyproject.toml -> (modules that it brings, what it is for)
+    "images": (("PIL",), "image folders"),
+    "parquet": (("pyarrow",), "Parquet files"),
+    "tensorboard": (("tensorboard",), "metrics in TensorBoard"),
+    "serve": (("httptools", "msgspec"), "shoal serve"),
+    "ray": (("ray", "starlette"), "shoal serve --engine ray"),
 }
 SIZE = 512  # of the square matrices that are multiplied: large enough to be bound by arithmetic
 TRIALS = 5
@@ -53,7 +55,7 @@ def examine() -> dict[str, Any]:
         "bfloat16_speedup": speeds["bfloat16"] / speeds["float32"],
         "compiler": next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None),
         "communication": checkup.checkup(),
-        "extras": {extra: find_spec(module) is not None for extra, (module, _) in EXTRAS.items()},
+        "extras": {extra: all(find_spec(module) for module in modules) for extra, (modules, _) in EXTRAS.items()},
     }
 
 

@@ -1,12 +1,13 @@
 """The other verbs: each one call of the library."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 from made_up_run import committed
 
-from shoal.cli.doctor import communication
+from shoal.cli.doctor import EXTRAS, communication
 from shoal.comm.measuring.checkup import SIZES
 from shoal.recipe.layers import assemble
 from shoal.recipe.plan import Plan
@@ -141,7 +142,9 @@ def test_doctor_tells_what_this_machine_has(shoal, library, monkeypatch):
     library("shoal.comm.measuring.checkup", checkup=lambda: CHECKUP)
     monkeypatch.setattr("shoal.cli.doctor.TRIALS", 1)
     monkeypatch.setattr("shoal.cli.doctor.SIZE", 32)
-    monkeypatch.setattr("shoal.cli.doctor.EXTRAS", {"nothing": ("no_such_module", "no files")})
+    monkeypatch.setattr(
+        "shoal.cli.doctor.EXTRAS", {"nothing": (("json", "no_such_module"), "no files"), "json": (("json",), "")}
+    )
     code, out, _ = shoal("doctor")
     assert code == 0
     assert "usable" in out
@@ -149,8 +152,13 @@ def test_doctor_tells_what_this_machine_has(shoal, library, monkeypatch):
     found = json.loads(shoal("doctor", "--json")[1])
     assert found["cores"] >= 1
     assert found["bfloat16_speedup"] > 0
-    assert found["extras"] == {"nothing": False}
+    assert found["extras"] == {"nothing": False, "json": True}
     assert found["communication"]["all_reduce_s"]["shm"] == {"65536": 3e-5}
+
+
+def test_doctor_knows_every_extra():
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS) == set(declared["optional-dependencies"]) - {"dev"}
 
 
 @pytest.mark.parametrize(
