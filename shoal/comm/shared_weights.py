@@ -83,6 +83,8 @@ class SharedWeights:
     def settle(self) -> None:
         self.arrive()
 
+    def leave(self) -> None: ...
+
     def held_bytes(self) -> dict[str, int]:
         """This worker's share of the memory that all of its group hold together once."""
         shared = [*self._flats.values(), *self._frozen]

@@ -441,7 +441,6 @@ class ElasticCrew:
             "shares": self.formation.shares,
             "depth": self.formation.depth,
             "servers": self.formation.servers,
-            "hosts": False,  # whether there are several
         }
 
     def _close_own(self) -> None:

@@ -276,7 +276,8 @@ class CrewOfHosts(ElasticCrew):
         if self.epoch:
             self.epoch.hang_up()
         own = {rank: seat for rank, seat in enumerate(form.seats) if seat in self.processes}
-        self.epoch = epoch = EpochLinks(form, own, set())
+        lives = [self.council.fleet.homes.get(seat) for seat in form.seats]
+        self.epoch = epoch = EpochLinks(form, own, set(), [life[0] if life else -1 for life in lives])
         for rank, seat in own.items():
             self.processes[seat].name = f"rank {rank}"
             epoch.missing.update(epoch.pairs(rank))
@@ -332,7 +333,8 @@ class CrewOfHosts(ElasticCrew):
                 elif other != rank:
                     pair = Pair(epoch.form.epoch, min(rank, other), max(rank, other))
                     sockets.append(epoch.far.get(pair, dead))
-            order = {**self._terms(epoch.form, rank), "run": run, "arenas": bool(arenas), "hosts": several}
+            terms = {"run": run, "arenas": bool(arenas), "wired": several, "homes": epoch.homes}
+            order = {**self._terms(epoch.form, rank), **terms}
             files = [heap, self.mirror, *arenas, *(each.fileno() for each in sockets)]
             self.processes.order(epoch.own[rank], order, files)
         for left, right in near.values():

@@ -15,6 +15,7 @@ class EpochLinks:
     form: m.Form
     own: dict[int, int]  # rank -> seat, of those that live here
     missing: set[Pair]
+    homes: list[int]  # the host of each rank
     far: dict[Pair, socket.socket] = field(default_factory=dict)
     ordered: bool = False
 

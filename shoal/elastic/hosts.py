@@ -30,12 +30,16 @@ MOST_HOSTS = 32
 TOKEN_BYTES = 32
 
 
-def check_hosts(plan: Plan, shards: int, least: int) -> None:
+def check_hosts(recipe: Recipe, plan: Plan, least: int) -> None:
     """Raises UserError for plans whose workers share what one host has."""
-    check_elastic(plan, shards, least)
-    if plan.shards_states or plan.splits_model or plan.sync != "exact":
-        what = f"states = {plan.states!r}" if plan.shards_states else "a mesh with more than axis 'data'"
-        what = what if plan.sync == "exact" else f"sync = {plan.sync!r}"
+    check_elastic(plan, recipe.shards, least)
+    if plan.shards_states and recipe.model.compile:
+        raise UserError(
+            f"plan: states = {plan.states!r} between hosts brings parameters in by hooks on blocks, which a compiled "
+            f"model does not keep: leave model.compile out."
+        )
+    if plan.splits_model or plan.sync != "exact":
+        what = "a mesh with more than axis 'data'" if plan.sync == "exact" else f"sync = {plan.sync!r}"
         raise UserError(f"plan: {what} is elastic on one host only: leave it out, or --agents and --emulate-hosts.")
     if plan.device not in ("", "auto", "cpu"):
         raise UserError(f"plan: device = {plan.device!r}: elastic workers of several hosts train on processors so far.")
@@ -162,7 +166,7 @@ def _job(
     from shoal.elastic.loop import run_elastic
     from shoal.train.loop import Order
 
-    check_hosts(plan, recipe.shards, least)
+    check_hosts(recipe, plan, least)
     folder = Run.find(resume).path if resume is not None else run_dir
     if folder is None:
         raise UserError("several hosts need to know where the run is: add --run-dir DIR, the same folder on all hosts.")

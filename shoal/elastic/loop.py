@@ -15,6 +15,7 @@ from shoal.elastic import transfer
 from shoal.elastic.culprits import Wrong, culprits
 from shoal.elastic.membership import FRESH
 from shoal.elastic.mirror import Mirror
+from shoal.elastic.peer_copies import PeerCopies, replenish
 from shoal.elastic.replan import Formation, plan_of
 from shoal.elastic.seat import Place, Released, Seat, SeatReporter
 from shoal.elastic.serving import serve_epoch
@@ -80,14 +81,15 @@ class _Life:
             try:
                 if holds_apart(self.order.plan) and self.mirror is None:
                     self.mirror = Mirror(self.seat.mirror)
+                place, lost = self._agreed(place)
                 if place.server >= 0:
                     self._serve(place)
                     raise PeerLost("the workers have gone")
                 plan = plan_of(self.order.plan, place.formation)
-                if self.staged:
+                if self.staged or lost:
                     self._build(place.group, plan)
                 stand = None if place.cold else self._hand_over(place)
-                if not self.staged:
+                if not self.staged and not lost:
                     self.worker.join(place.group, plan)
                 loop = self._begun(place) if place.cold else self._taken_over(place, stand)
                 if self.seat.report.rehearsal is not None:
@@ -103,6 +105,18 @@ class _Life:
             self.seat.hang_up()
             self.seat.left(*self._held())
             gc.collect()  # what the epoch's memory hangs on goes round in circles: it would stay for a while
+
+    def _agreed(self, place: Place) -> tuple[Place, bool]:
+        """Where several hosts mirror what their workers hold: all of them go on from the newest step that they have
+        together. Whether they do not have one: then the run goes on from the disk, with models made anew."""
+        if self.mirror is None or not place.homes or place.cold:
+            return place, False
+        due = self.loop.at if self.loop is not None and self.loop.due else FRESH
+        found = replenish(self.mirror, place.group, place.homes, due)
+        if found is None:
+            return replace(place, cold=True), True
+        step, due_then = found
+        return replace(place, steps=(step,) * len(place.steps), due=due_then), False
 
     def _part(self, found: Exception, world: int) -> None:
         """From who is at fault: the step is done again without. Raises ``found`` where that would not help."""
@@ -155,8 +169,12 @@ class _Life:
     def _begun(self, place: Place) -> "ElasticLoop":
         """Nobody holds a state: from the newest checkpoint of the run, or from the start."""
         worker, order = self.worker, self.order
-        if self.mirror is not None and worker.rank == 0:
+        if self.mirror is not None and worker.rank == (
+            place.homes.index(place.homes[worker.rank]) if place.homes else 0
+        ):
             self.mirror.clear()
+        if self.loop is not None and self.loop.log is not None:
+            self.loop.log.close()
         again = bool(place.run) and (Path(place.run) / "recipe.toml").exists()
         if not self.staged:
             share_weights(worker.held.module, worker.group)
@@ -171,7 +189,7 @@ class _Life:
         loop = ElasticLoop(worker, order, run, self.splits, self.task, self.model)
         loop.begin(first=place.epoch == 1, lenient=again)
         worker.group.gather(b"")  # all have taken the checkpoint, or none counts as holding anything
-        loop.enter(self.mirror, FRESH, len(place.steps))
+        loop.enter(self.mirror, FRESH, place)
         self.loop = loop
         return loop
 
@@ -223,7 +241,7 @@ class _Life:
         if stand is not None:
             loop.stand(stand)
         loop.due, loop.at = place.due, max(place.steps)
-        loop.enter(self.mirror, max(place.steps), len(place.steps))
+        loop.enter(self.mirror, max(place.steps), place)
         loop.take_rank()
         return loop
 
@@ -243,7 +261,8 @@ class ElasticLoop(Loop):
         self.began_s = time.perf_counter()
         self.result: dict[str, Any] | None = None
         self.mirror: Mirror | None = None
-        self.parts: HeldParts | None = None  # of the epoch
+        self.copies: PeerCopies | None = None  # of the epoch, as the next one
+        self.parts: HeldParts | None = None
 
     def begin(self, *, first: bool, lenient: bool) -> None:
         """``lenient``: where there is no checkpoint, training starts over."""
@@ -261,11 +280,17 @@ class ElasticLoop(Loop):
 
     # --- handing on -------------------------------------------------------------------------------------------
 
-    def enter(self, mirror: Mirror | None, step: int, world: int) -> None:
-        """An epoch of so many processes begins, from a step that ``mirror`` holds."""
-        self.mirror, self.parts = mirror, None
-        if mirror is not None:
-            mirror.enter(self.worker.rank, world, step, self.worker.step)
+    def enter(self, mirror: Mirror | None, step: int, place: Place) -> None:
+        """An epoch begins, from a step that ``mirror`` holds."""
+        self.mirror, self.parts, self.copies = mirror, None, None
+        if mirror is None:
+            return
+        of_hosts: dict[str, Any] = {}
+        if place.homes:
+            group = place.group.split([range(len(place.homes))])
+            self.copies = copies = PeerCopies(mirror, group, place.homes)
+            of_hosts = {"epoch": place.epoch, "wards": copies.wards, "elsewhere": copies.elsewhere}
+        mirror.enter(self.worker.rank, len(place.steps), step, self.worker.step, **of_hosts)
 
     def state(self) -> Checkpoint:
         """All that another worker needs to be in this one's place."""
@@ -286,7 +311,10 @@ class ElasticLoop(Loop):
             "aliases": self.parts.aliases,
             "loop": self._stand() if worker.rank == 0 else {},
         }
-        self.mirror.write(worker.step, self.parts.tensors(), facts)
+        written = self.mirror.write(worker.step, self.parts.tensors(), facts)
+        if self.copies is not None:
+            self.copies.send(worker.step, written)
+            self.copies.take(worker.step)
 
     def _stand(self) -> dict[str, Any]:
         return {

@@ -212,6 +212,7 @@ class Membership:
     _opened: bool = False
     _broken: bool = False
     _asked: bool = False
+    _goes: bool = False  # the epoch has committed a step
     _paused: bool = False
     _deaths: int = 0  # of members, since the last committed step
     _stillborn: int = 0  # new workers that ended before they could join, since one has joined
@@ -292,8 +293,9 @@ class Membership:
             self._break(out)
 
     def _went(self, epoch: int, step: int, now: float, out: list[Instruction]) -> None:
-        if epoch != self.epoch or step <= self.step:
+        if epoch != self.epoch or self._goes:
             return
+        self._goes = True
         self.step, self._deaths, self._paused = step, 0, False
         cost, members = now - self._since, self.members
         size = (("workers", len(members)), ("before", self._size))
@@ -402,7 +404,7 @@ class Membership:
         joined = tuple(s.number for s in chosen if s.step == FRESH)
         self.epoch += 1
         self.members = tuple(s.number for s in chosen)
-        self.step, self._broken, self._asked = newest, False, False
+        self.step, self._broken, self._asked, self._goes = newest, False, False, False
         self._moved, self._moves = self._moves, ""
         due = any(s.due for s in chosen if s.step == newest)
         out.append(Form(self.epoch, self.members, tuple(s.step for s in chosen), due))

@@ -3,18 +3,20 @@
 The memory is a file without a name that the agent keeps. It has two halves, for two epochs: one that is trained in
 writes its half, and the other one is let go of once this one has a whole step. A half has two versions, written in
 turns: a worker that dies while it writes the newer one leaves the older one whole. A version is whole when all workers
-of its epoch have marked the same step in it; nobody writes a step before the one before it is whole, because a step
-ends in an exchange that all take part in.
+of its epoch that are kept here have marked the same step in it; nobody writes a step before the one before it is
+whole, because a step ends in an exchange that all take part in.
 
-    page 0            of each half: workers of its epoch, and the step that each has marked in each version
-    then, a region    for each half, version and rank: sizes, a table of parts, plain facts, and the parts' numbers
+On one host all workers are kept. Of several hosts each keeps its own workers and those that others have sent it a copy
+of (`shoal.elastic.peer_copies`).
+
+    page 0            of each half: workers of its epoch, where that begins, its number, and the step that each worker
+                      has marked in each version
+    then, a region    for each half, version and rank (`shoal.elastic.mirror_regions`)
 """
 
 import ctypes
-import json
 import mmap
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,16 +26,15 @@ import torch
 from torch import Tensor
 
 from shoal.comm.heap import PAGE
+from shoal.elastic.mirror_regions import REGION, Packed, Pen, packed, parts_of
 from shoal.errors import ShoalError
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.held_parts import HeldPart
 
 MOST_RANKS = 160
-_ROW = 2 + 2 * MOST_RANKS  # numbers of a half: workers, the step it begins from, and two marks of each worker
-_REGION = 1 << 40  # bytes of addresses; what is not touched costs nothing
-_ALIGNED = 64
-_NEVER = -1
-_SIZES = struct.Struct("<qq")  # of the table and of the facts, in bytes
+_WORLD, _BEGINS, _EPOCH, _MARKS = range(4)  # numbers of a half; then two marks of each worker
+_ROW = _MARKS + 2 * MOST_RANKS
+_NEVER, _ELSEWHERE = -1, -2  # marks: nothing yet; not kept here
 _PUNCH = 0x01 | 0x02  # fallocate: give pages back, keep the file's size
 
 
@@ -43,6 +44,16 @@ class _Version:
     number: int
     step: int
     world: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a worker held after a step, in memory of some host."""
+
+    epoch: int
+    world: int
+    rank: int
+    step: int
 
 
 class Mirror:
@@ -57,7 +68,7 @@ class Mirror:
         self._header = np.frombuffer(header, dtype=np.int64, count=size).reshape(2, _ROW)
         self._half = 0
         self._rank = self._world = 0
-        self._pens: list[_Pen] = []
+        self._pens: dict[tuple[int, int], Pen] = {}  # of each version and rank that this worker writes
         self._other_half = True  # still holds what the epoch began from
 
     # --- what is whole ----------------------------------------------------------------------------------------
@@ -65,21 +76,22 @@ class Mirror:
     def _versions(self) -> list[_Version]:
         found = []
         for half in range(2):
-            world = int(self._header[half, 0])
+            world = int(self._header[half, _WORLD])
             for number in range(2):
                 marks = self._marks(half, number)[:world]
-                if world and (marks == marks[0]).all() and marks[0] > _NEVER:
+                marks = marks[marks != _ELSEWHERE]
+                if len(marks) and (marks == marks[0]).all() and marks[0] > _NEVER:
                     found.append(_Version(half, number, int(marks[0]), world))
         return found
 
     def _marks(self, half: int, number: int) -> np.ndarray:
-        start = 2 + number * MOST_RANKS
+        start = _MARKS + number * MOST_RANKS
         row: np.ndarray = self._header[half, start : start + MOST_RANKS]
         return row
 
     @property
     def newest(self) -> int:
-        """The newest step that is whole; -1 for none."""
+        """The newest step that is whole, as far as it is kept here; -1 for none."""
         return max((version.step for version in self._versions()), default=_NEVER)
 
     def _whole(self, step: int) -> _Version:
@@ -92,41 +104,68 @@ class Mirror:
 
     def clear(self) -> None:
         """Forget everything: the run starts over, or from a checkpoint. One worker does it, before `enter` of all."""
-        self._header[:, 0] = 0
+        self._header[:, _WORLD] = 0
 
     @property
     def begins(self) -> int:
         """The step that this epoch goes on from, once its rank 0 has entered."""
-        return int(self._header[self._half, 1])
+        return int(self._header[self._half, _BEGINS])
 
-    def enter(self, rank: int, world: int, step: int, begins: int) -> None:
+    def enter(
+        self,
+        rank: int,
+        world: int,
+        step: int,
+        begins: int,
+        *,
+        epoch: int = 0,
+        wards: Collection[int] = (),
+        elsewhere: Collection[int] = (),
+    ) -> None:
         """Begin an epoch that goes on from a whole ``step``, -1: from nothing here, but perhaps from a checkpoint of
-        step ``begins``. Before the first `write` of anybody, all must have entered."""
+        step ``begins``. Before the first `write` of anybody, all must have entered.
+
+        Of several hosts: the number of the epoch, the ranks that this worker keeps copies of, and those that this host
+        keeps nothing of."""
         self._half = 1 - self._whole(step).half if step > _NEVER else 0
         self._rank, self._world = rank, world
-        self._pens = [_Pen(self._file, _region(self._half, number, rank)) for number in range(2)]
+        own = (rank, *wards)
+        self._pens = {(n, each): Pen(self._file, _region(self._half, n, each)) for n in range(2) for each in own}
         for number in range(2):
-            self._marks(self._half, number)[rank] = _NEVER
+            marks = self._marks(self._half, number)
+            marks[list(own)], marks[list(elsewhere)] = _NEVER, _ELSEWHERE
         if rank == 0:
-            self._header[self._half, 1] = begins
-        self._header[self._half, 0] = world
+            self._header[self._half, _BEGINS] = begins
+        self._header[self._half, _EPOCH] = epoch
+        self._header[self._half, _WORLD] = world
         self._other_half = True
 
-    def write(self, step: int, parts: Sequence[HeldPart], facts: Mapping[str, Any]) -> None:
-        """Copy what this worker holds after ``step``."""
+    def write(self, step: int, parts: Sequence[HeldPart], facts: Mapping[str, Any]) -> Packed:
+        """Copy what this worker holds after ``step``; the copy, valid until the next but one."""
         if self._other_half and self.newest == step - 1 and self._whole(step - 1).half == self._half:
             self._other_half = False
             if self._rank == 0:
                 self._let_go(1 - self._half)
-        self._pens[step % 2].write(parts, facts)
-        self._marks(self._half, step % 2)[self._rank] = step
+        marks = self._marks(self._half, step % 2)
+        marks[self._rank] = _NEVER  # what is half written is not the older step any more
+        written = self._pens[step % 2, self._rank].write(parts, facts)
+        marks[self._rank] = step
+        return written
+
+    def take(self, ward: int, step: int, table: bytes, facts: bytes, size: int) -> memoryview:
+        """Room for a copy of what a ward holds after ``step``: fill it, then `taken`."""
+        self._marks(self._half, step % 2)[ward] = _NEVER
+        return self._pens[step % 2, ward].take(table, facts, size)
+
+    def taken(self, ward: int, step: int) -> None:
+        self._marks(self._half, step % 2)[ward] = step
 
     def _let_go(self, half: int) -> None:
         """The memory of an older epoch."""
-        self._header[half, 0] = 0
+        self._header[half, _WORLD] = 0
         libc = ctypes.CDLL(None)
         if hasattr(libc, "fallocate"):  # elsewhere it stays until the epoch after the next writes over it
-            start, size = _region(half, 0, 0), 2 * MOST_RANKS * _REGION
+            start, size = _region(half, 0, 0), 2 * MOST_RANKS * REGION
             libc.fallocate(self._file, _PUNCH, ctypes.c_int64(start), ctypes.c_int64(size))
 
     # --- back -------------------------------------------------------------------------------------------------
@@ -140,7 +179,7 @@ class Mirror:
         values: dict[str, Any] = {}
         aliases: dict[str, str] = {}
         for rank in reversed(range(version.world)):
-            told, found = _read(self._file, _region(version.half, version.number, rank))
+            told, found = parts_of(packed(self._file, _region(version.half, version.number, rank)))
             values |= told["optimizer"]["values"]
             aliases |= told["aliases"]
             facts = told
@@ -154,75 +193,48 @@ class Mirror:
         tensors |= {alias: tensors[name] for alias, name in aliases.items()}
         return Checkpoint(tensors, {**facts, "optimizer": {**facts["optimizer"], "values": values}})
 
+    # --- of several hosts -------------------------------------------------------------------------------------
+
+    def inventory(self) -> list[Kept]:
+        """All that lies here and is not being written."""
+        found = []
+        for half in range(2):
+            epoch, world = int(self._header[half, _EPOCH]), int(self._header[half, _WORLD])
+            for number in range(2):
+                for rank, step in enumerate(self._marks(half, number)[:world].tolist()):
+                    if step > _NEVER:
+                        found.append(Kept(epoch, world, rank, step))
+        return found
+
+    def packed(self, kept: Kept) -> Packed:
+        return packed(self._file, _region(self._half_of(kept.epoch), kept.step % 2, kept.rank))
+
+    def adopt(self, epoch: int, world: int, step: int, missing: Collection[int]) -> dict[int, Pen]:
+        """To have all of an epoch's ``step`` here: pens for the ranks that are ``missing``, for others' copies.
+
+        Nothing else is gone on from any more. One worker of the host does it, the others wait until `adopted`."""
+        half = self._half_of(epoch)
+        if half < 0:
+            half = int(self._header[:, _EPOCH].argmin())
+            for number in range(2):
+                self._marks(half, number)[:] = _ELSEWHERE
+            self._header[half, _EPOCH], self._header[half, _WORLD] = epoch, world
+        return {rank: Pen(self._file, _region(half, step % 2, rank)) for rank in missing}
+
+    def adopted(self, epoch: int, step: int) -> None:
+        half = self._half_of(epoch)
+        self._header[1 - half, _WORLD] = 0
+        self._marks(half, 1 - step % 2)[:] = _ELSEWHERE
+        self._marks(half, step % 2)[: int(self._header[half, _WORLD])] = step
+
+    def _half_of(self, epoch: int) -> int:
+        """-1: nothing of it is here."""
+        for half in range(2):
+            if self._header[half, _WORLD] and self._header[half, _EPOCH] == epoch:
+                return half
+        return -1
+
 
 def _region(half: int, number: int, rank: int) -> int:
     """Where it begins in the file."""
-    return (1 + (2 * half + number) * MOST_RANKS + rank) * _REGION
-
-
-_TABLE = 1 << 34  # where in a region each of these begins
-_FACTS = 2 << 34
-_NUMBERS = 3 << 34
-
-
-class _Pen:
-    """Writes one region. Where everything lies is decided anew only when other parts come than the last time."""
-
-    def __init__(self, file: int, start: int) -> None:
-        self._file, self._start = file, start
-        self._sizes = mmap.mmap(file, PAGE, offset=start)
-        self._facts = mmap.mmap(file, PAGE, offset=start + _FACTS)
-        self._form: list[Any] | None = None
-        self._table_size = 0
-        self._places: list[Tensor] = []
-
-    def write(self, parts: Sequence[HeldPart], facts: Mapping[str, Any]) -> None:
-        form = [(p.name, p.start, p.shape, p.tensor.shape, p.tensor.dtype) for p in parts]
-        if form != self._form:
-            self._lay_out(parts)
-            self._form = form
-        with torch.no_grad():
-            for place, part in zip(self._places, parts, strict=True):
-                place.copy_(part.tensor)
-        raw = json.dumps(facts).encode()
-        if len(raw) > len(self._facts):
-            self._facts = mmap.mmap(self._file, -(-2 * len(raw) // PAGE) * PAGE, offset=self._start + _FACTS)
-        self._facts[: len(raw)] = raw
-        _SIZES.pack_into(self._sizes, 0, self._table_size, len(raw))
-
-    def _lay_out(self, parts: Sequence[HeldPart]) -> None:
-        rows: list[list[Any]] = []
-        end = 0
-        for part in parts:
-            dtype = str(part.tensor.dtype).removeprefix("torch.")
-            rows.append([part.name, part.start, list(part.shape), part.tensor.numel(), dtype, end])
-            end += -(-part.tensor.nbytes // _ALIGNED) * _ALIGNED
-        table = json.dumps(rows).encode()
-        self._table_size = len(table)
-        mmap.mmap(self._file, len(table), offset=self._start + _TABLE)[:] = table
-        memory = _numbers(self._file, self._start, end)
-        self._places = [_at(memory, row[5], part.tensor) for row, part in zip(rows, parts, strict=True)]
-
-
-def _numbers(file: int, start: int, size: int) -> mmap.mmap:
-    return mmap.mmap(file, max(size, 1), offset=start + _NUMBERS)
-
-
-def _at(memory: mmap.mmap, place: int, like: Tensor) -> Tensor:
-    if not like.numel():
-        return torch.empty_like(like)
-    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=place).view(like.shape)
-
-
-def _read(file: int, start: int) -> tuple[dict[str, Any], list[HeldPart]]:
-    table_size, facts_size = _SIZES.unpack_from(mmap.mmap(file, PAGE, offset=start), 0)
-    facts = json.loads(mmap.mmap(file, facts_size, offset=start + _FACTS)[:])
-    rows = json.loads(mmap.mmap(file, table_size, offset=start + _TABLE)[:])
-    kinds = [torch.empty(0, dtype=getattr(torch, row[4])) for row in rows]
-    end = max((row[5] + row[3] * kind.element_size() for row, kind in zip(rows, kinds, strict=True)), default=0)
-    memory = _numbers(file, start, end)
-    found = []
-    for (name, first, shape, count, _, place), kind in zip(rows, kinds, strict=True):
-        tensor = torch.frombuffer(memory, dtype=kind.dtype, count=count, offset=place) if count else kind
-        found.append(HeldPart(name, tuple(shape), first, tensor))
-    return facts, found
+    return (1 + (2 * half + number) * MOST_RANKS + rank) * REGION

@@ -67,12 +67,18 @@ class Place:
     rank: int  # workers come first, then servers
     run: str  # the run directory; "" when there is none yet
     quiet: bool  # all who are not in this epoch any more can write to no memory
+    homes: tuple[int, ...]  # the host that each rank lives on; () in a run on one host
     group: HostGroup | WiredGroup
 
     @property
     def server(self) -> int:
         """Which parameter server this is; below 0: it is a worker."""
         return self.rank - self.formation.workers
+
+    @property
+    def first_here(self) -> bool:
+        """Of its host's, which share its memory."""
+        return self.rank == (self.homes.index(self.homes[self.rank]) if self.homes else 0)
 
     @property
     def takers(self) -> list[int]:
@@ -194,7 +200,7 @@ class Seat:
         workers = world - order["servers"]
         if order["servers"]:
             self._group = self._beside_servers(rank, workers, places, arenas)
-        elif order["hosts"]:
+        elif order.get("wired", False):
             self._group = WiredGroup(rank, world, Mesh(rank, places, self.report), self.report, self._emit)
         else:
             self._group = self._group_of(rank, places, self._heap, arenas)
@@ -212,6 +218,7 @@ class Seat:
             rank=rank,
             run=order["run"],
             quiet=order["quiet"],
+            homes=tuple(order.get("homes", ())),
             group=self._group,
         )
 

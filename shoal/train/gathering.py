@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from shoal.comm.gathered_weights import GatheredWeights
 from shoal.comm.layout import Layout
@@ -52,14 +53,16 @@ class BlockWeights:
         self._trained = [len(members) for members in own]
         self._left = list(self._trained)  # parameters of each block whose gradient this pass still owes
         self._contexts: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         for index, block in enumerate(blocks.values()):
-            block.register_forward_pre_hook(partial(self._before, index))
+            self._hooks.append(block.register_forward_pre_hook(partial(self._before, index)))
             if releases:
-                block.register_forward_hook(partial(self._after, index), always_call=True)
+                self._hooks.append(block.register_forward_hook(partial(self._after, index), always_call=True))
         if releases:
             for slot, parameter in enumerate(weights.parameters):
                 users = [index for index, members in enumerate(own) if slot in members]
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, users))  # type: ignore[no-untyped-call]
+                arrived = partial(self._arrived, users)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
 
     # --- between steps ----------------------------------------------------------------------------------------
 
@@ -96,6 +99,14 @@ class BlockWeights:
         self._start((*self.order.always, *self.order.forward))
         for bucket in (*self.order.always, *self.order.forward):
             self.weights.wait(bucket)
+        self._settled = True
+
+    def leave(self) -> None:
+        """Also in the middle of a pass."""
+        for hook in self._hooks:
+            hook.remove()
+        while self._contexts:
+            self._contexts.pop()[1].__exit__()
         self._settled = True
 
     def _start(self, buckets: Sequence[int]) -> None:

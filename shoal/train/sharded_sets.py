@@ -50,6 +50,10 @@ class ShardedSets(Everywhere):
         for each in self.sets:
             each.fetch()
 
+    def leave(self) -> None:
+        for each in self.sets:
+            each.leave()
+
     def step(self, number: int, figures: StepFigures) -> None:
         for each in self.sets:
             each.update()

@@ -41,6 +41,7 @@ class Weights(Protocol):
     def updated(self) -> None: ...
     def arrive(self) -> None: ...
     def settle(self) -> None: ...
+    def leave(self) -> None: ...
     def held_bytes(self) -> dict[str, int]: ...
 
 
@@ -194,6 +195,9 @@ class Sharded(Everywhere):
                 "with states = 'zero1', 'zero2' or 'zero3' between hosts, no worker has all weights between two steps: "
                 "call worker.settle() on every worker before they are read."
             )
+
+    def leave(self) -> None:
+        self.weights.leave()
 
     def step(self, number: int, figures: StepFigures) -> None:
         self.update()

@@ -46,6 +46,8 @@ class StageWeights:
     def settle(self) -> None:
         self.arrive()
 
+    def leave(self) -> None: ...
+
     def complete(self) -> None:
         """After the last pass of a step."""
         if self._releases:

@@ -60,6 +60,9 @@ class Update(Protocol):
     def told(self) -> list[Told]:
         """On rank 0: steps that all workers have done since the last call, in order."""
 
+    def leave(self) -> None:
+        """Let go of the module: no hook acts any more."""
+
     def close(self) -> None: ...
 
 
@@ -154,6 +157,7 @@ class Everywhere:
         told, self._told = self._told, []
         return told
 
+    def leave(self) -> None: ...
     def close(self) -> None: ...
 
 

@@ -121,6 +121,8 @@ class Worker:
         """Let go of the group: what a step in flight has done is dropped, and its memory is free."""
         if self._reduction is not None:
             self._reduction.release()
+        if self._update is not None:
+            self._update.leave()
         self._reduction = self._update = None
 
     def join(self, group: Group, plan: Plan) -> None:

@@ -81,7 +81,7 @@ def test_a_worker_that_dies_in_the_middle_of_writing_has_written_nothing(file):
     written(mirrors, 1)
     written(mirrors, 2)
     written(mirrors, 3, (0,))
-    mirrors[1]._pens[1].write(halves(3)[1], facts(1, 3))  # the numbers, not yet the mark
+    mirrors[1]._pens[1, 1].write(halves(3)[1], facts(1, 3))  # the numbers, not yet the mark
     assert Mirror(file).newest == 2
     check(file, 2)
 

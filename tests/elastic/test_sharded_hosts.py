@@ -1,0 +1,59 @@
+"""Slices that one worker alone holds are in the memory of another host: a host is lost whole, and not a bit of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from elastic.agents_here import Hosts
+from train.tiny_runs import recipe, splits
+
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Reporting
+
+IMAGES, WORDS = splits("cnn", 101), splits("gpt", 101)
+REPORT = Reporting(evaluate_every=10**9, checkpoint_every=10**9, sample=False)
+DATA: dict[str, Any] = {"resnet": IMAGES, "gpt": WORDS}
+STEPS = 10**6
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    states, kind, workers = request.param
+    plan = Plan(mesh={"data": workers}, device="cpu", states=states)
+    made = Hosts(tmp_path / "run", recipe(kind, steps=STEPS, report=REPORT), DATA[kind], plan)
+    yield made
+    made.close()
+
+
+RUNS: list[Any] = [
+    pytest.param(("zero1", "resnet", 3), marks=pytest.mark.soak),
+    pytest.param(("zero2", "gpt", 6), marks=pytest.mark.slow),
+    pytest.param(("zero3", "gpt", 3), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("hosts", RUNS, indirect=True, ids=["zero1", "zero2", "zero3"])
+def test_a_host_and_then_the_leaders_are_lost_with_all_their_memory(hosts, undisturbed):
+    for number in range(3):
+        hosts.start(number)
+    hosts.trains_on({0, 1, 2}, "the beginning")
+    leader = hosts.leader()
+    other, third = (number for number in range(3) if number != leader)
+
+    hosts.kill(other)
+    hosts.trains_on({leader, third}, "the death of an agent")
+    hosts.restart(other)
+    hosts.trains_on({0, 1, 2}, "its return, with empty memory")
+    leader = hosts.leader()
+    hosts.kill(leader)
+    hosts.trains_on({0, 1, 2} - {leader}, "the death of the leader")
+    weights = hosts.drain()
+
+    steps = [e["step"] for e in hosts.of("committed")]
+    assert steps == list(range(1, len(steps) + 1)), "every step is told once, in order"
+    assert not hosts.of("resumed"), "what was lost came from peers, not from the disk: there is no checkpoint"
+    assert len(hosts.of("recovered")) == 2
+    assert all(e["redone"] <= 1 for e in hosts.of("recovered"))
+    kind = hosts.recipe.model.kind
+    assert weights == undisturbed(recipe(kind, steps=len(steps), report=REPORT), data=DATA[kind])
