@@ -48,6 +48,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--latency-ms", type=float, help="a batch may wait for company as long as this target allows")
     parser.add_argument("--queue", type=int, help="requests that may wait; more get 429")
+    parser.add_argument(
+        "--within-ms", type=float, help="who could not be answered within so long, by the times of late, gets 429"
+    )
     parser.add_argument("--timeout-s", type=float, help="a request that takes longer gets 504")
     parser.add_argument("--body-bytes", type=int, help="the largest body of a request")
     parser.add_argument("--connections", type=int, help="open at the same time")

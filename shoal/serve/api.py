@@ -1,6 +1,7 @@
 """``shoal.serve(...)``: a server that runs until it is told to leave, or beside the program inside a block."""
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from shoal.errors import ShoalError, UserError, unknown_name
 from shoal.serve.groups.mesh import check_ranks, several_hosts
 from shoal.serve.options import ServeOptions
 
+GARBAGE = 20_000  # new containers, between two looks for garbage: a request leaves none
 MISSING = "serving needs httptools and msgspec: pip install 'shoal[serve]'"
 
 
@@ -112,6 +114,12 @@ def run(options: ServeOptions, ready: Callable[[dict[str, Any]], None]) -> int:
 
             return run_agent(options)
     code = 0
+
+    def started(facts: dict[str, Any]) -> None:
+        gc.collect()
+        gc.freeze()  # what is there now stays: it need not be gone through again and again
+        ready(facts)
+
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
 
         async def main() -> None:
@@ -122,10 +130,11 @@ def run(options: ServeOptions, ready: Callable[[dict[str, Any]], None]) -> int:
                 code = 130 if number == signal.SIGINT else code
                 (serving.now if serving.leave.is_set() else serving.leave).set()
 
+            gc.set_threshold(GARBAGE)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop, number)
-            await _unless_stopped(serving, ready)
+            await _unless_stopped(serving, started)
 
         runner.run(main())
     return code

@@ -9,11 +9,12 @@ go next, out of those whose length is nearest to its own: lengths are grouped, a
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+import msgspec
+
 GRAIN = 8  # tokens: lengths are padded up to a multiple, so that few shapes occur
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(msgspec.Struct, frozen=True):
     id: int
     rows: int
     length: int  # tokens; 0: has no length
@@ -22,8 +23,7 @@ class Waiting:
     priority: int = 0
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     ids: tuple[int, ...]
     rows: int
     length: int  # padded: [rows, length] goes into the model

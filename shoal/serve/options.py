@@ -40,6 +40,7 @@ class ServeOptions:
     invariant: bool = False  # the same bits in any company, at a full batch's price or alone
     latency_ms: float = 0.0  # target from arrival to answer: a batch may wait for company so long; 0: it never waits
     queue: int = 256  # requests that wait beside those that the model processes have; who comes then gets 429
+    within_ms: float = 0.0  # who could not be answered within so long gets 429; 0: only the queue's length counts
     generation: Mapping[str, Any] = field(default_factory=dict)  # of text: see shoal.serve.generation.options.Options
     timeout_s: float = 30.0  # a request that is not answered by then gets 504
     body_bytes: int = 4 << 20  # of a request
@@ -75,7 +76,7 @@ class ServeOptions:
                 f"serve: {self.least} to {self.most} model processes, {self.replicas} at the start: put them in order."
             )
         plan_of(self.mesh)
-        for name in ("latency_ms", "queue", "drain_s", "idle_timeout_s", "calm_s"):
+        for name in ("latency_ms", "queue", "within_ms", "drain_s", "idle_timeout_s", "calm_s"):
             if getattr(self, name) < 0:
                 raise UserError(f"serve: {name} must not be negative, got {getattr(self, name)}.")
         if not 0 < self.canary <= 1:

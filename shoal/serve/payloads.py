@@ -1,6 +1,7 @@
 """What requests of kind predict and embed carry, and what comes back: named arrays as plain bytes."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import msgspec
@@ -19,11 +20,19 @@ class Array(msgspec.Struct, array_like=True, frozen=True):
 
     def numpy(self) -> NDArray[Any]:
         """A read-only view. Raises ValueError when bytes, shape and dtype do not agree."""
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        self.check()
         return np.frombuffer(self.data, self.dtype).reshape(self.shape)
 
+    def check(self) -> None:
+        """Raises ValueError as ``numpy`` does."""
+        size = _SIZES.get(self.dtype)
+        if size is None:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if min(self.shape, default=0) < 0 or size * prod(self.shape) != len(self.data):
+            raise ValueError(f"{len(self.data)} bytes are no {self.dtype} of the shape {list(self.shape)}")
 
+
+_SIZES = {name: np.dtype(name).itemsize for name in DTYPES}
 _NAMES = {np.dtype(name): name for name in DTYPES}  # numpy makes a dtype's name anew each time it is asked
 
 

@@ -77,7 +77,7 @@ async def _answer(server: Any, request: Any, told: "asyncio.Queue[Any]") -> None
 
     with server.service.hold():
         try:
-            answer = await server.respond(request)
+            answer = await server.answer(request)
         except HttpError as error:
             answer = error.response()
         await told.put(answer)

@@ -6,15 +6,19 @@ is bounded: who comes when it is full, or could not be answered in time, is refu
 (a request is refused before work is spent on it: Clockwork, Gujarati et al., 2020). Of one priority, clients take
 turns, whatever number of requests each has in line.
 
+With ``within_s`` the line is bounded by time: a process has no more work than it did of late in so long, by the times
+of its batches, and who finds none with room is refused. What is left of the room when it is nearly full is then for
+clients that have less than their share of it.
+
 A process that is lost hands its requests back. Those that it was not working on go first in line, as if nothing had
 been. Those that it was working on may be what killed it: after ``ATTEMPTS_TOGETHER`` such deaths a request runs with no
 other one beside it, so that the next death names the guilty one, and no other.
 """
 
-import heapq
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import msgspec
 
@@ -22,24 +26,24 @@ from shoal.serve.engine import Request
 
 ATTEMPTS_TOGETHER = 2  # deaths that a request may have been near to before it has to run alone
 RATE_MEMORY_S = 5.0  # over which answers a second are averaged
+MARGIN = 0.8  # of ``within_s`` that work may fill: the rest is for the way to it and back, and for slower batches
+RESERVED = 0.125  # of the room, for clients with less than their share while others have more
+ACTIVE_S = 1.0  # since a client's last request: it has a share
 
 
-@dataclass(frozen=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     replica: int
     request: Request
 
 
-@dataclass(frozen=True)
-class Withdraw:
+class Withdraw(msgspec.Struct, frozen=True):
     """Nobody waits for the answer any more."""
 
     replica: int
     id: int
 
 
-@dataclass(frozen=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True):
     """The answer is this error. ``retry_after_s`` 0.0: it makes no sense to come back."""
 
     id: int
@@ -55,6 +59,7 @@ Instruction = Send | Withdraw | Refuse
 class Limits:
     window: int  # requests that one process may have
     waiting: int  # requests in line beside those
+    within_s: float = 0.0  # from arrival to answer, at most, as far as batches can be foretold; 0.0: not bounded
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.waiting < 0:
@@ -121,6 +126,9 @@ class Replica:
     working: frozenset[int] = frozenset()  # those of its last Begun
     heard: float = 0.0  # when it last said something, or got something to do after it had nothing
     work: int = 0  # cost of the open ones
+    begun: int = 0  # cost of the working ones
+    pace_s: float = 0.0  # of one unit of cost, of late; 0.0: not known yet
+    most: float = inf  # work that it may have
     alone: bool = False  # has a request that must run with no other
     leaving: bool = False  # gets no more requests
     version: int = 0  # of the weights
@@ -134,7 +142,8 @@ class Router:
         self._requests: dict[int, Request] = {}
         self._where: dict[int, int] = {}
         self._versions: dict[int, int] = {}
-        self._deadlines: list[tuple[float, int]] = []
+        self._clients: dict[str, float] = {}  # when each came last, in that order; with ``within_s`` only
+        self._work: dict[str, int] = {}  # cost of each client's open requests, likewise
         self._rate = 0.0  # answers a second while there was work
         self._rate_at = 0.0
         self._answered = 0
@@ -154,21 +163,49 @@ class Router:
 
     def arrive(self, request: Request, now: float, version: int = 0) -> list[Instruction]:
         """A request for this version of the weights: no other ever answers it."""
-        room = any(self._has_room(replica) for replica in self.replicas.values() if replica.version == version)
-        if not room and self.waiting >= self.limits.waiting:
+        line = self._line(version)
+        number = None if line else self._least(version, request)
+        if (number is None or len(self._clients) > 1) and self.is_full(version, request.client, now):
             wait = self.wait_s()
-            why = f"{self.waiting} requests wait already, as many as may: come back in about {max(1, round(wait))} s"
-            return [Refuse(request.id, 429, why, max(1.0, wait))]
-        if not room and self._rate and now + self.wait_s() > request.deadline:
+            return [Refuse(request.id, 429, full(wait), max(1.0, wait))]
+        if number is None and self._rate and now + self.wait_s() > request.deadline:
             wait = self.wait_s()
             return [Refuse(request.id, 429, f"would wait {wait:.1f} s, longer than its time limit", max(1.0, wait))]
         if not self._requests:
             self._answered, self._rate_at = 0, now  # the time without work says nothing about the rate
         self._requests[request.id] = request
         self._versions[request.id] = version
-        heapq.heappush(self._deadlines, (request.deadline, request.id))
-        self._line(version).push(request)
-        return self._send(now)
+        if self.limits.within_s:
+            self._work[request.client] = self._work.get(request.client, 0) + request.cost
+        if number is not None:
+            return [self._sent(number, request, now)]
+        line.push(request)
+        return self._send_of(version, now)
+
+    def is_full(self, version: int, client: str, now: float) -> bool:
+        """Whether a request of this client, which has just come, is refused whatever it asks."""
+        if self.limits.within_s:
+            self._come(client, now)
+        replicas = self._replicas_of(version)
+        if any(map(self._has_room, replicas)):
+            return len(self._clients) > 1 and self._has_its_share(replicas, client)
+        at_most = any(replica.work >= replica.most for replica in replicas if not (replica.leaving or replica.alone))
+        return at_most or self.waiting >= self.limits.waiting
+
+    def _replicas_of(self, version: int) -> list[Replica]:
+        return [replica for replica in self.replicas.values() if replica.version == version]
+
+    def _come(self, client: str, now: float) -> None:
+        self._clients.pop(client, None)
+        self._clients[client] = now
+        while now - next(iter(self._clients.values())) > ACTIVE_S:
+            del self._clients[next(iter(self._clients))]
+
+    def _has_its_share(self, replicas: Sequence[Replica], client: str) -> bool:
+        """Whether the little room that is left is for others."""
+        most = sum(replica.most for replica in replicas if not replica.leaving)
+        nearly_full = sum(replica.work for replica in replicas) >= (1 - RESERVED) * most
+        return nearly_full and self._work.get(client, 0) >= most / len(self._clients)
 
     def _line(self, version: int) -> Line:
         return self._lines.setdefault(version, Line())
@@ -190,8 +227,16 @@ class Router:
         """It has said something: it is not stuck."""
         self.replicas[replica].heard = now
 
-    def begun(self, replica: int, ids: Sequence[int]) -> None:
-        self.replicas[replica].working = frozenset(ids)
+    def begun(self, replica: int, ids: Sequence[int], took_s: float = 0.0) -> None:
+        """It works on these from now on; those before took it so long (0.0: it does not say)."""
+        told = self.replicas[replica]
+        if took_s and told.begun:
+            pace = took_s / told.begun
+            told.pace_s = 0.75 * told.pace_s + 0.25 * pace if told.pace_s else pace
+            if self.limits.within_s:
+                told.most = MARGIN * self.limits.within_s / told.pace_s
+        told.working = frozenset(ids)
+        told.begun = sum(told.open[id].cost for id in ids if id in told.open)
 
     def reached(self, id: int, payload: msgspec.Raw) -> None:
         """An item of its stream has been handed to its client: a later process goes on after it."""
@@ -199,11 +244,11 @@ class Router:
         if request is not None:
             self._requests[id] = msgspec.structs.replace(request, reached=(*request.reached, payload))
 
-    def answered(self, replica: int, id: int, now: float) -> list[Instruction]:
-        if self._where.get(id) != replica:
-            return []
-        self._close(id)
-        self._measure(now)
+    def answered(self, replica: int, ids: Sequence[int], now: float) -> list[Instruction]:
+        known = [id for id in ids if self._where.get(id) == replica]
+        for id in known:
+            self._close(id)
+        self._measure(len(known), now)
         return self._send(now)
 
     def cancel(self, id: int, now: float) -> list[Instruction]:
@@ -247,6 +292,7 @@ class Router:
                 self._requests[id] = request
             if id in gone.working and gone.alone:
                 del self._requests[id], self._versions[id]
+                self._uncount(request)
                 why = f"a model process died each of the {request.attempt} times that it worked on this request"
                 told.append(Refuse(id, 500, why))
             else:
@@ -256,10 +302,8 @@ class Router:
     def expire(self, now: float) -> list[Instruction]:
         """Ends the requests whose time is over."""
         told: list[Instruction] = []
-        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._requests):
-            _, id = heapq.heappop(self._deadlines)
-            if id in self._requests:
-                told += [Refuse(id, 504, "was not answered within its time limit"), *self.cancel(id, now)]
+        for id in [request.id for request in self._requests.values() if request.deadline <= now]:
+            told += [Refuse(id, 504, "was not answered within its time limit"), *self.cancel(id, now)]
         return told
 
     def stuck(self, now: float, after_s: float) -> Iterator[int]:
@@ -269,52 +313,75 @@ class Router:
                 yield number
 
     def _has_room(self, replica: Replica) -> bool:
-        return not replica.leaving and not replica.alone and len(replica.open) < self.limits.window
+        full = len(replica.open) >= self.limits.window or replica.work >= replica.most
+        return not (full or replica.leaving or replica.alone)
 
     def _send(self, now: float) -> list[Instruction]:
-        return [sent for version in list(self._lines) for sent in self._send_of(version, now)]
+        return [sent for version, line in list(self._lines.items()) if line for sent in self._send_of(version, now)]
 
     def _send_of(self, version: int, now: float) -> list[Instruction]:
         line = self._lines[version]
         sends: list[Instruction] = []
         while (request := line.peek()) is not None:
-            must_be_alone = request.attempt >= ATTEMPTS_TOGETHER
-            candidates = [
-                (replica.work, len(replica.open), number)
-                for number, replica in self.replicas.items()
-                if replica.version == version and self._has_room(replica)
-                if not (must_be_alone and replica.open)
-            ]
-            if not candidates:
+            number = self._least(version, request)
+            if number is None:
                 break
-            number = min(candidates)[2]
-            replica = self.replicas[number]
             line.pop()
-            if not replica.open:
-                replica.heard = now
-            replica.open[request.id] = request
-            replica.work += request.cost
-            replica.alone = must_be_alone
-            self._where[request.id] = number
-            sends.append(Send(number, request))
+            sends.append(self._sent(number, request, now))
         return sends
 
+    def _least(self, version: int, request: Request) -> int | None:
+        """The process with the least work that may have this request; None when none has room for it."""
+        must_be_alone = request.attempt >= ATTEMPTS_TOGETHER
+        best: tuple[int, int, int] | None = None
+        for number, replica in self.replicas.items():
+            if replica.version == version and self._has_room(replica) and not (must_be_alone and replica.open):
+                load = replica.work, len(replica.open), number
+                if best is None or load < best:
+                    best = load
+        return None if best is None else best[2]
+
+    def _sent(self, number: int, request: Request, now: float) -> Send:
+        replica = self.replicas[number]
+        if not replica.open:
+            replica.heard = now
+        replica.open[request.id] = request
+        replica.work += request.cost
+        replica.alone = request.attempt >= ATTEMPTS_TOGETHER
+        self._where[request.id] = number
+        return Send(number, request)
+
     def _close(self, id: int) -> None:
-        request = self._requests.pop(id)
-        self._line(self._versions.pop(id)).drop(id)
+        request, version = self._requests.pop(id), self._versions.pop(id)
+        if self.limits.within_s:
+            self._uncount(request)
         number = self._where.pop(id, None)
-        if number is not None:
+        if number is None:
+            self._line(version).drop(id)
+        else:
             replica = self.replicas[number]
             del replica.open[id]
             replica.work -= request.cost
             replica.alone = replica.alone and bool(replica.open)
 
-    def _measure(self, now: float) -> None:
+    def _uncount(self, request: Request) -> None:
+        left = self._work.get(request.client, 0) - request.cost
+        if left > 0:
+            self._work[request.client] = left
+        else:
+            self._work.pop(request.client, None)
+
+    def _measure(self, answers: int, now: float) -> None:
         """A running rate: answers of the last stretch, weighed by how much of the memory it fills."""
-        self._answered += 1
+        self._answered += answers
         passed = now - self._rate_at
         if passed < 0.1:
             return
         share = 1.0 if not self._rate or passed > RATE_MEMORY_S else passed / RATE_MEMORY_S
         self._rate += share * (self._answered / passed - self._rate)
         self._answered, self._rate_at = 0, now
+
+
+def full(wait_s: float) -> str:
+    """What who is refused is told."""
+    return f"as many requests are open as may be: come back in about {max(1, round(wait_s))} s"

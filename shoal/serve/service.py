@@ -1,33 +1,33 @@
 """The service: asks the model processes on behalf of whoever asks it, over HTTP or in process."""
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
-from itertools import count
-from typing import Any
+from functools import lru_cache
 
 import msgspec
 
-from shoal.errors import ShoalError
 from shoal.serve.engine import Begun, Cancel, Failed, Figures, FromEngine, Item, Kind, Request, Result
-from shoal.serve.http.messages import HttpError
+from shoal.serve.fleets import Fleets
+from shoal.serve.http.messages import HttpError, HttpResponse
 from shoal.serve.metrics import Metrics
 from shoal.serve.model import Model
 from shoal.serve.options import ServeOptions
 from shoal.serve.replicas import Replicas
-from shoal.serve.routing import Instruction, Limits, Refuse, Router, Send, Withdraw
+from shoal.serve.routing import Instruction, Limits, Refuse, Router, Send, Withdraw, full
 from shoal.serve.scaling import Bounds, Scaler
-from shoal.serve.versions import Versions
-from shoal.serve.waiting import Asker, Held, T, now_held, unless
+from shoal.serve.waiting import Asker, Held, Waiter, now_held, unless
 
 _encode = msgspec.msgpack.Encoder().encode
 STREAMS = 64  # generations that one model process may have, at least
-_MAY_DIFFER = {"name", "source", "dtype", "precision"}  # facts that a newer model may have otherwise
 TICK_S = 0.5  # how often deadlines and stuck processes are looked at while requests are open
+
+
+@lru_cache(64)
+def _refusal(wait_s: int) -> HttpResponse:
+    return HttpError(429, full(wait_s), retry_after_s=wait_s).response()
 
 
 class Service:
@@ -41,253 +41,155 @@ class Service:
         self.weights_bytes = 0
         self._loop = asyncio.get_running_loop()
         self._begun = time.monotonic()
-        self._router = Router(Limits(window=2 * options.at_once, waiting=options.queue))
+        self._router = Router(
+            Limits(window=2 * options.at_once, waiting=options.queue, within_s=options.within_ms / 1000)
+        )
         self._askers: dict[int, Asker] = {}
         self._next = 0
         self._tick: asyncio.TimerHandle | None = None
         self._first_up: asyncio.Future[None] = self._loop.create_future()
-        self._model: Model | None = None
-        self.broken: asyncio.Future[ShoalError] = self._loop.create_future()  # why no model process can be kept alive
-        self._numbers = count()
-        self._versions = Versions()  # of the weights
-        self._fleets: dict[int, Replicas] = {}  # by version: that one, a newer one that is not ready, old ones at work
         self._inside = 0  # requests of clients that have begun and not ended
         self._none_held = asyncio.Event()
         self._none_held.set()
-        self._came_up = asyncio.Event()
-        self._sources: dict[int, str] = {}  # of the versions that answer
-        self._open_fleet(0, options)
         self._scaler: Scaler | None = None
         self._asleep_since_asked = 0.0  # when the first request came to a server without model processes
         self._scale_timer: asyncio.TimerHandle | None = None
         if options.least < options.most:
             bounds = Bounds(least=options.least, most=options.most, each=options.at_once, calm_s=options.calm_s)
             self._scaler = Scaler(bounds, options.replicas, time.monotonic())
+        self._fleets = Fleets(
+            options,
+            self._hear,
+            self._lost,
+            self._router.leaving,
+            self._router.replicas.__contains__,
+            self._ended,
+            self._changed,
+        )
+        self._versions = self._fleets.versions
+        self.broken = self._fleets.broken  # why no model process can be kept alive
+        self.reload, self.promote, self.roll_back = self._fleets.reload, self._fleets.promote, self._fleets.roll_back
+        self.versions = self._fleets.answering
 
     @property
     def model(self) -> Model:
         """Raises HttpError 503 while it is being loaded."""
-        if self._model is None:
+        if self._fleets.model is None:
             raise HttpError(503, "the model is being loaded", retry_after_s=1)
-        return self._model
+        return self._fleets.model
 
     @property
     def replicas(self) -> Replicas:
         """The model processes that answer requests that come now, but for a canary's."""
-        return self._fleets[self._versions.current]
+        return self._fleets.current
 
-    def _open_fleet(self, version: int, options: ServeOptions) -> Replicas:
-        fleet = self._fleets[version] = Replicas(
-            options, partial(self._hear, version), self._lost, self._router.leaving, self._numbers
-        )
-
-        def told(broken: "asyncio.Future[ShoalError]") -> None:
-            if broken.cancelled() or version not in self._fleets:
-                return
-            if version == self._versions.current and not self.broken.done():
-                self.broken.set_result(broken.result())
-            elif version == self._versions.canary:
-                self._versions.withdraw()
-                print(f"shoal: the canary is withdrawn: {broken.result()}", file=sys.stderr, flush=True)
-                self._end_fleet(version)
-
-        fleet.broken.add_done_callback(told)
-        return fleet
+    @property
+    def has_canary(self) -> bool:
+        return self._fleets.has_canary
 
     @property
     def is_ready(self) -> bool:
         """Whether a request would be worked on: a model process is there, or all sleep until one is asked for."""
         awake = bool(self._router.replicas) or self.replicas.wanted == 0
-        return awake and self._model is not None and not self.draining and not self.broken.done()
+        return awake and self._fleets.model is not None and not self.draining and not self.broken.done()
 
     async def start(self) -> None:
         """Until the first model process can work. Raises the ShoalError that says why none can."""
-        self.replicas.start()
-        ready = await unless(self.broken, self.replicas.ready)
-        self._model = Model(ready.facts)
-        self._sources[0] = str(ready.facts["source"])
-        if self._model.task == "text-generation":  # a step takes all that run, not one batch
+        self.seconds, self.weights_bytes = await self._fleets.start()
+        if self.model.task == "text-generation":  # a step takes all that run, not one batch
             window = max(STREAMS, self._router.limits.window)
-            self._router.limits = Limits(window=window, waiting=self.options.queue)
-        self.seconds = dict(ready.seconds)
-        self.weights_bytes = ready.weights_bytes
+            self._router.limits = replace(self._router.limits, window=window)
         await unless(self.broken, self._first_up)
         self.seconds["all"] = time.monotonic() - self._begun
         self._scale()
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Around all that is done for one request of a client: every part of it is answered by one version of the
-        weights, and it is answered though the server begins to drain meanwhile."""
-        held = Held(self.draining)
+    def enter(self) -> Held:
+        """A request of a client begins: every part of it is answered by one version of the weights, and it is answered
+        though the server begins to drain meanwhile. `leave` must follow."""
+        if not self._inside:
+            self._none_held.clear()
         self._inside += 1
-        self._none_held.clear()
+        return Held(self.draining)
+
+    def leave(self, held: Held) -> None:
+        if held.version is not None:
+            self._versions.end(held.version)
+            self._fleets.retire_old()
+        self._inside -= 1
+        if not self._inside:
+            self._none_held.set()
+
+    @contextmanager
+    def hold(self) -> Iterator[Held]:
+        """`enter` and `leave`, around all that a task does for one request."""
+        held = self.enter()
         token = now_held.set(held)
         try:
-            yield
+            yield held
         finally:
             now_held.reset(token)
-            if held.version is not None:
-                self._versions.end(held.version)
-                self._retire_old()
-            self._inside -= 1
-            if not self._inside:
-                self._none_held.set()
+            self.leave(held)
 
-    async def reload(self, target: str = "", share: float = 1.0) -> dict[str, Any]:
-        """Serve another target, or what the same one has become: from the next request on, or, with a share below 1,
-        that share of the requests, until `promote` or `roll_back`.
-
-        The new model is loaded beside the old one, which answers until it is there; those who began with the old one
-        end with it. Raises HttpError: 409 while another reload or canary is going on, or when the new model takes or
-        gives something else; 422 when it cannot be loaded. The old one goes on then."""
-        if self._versions.loading:
-            raise HttpError(409, "another reload is going on")
-        if self.has_canary:
-            raise HttpError(409, "a canary is being tried out: promote it or roll it back first")
-        version = max(self._fleets) + 1
-        self._versions.load(version)
-        options = replace(self.options, target=target or self.options.target)
-        fleet = self._open_fleet(version, options)
-        fleet.wanted = max(1, round(share * self.replicas.wanted))
-        fleet.start()
-        try:
-            facts, old = (await self._or_422(fleet, fleet.ready)).facts, self.model.facts
-            differs = [k for k in {*facts, *old} - _MAY_DIFFER if facts.get(k) != old.get(k)]
-            if differs:
-                raise HttpError(409, f"the new model has another {sorted(differs)[0]}: it needs a server of its own")
-            await self._until_up(fleet)
-        except BaseException:
-            self._end_fleet(version)
-            raise
-        finally:
-            self._versions.loaded()
-        self._sources[version] = str(facts["source"])
-        if share < 1.0:
-            self._versions.try_out(version, share)
-        else:
-            self._serve_only(version)
-        return self._told(version)
-
-    async def _until_up(self, fleet: Replicas) -> None:
-        """All the processes that it wants. Raises HttpError 422 when they cannot be kept alive."""
-        up = asyncio.ensure_future(self._up(fleet, fleet.wanted))
-        try:
-            await self._or_422(fleet, up)
-        finally:
-            up.cancel()
-
-    async def _or_422(self, fleet: Replicas, waited: "asyncio.Future[T]") -> T:
-        try:
-            return await unless(fleet.broken, waited)
-        except ShoalError as error:
-            raise HttpError(422, str(error)) from None
-
-    @property
-    def has_canary(self) -> bool:
-        return self._versions.canary is not None
-
-    async def promote(self) -> dict[str, Any]:
-        """The canary answers all requests from now on. Raises HttpError 409 without one."""
-        version = self._canary()
-        fleet = self._fleets[version]
-        if fleet.wanted < self.replicas.wanted:
-            fleet.scale(self.replicas.wanted)
-            await self._until_up(fleet)
-        if self._versions.canary != version:
-            raise HttpError(409, "the canary has been rolled back meanwhile")
-        self._serve_only(version)
-        return self._told(version)
-
-    async def roll_back(self) -> dict[str, Any]:
-        """The canary gets no more requests, and ends with those that it has. Raises HttpError 409 without one."""
-        self._canary()
-        self._versions.withdraw()
-        self._retire_old()
-        return self._told(self._versions.current)
-
-    def _canary(self) -> int:
-        if self._versions.canary is None:
-            raise HttpError(409, "there is no canary: serve an earlier checkpoint as the target, to go back to it")
-        return self._versions.canary
-
-    def _serve_only(self, version: int) -> None:
-        self.options = self._fleets[version].options
-        self._model = Model({**self.model.facts, "source": self._sources[version]})
-        self._versions.replace(version)
+    def _changed(self) -> None:
+        """Other weights answer from now on."""
+        self.options = self._fleets.options
         self.metrics.reloads += 1
-        self._retire_old()
         self._scale()
 
-    def _told(self, version: int) -> dict[str, Any]:
-        return {
-            "model": self.model.name,
-            "source": self._sources[version],
-            "version": version,
-            "versions": self.versions(),
-        }
-
-    def versions(self) -> list[dict[str, Any]]:
-        """Those that answer: {"version", "source", "share"}."""
-        canary, share = self._versions.canary, self._versions.share
-        shares = {self._versions.current: 1.0 - share} | ({} if canary is None else {canary: share})
-        return [{"version": v, "source": self._sources[v], "share": s} for v, s in shares.items() if v in self._sources]
-
-    def counted(self, route: str, status: int, seconds: float) -> None:
-        """A request of a client has been answered."""
-        held = now_held.get()
-        self.metrics.request(route, status, seconds, None if held is None else held.version)
-
-    async def _up(self, fleet: Replicas, wanted: int) -> None:
-        while sum(number in self._router.replicas for number in fleet.links) < wanted:
-            self._came_up.clear()
-            await self._came_up.wait()
-
-    def _retire_old(self) -> None:
-        """Ends the fleets of old versions that nobody holds any more."""
-        for version in self._versions.done(self._fleets):
-            self._end_fleet(version)
-
-    def _end_fleet(self, version: int) -> None:
+    def _ended(self, version: int) -> None:
+        """The model processes of a version get no more requests: whoever still waits for one is refused."""
         numbers = [n for n, replica in self._router.replicas.items() if replica.version == version]
         for number in numbers:
             self._router.leave(number)
         for number in numbers:
             self.metrics.engines.pop(number, None)
             self._carry_out(self._router.lost(number, time.monotonic()))
-        fleet = self._fleets.pop(version)
-        self._sources.pop(version, None)
         self._carry_out(self._router.forget(version))
-        fleet.end()
-        self._loop.run_in_executor(None, fleet.wait)
+
+    def counted(self, route: str, status: int, seconds: float, held: Held) -> None:
+        """A request of a client has been answered."""
+        self.metrics.request(route, status, seconds, held.version)
 
     async def ask(
         self, kind: Kind, payload: msgspec.Struct, *, cost: int = 1, client: str = "", priority: int = 0
     ) -> msgspec.Raw:
         """The one answer to a request. Raises HttpError: refused, too late, or failed. Cancelling it withdraws it."""
-        id, asker = self._submit(kind, payload, cost, client, priority, streams=False)
+        waiter = Waiter(self._loop, streams=False)
+        id = self.submit(kind, payload, waiter, now_held.get(), cost, client, priority)
         try:
-            return await asker.answer
+            return await waiter.answer
         finally:
-            self._forget(id, asker)
+            self._forget(id, waiter)
 
     async def stream(
         self, kind: Kind, payload: msgspec.Struct, *, cost: int = 1, client: str = "", priority: int = 0
     ) -> AsyncGenerator[tuple[bool, msgspec.Raw]]:
         """(False, payload) of every item, at last (True, payload) of the result. Closing it withdraws the request."""
-        id, asker = self._submit(kind, payload, cost, client, priority, streams=True)
-        assert asker.items is not None
+        waiter = Waiter(self._loop, streams=True)
+        id = self.submit(kind, payload, waiter, now_held.get(), cost, client, priority)
+        assert waiter.items is not None
         try:
-            while (item := await asker.items.get()) is not None:
+            while (item := await waiter.items.get()) is not None:
                 yield False, item
-            yield True, await asker.answer
+            yield True, await waiter.answer
         finally:
-            self._forget(id, asker)
+            self._forget(id, waiter)
 
-    def _submit(
-        self, kind: Kind, payload: msgspec.Struct, cost: int, client: str, priority: int, streams: bool
-    ) -> tuple[int, Asker]:
-        held = now_held.get() or Held(self.draining, self._versions.current)
+    def submit(
+        self,
+        kind: Kind,
+        payload: msgspec.Struct,
+        asker: Asker,
+        held: Held | None,
+        cost: int = 1,
+        client: str = "",
+        priority: int = 0,
+    ) -> int:
+        """``asker`` will be told, but not before this returns. Raises HttpError when it is refused at once.
+
+        The number is for `withdraw`."""
+        if held is None:
+            held = Held(self.draining, self._versions.current)
         if held.late:
             raise HttpError(503, "the server is shutting down", retry_after_s=1)
         if held.version is None:
@@ -297,42 +199,52 @@ class Service:
         request = Request(
             id, kind, msgspec.Raw(_encode(payload)), cost, now, now + self.options.timeout_s, priority, client
         )
-        asker = self._askers[id] = Asker(self._loop, streams)
-        self._scale(coming=1)
-        self._carry_out(self._router.arrive(request, now, held.version))
+        if self._scaler is not None:
+            self._scale(coming=1)
+        instructions = self._router.arrive(request, now, held.version)
+        for one in instructions:
+            if isinstance(one, Refuse) and one.id == id:
+                raise HttpError(one.status, one.why, retry_after_s=one.retry_after_s)
+        self._askers[id] = asker
+        self._carry_out(instructions)
         if self._tick is None:
             self._tick = self._loop.call_later(TICK_S, self._look)
-        return id, asker
+        return id
 
-    def _forget(self, id: int, asker: Asker) -> None:
-        self._askers.pop(id, None)
-        if not asker.answer.done() or asker.answer.cancelled():  # whoever waited for it was cancelled, and it with him
-            asker.answer.cancel()
+    def refusal(self, client: str) -> HttpResponse | None:
+        """The answer to a request that would be refused whatever it asks: it need not be read then."""
+        router = self._router
+        if self._versions.canary is not None or not router.is_full(self._versions.current, client, time.monotonic()):
+            return None
+        return _refusal(max(1, round(router.wait_s())))
+
+    def withdraw(self, id: int) -> None:
+        """Nobody waits for it any more."""
+        if self._askers.pop(id, None) is not None:
             self.metrics.cancelled += 1
             self._carry_out(self._router.cancel(id, time.monotonic()))
 
+    def _forget(self, id: int, waiter: Waiter) -> None:
+        if not waiter.answer.done() or waiter.answer.cancelled():  # whoever waited was cancelled, and it with him
+            waiter.answer.cancel()
+            self.withdraw(id)
+
     def _carry_out(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            match instruction:
-                case Send():
-                    self._fleet_of(instruction.replica).send(instruction.replica, instruction.request)
-                case Withdraw():
-                    self._fleet_of(instruction.replica).send(instruction.replica, Cancel(instruction.id))
-                case Refuse():
-                    self._fail(
-                        instruction.id,
-                        HttpError(instruction.status, instruction.why, retry_after_s=instruction.retry_after_s),
-                    )
+        for one in instructions:
+            if isinstance(one, Send):
+                self._fleet_of(one.replica).send(one.replica, one.request)
+            elif isinstance(one, Withdraw):
+                self._fleet_of(one.replica).send(one.replica, Cancel(one.id))
+            else:
+                self._fail(one.id, HttpError(one.status, one.why, retry_after_s=one.retry_after_s))
 
     def _fleet_of(self, number: int) -> Replicas:
-        return self._fleets[self._router.replicas[number].version]
+        return self._fleets.of(self._router.replicas[number].version)
 
     def _fail(self, id: int, error: HttpError) -> None:
-        asker = self._askers.get(id)
-        if asker is not None and not asker.answer.done():
-            asker.answer.set_exception(error)
-            if asker.items is not None:
-                asker.items.put_nowait(None)
+        asker = self._askers.pop(id, None)
+        if asker is not None:
+            asker.failed(error)
 
     def _hear(self, version: int, number: int, messages: list[FromEngine]) -> None:
         if version not in self._fleets:
@@ -341,35 +253,30 @@ class Service:
         if number not in self._router.replicas:  # its first words
             self._woken(now)
             self._carry_out(self._router.up(number, now, version))
-            self._came_up.set()
+            self._fleets.came_up()
             if not self._first_up.done():
                 self._first_up.set_result(None)
         self._router.heard(number, now)
+        answered = [message.id for message in messages if isinstance(message, Result | Failed)]
+        if answered:  # the next ones are on their way before these are written
+            self._carry_out(self._router.answered(number, answered, now))
         for message in messages:
-            match message:
-                case Result():
-                    self._answered(number, message.id, now)
-                    asker = self._askers.get(message.id)
-                    if asker is not None and not asker.answer.done():
-                        asker.answer.set_result(message.payload)
-                        if asker.items is not None:
-                            asker.items.put_nowait(None)
-                case Item():
-                    asker = self._askers.get(message.id)
-                    if asker is not None and asker.items is not None:
-                        asker.items.put_nowait(message.payload)
-                        self._router.reached(message.id, message.payload)
-                case Failed():
-                    self._answered(number, message.id, now)
-                    self._fail(message.id, HttpError(message.status, message.why))
-                case Begun():
-                    self._router.begun(number, message.ids)
-                case Figures():
-                    self.metrics.engines[number] = message.values
-
-    def _answered(self, number: int, id: int, now: float) -> None:
-        self._carry_out(self._router.answered(number, id, now))
-        self._scale()
+            if isinstance(message, Result):
+                asker = self._askers.pop(message.id, None)
+                if asker is not None:
+                    asker.result(message.payload)
+            elif isinstance(message, Item):
+                streams = self._askers.get(message.id)
+                if streams is not None and streams.item(message.payload):
+                    self._router.reached(message.id, message.payload)
+            elif isinstance(message, Failed):
+                self._fail(message.id, HttpError(message.status, message.why))
+            elif isinstance(message, Begun):
+                self._router.begun(number, message.ids, message.took_s)
+            elif isinstance(message, Figures):
+                self.metrics.engines[number] = message.values
+        if answered:
+            self._scale()
 
     def _woken(self, now: float) -> None:
         if self._asleep_since_asked:
@@ -378,7 +285,7 @@ class Service:
 
     def _scale(self, coming: int = 0) -> None:
         """``coming``: requests that are not in line yet, and may find no room there."""
-        if self._scaler is None or self._model is None:
+        if self._scaler is None or self._fleets.model is None:
             return
         now = time.monotonic()
         wanted = self._scaler.look(len(self._router) + coming, now)
@@ -443,7 +350,4 @@ class Service:
         self._tick = self._scale_timer = None
         for id in list(self._askers):
             self._fail(id, HttpError(503, "the server is shutting down", retry_after_s=1))
-        for fleet in self._fleets.values():
-            fleet.end()
-        for fleet in self._fleets.values():
-            fleet.wait()
+        self._fleets.close()

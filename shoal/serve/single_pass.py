@@ -1,7 +1,7 @@
 """The engine of models that answer with one forward pass: classes, vectors, spans of answers, plain tensors."""
 
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from shoal.serve.batching import Batch, Batcher, Waiting, padded
 from shoal.serve.engine import FIGURES_EVERY_S, Begun, Failed, Figures, FromEngine, Request, Result, Tell
 from shoal.serve.forward import Forward, open_forward
-from shoal.serve.payloads import Inputs, Outputs, array
+from shoal.serve.payloads import Array, Inputs, Outputs, array
 
 ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the histogram of batch sizes
 TRIED_SAMPLES = 4  # of a shape, until its rows are taken to be alike
@@ -38,6 +38,7 @@ class BatchEngine:
         self._tell = tell
         self._open: dict[int, tuple[Request, Inputs]] = {}
         self._began_busy = 0.0  # since when there has been something to do; 0.0: there is nothing
+        self._took_s = 0.0  # the last batch, from its requests to its answers
         self._told_at = 0.0
         self._untold = False
         self._counts: dict[str, float] = dict.fromkeys(
@@ -192,9 +193,11 @@ class SinglePass(BatchEngine):
             self._tell_figures()
             return
         if batch.ids:
-            self._tell([Begun(batch.ids)])
+            self._tell([Begun(batch.ids, self._took_s)])
             self._untold = True
+            begun = time.monotonic()
             self._tell(self._answers(batch))
+            self._took_s = time.monotonic() - begun
         self._rest()
         self._tell_figures()
 
@@ -246,7 +249,7 @@ def _group(inputs: Inputs) -> Hashable:
         raise ValueError("no array")
     fixed = []
     for name, one in sorted(inputs.arrays.items()):
-        one.numpy()
+        one.check()
         start = (inputs.rows, inputs.length) if inputs.length else (inputs.rows,)
         if one.shape[: len(start)] != start:
             raise ValueError(f"{name!r} has the shape {list(one.shape)}, which does not start with {list(start)}")
@@ -259,16 +262,11 @@ def _joined(inputs: list[Inputs], batch: Batch, pad: int, fixed: int = 0) -> dic
 
     ``fixed``: with a mask in any case, and so many rows: the missing ones are copies of the first."""
     joined: dict[str, Tensor] = {}
-    for name, first in inputs[0].arrays.items():
+    for name in inputs[0].arrays:
         if not batch.length:
             whole = np.concatenate([one.arrays[name].numpy() for one in inputs])
         else:
-            fill = pad if name == "tokens" else 0
-            whole = np.full((batch.rows, batch.length, *first.shape[2:]), fill, first.dtype)
-            row = 0
-            for one in inputs:
-                whole[row : row + one.rows, : one.length] = one.arrays[name].numpy()
-                row += one.rows
+            whole = _padded(inputs, name, batch, pad if name == "tokens" else 0)
         joined[name] = torch.from_numpy(whole)
     if batch.padding or (fixed and batch.length):
         lengths = np.repeat([one.length for one in inputs], [one.rows for one in inputs])
@@ -279,23 +277,44 @@ def _joined(inputs: list[Inputs], batch: Batch, pad: int, fixed: int = 0) -> dic
     return joined
 
 
+def _padded(inputs: list[Inputs], name: str, batch: Batch, fill: int) -> NDArray[Any]:
+    first = inputs[0].arrays[name]
+    shape = batch.rows, batch.length, *first.shape[2:]
+    if not batch.padding and np.dtype(first.dtype).kind in "iu":
+        return np.frombuffer(bytearray().join([one.arrays[name].data for one in inputs]), first.dtype).reshape(shape)
+    whole = np.full(shape, fill, first.dtype)
+    row = 0
+    for one in inputs:
+        whole[row : row + one.rows, : one.length] = one.arrays[name].numpy()
+        row += one.rows
+    return whole
+
+
 def results(
     requests: list[Request], inputs: list[Inputs], batch: Batch, outputs: Mapping[str, NDArray[Any]]
 ) -> list[FromEngine]:
     """The batch's outputs, each request's own rows of them."""
     answers: list[FromEngine] = []
+    cuts = [(name, _cutter(values, batch)) for name, values in outputs.items()]
     row = 0
     for request, one in zip(requests, inputs, strict=True):
-        mine = {name: array(_cut(a[row : row + one.rows], one, batch)) for name, a in outputs.items()}
+        mine = {name: cut(row, one) for name, cut in cuts}
         answers.append(Result(request.id, msgspec.Raw(_encode(Outputs(mine)))))
         row += one.rows
     return answers
 
 
-def _cut(rows: NDArray[Any], one: Inputs, batch: Batch) -> NDArray[Any]:
-    """Without the places of padding, where the output has a place for each token."""
-    has_places = batch.length and rows.ndim > 2 and rows.shape[1] == batch.length
-    return rows[:, : one.length] if has_places else rows
+def _cutter(values: NDArray[Any], batch: Batch) -> Callable[[int, Inputs], Array]:
+    """Gives a request's rows, from a first one on: without the places of padding, where there is one for each token."""
+    if batch.length and values.ndim > 2 and values.shape[1] == batch.length:
+        return lambda row, one: array(values[row : row + one.rows, : one.length])
+    whole, shape = array(values), values.shape[1:]
+    size = len(whole.data) // max(1, len(values))
+
+    def cut(row: int, one: Inputs) -> Array:
+        return Array(whole.dtype, (one.rows, *shape), whole.data[row * size : (row + one.rows) * size])
+
+    return cut
 
 
 def prepare(model: nn.Module, options: Mapping[str, Any]) -> None:

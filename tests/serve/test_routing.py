@@ -60,7 +60,7 @@ class World:
             if one in self.queues[replica]:
                 self.queues[replica].remove(one)
             self.ends.setdefault(one.id, []).append("done")
-            self.carry_out(self.router.answered(replica, one.id, self.now))
+            self.carry_out(self.router.answered(replica, [one.id], self.now))
 
     def die(self, replica: int) -> None:
         del self.queues[replica]
@@ -237,3 +237,64 @@ def test_only_a_process_that_has_work_and_says_nothing_is_stuck():
     assert list(router.stuck(1061.0, 60.0)) == [0]
     router.heard(0, 1061.0)
     assert list(router.stuck(1062.0, 60.0)) == []
+
+
+def bounded(window: int = 64, pace_s: float = 0.01, within_s: float = 0.5) -> World:
+    """A process whose requests take so long each, in batches of 4; it has told of a batch."""
+    world = World(Router(Limits(window=window, waiting=100, within_s=within_s)))
+    world.start()
+    for id in range(4):
+        world.arrive(request(1000 + id))
+    world.router.begun(0, [1000, 1001, 1002, 1003])
+    world.carry_out(world.router.answered(0, [1000, 1001, 1002, 1003], world.now))
+    world.queues[0].clear()
+    world.router.begun(0, [], 4 * pace_s)
+    return world
+
+
+@pytest.mark.parametrize(("pace_s", "room"), [(0.01, 40), (0.1, 4), (1.0, 1), (0.001, 64)])
+def test_no_more_work_is_taken_than_is_done_in_the_time_that_an_answer_may_take(pace_s: float, room: int) -> None:
+    world = bounded(pace_s=pace_s)
+    for id in range(200):
+        world.arrive(request(id))
+    refused = [id for id in range(200) if world.ends.get(id) == ["429"]]
+    assert len(world.queues[0]) == room, "0.8 of half a second, or the window, or one"
+    assert refused == list(range(room if room < 64 else 164, 200)), "beyond the window the line is bounded as ever"
+    slower = [one.id for one in world.queues[0]][:1]
+    world.router.begun(0, slower)
+    world.router.begun(0, [], 10 * pace_s)
+    assert world.router.replicas[0].pace_s == pytest.approx((0.75 + 2.5) * pace_s), "batches of late count"
+
+
+def test_before_a_batch_has_been_timed_only_the_line_is_bounded() -> None:
+    world = World(Router(Limits(window=4, waiting=5, within_s=0.001)))
+    world.start()
+    for id in range(20):
+        world.arrive(request(id))
+    assert len(world.ends) == 11
+
+
+def shares(reserved: float, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """How many requests of a client that asks for one at a time are done, beside one that asks without end."""
+    monkeypatch.setattr("shoal.serve.routing.RESERVED", reserved)
+    world, next_id = bounded(), 0
+    for _ in range(50):
+        for client in ["greedy"] * 100 + ["modest"]:
+            world.arrive(request(next_id, client=client))
+            next_id += 1
+        batch = [one.id for one in world.queues[0]][:10]
+        world.router.begun(0, batch, 0.1)
+        world.queues[0] = world.queues[0][10:]
+        for id in batch:
+            world.ends.setdefault(id, []).append("done")
+        world.carry_out(world.router.answered(0, batch, world.now))
+        world.now += 0.1
+    modest = [id for id in range(100, next_id, 101) if world.ends.get(id) != ["429"]]
+    return len(modest), sum(ends == ["done"] for ends in world.ends.values())
+
+
+def test_a_client_that_asks_without_end_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    modest, done = shares(0.125, monkeypatch)
+    assert modest >= 49, "none was refused but the first one, which nobody knew of"
+    assert done == 500, "and the process had a full batch at any time"
+    assert shares(0.0, monkeypatch)[0] < 25, "without that room it is refused most of the time"

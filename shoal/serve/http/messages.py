@@ -2,12 +2,13 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
 
 if TYPE_CHECKING:
     from shoal.serve.service import Service
+    from shoal.serve.waiting import Held
 
 JSON, TEXT, HTML, EVENTS, BYTES = (
     "application/json",
@@ -73,6 +74,25 @@ class HttpError(Exception):
 
 
 Route = Callable[["Service", HttpRequest], Awaitable[HttpResponse | HttpStream]]
+
+
+class Answered(Protocol):
+    """Who is told the answer to a request that a `Direct` route has begun."""
+
+    def answered(self, answer: HttpResponse) -> None: ...
+
+    def broke(self, error: Exception) -> None:
+        """A fault of the server kept it from an answer."""
+
+
+@runtime_checkable
+class Direct(Protocol):
+    """A route that needs no task of its own for most requests."""
+
+    def begin(self, request: HttpRequest, held: "Held", to: Answered) -> int | HttpResponse | Awaitable[HttpResponse]:
+        """A number when ``to`` will be told (``Service.withdraw`` takes it back), else the answer, now or later.
+
+        Raises HttpError."""
 
 
 def json_response(value: Any, status: int = 200) -> HttpResponse:

@@ -6,17 +6,36 @@ import ssl
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
 from shoal.errors import UserError
 from shoal.serve.http.connection import Connection
+from shoal.serve.http.heads import Heads
 from shoal.serve.http.keys import digests, matching
-from shoal.serve.http.messages import HttpError, HttpRequest, HttpResponse, HttpStream, Route
+from shoal.serve.http.messages import Answered, Direct, HttpError, HttpRequest, HttpResponse, HttpStream, Route
 from shoal.serve.options import ServeOptions, is_loopback
 from shoal.serve.service import Service
+from shoal.serve.waiting import Held
 
 SWEEP_S = 1.0  # how often slow connections are looked for, while there are any
 BACKLOG = 1024
+MOST_HOSTS = 64  # spellings of it that are remembered
+
+
+def _direct(route: object) -> tuple[Direct, ...]:
+    return (route,) if isinstance(route, Direct) else ()
+
+
+def _extra(options: ServeOptions) -> Mapping[str, str]:
+    """Headers of every answer."""
+    if not options.allow_origin:
+        return {"X-Content-Type-Options": "nosniff"}
+    return {
+        "X-Content-Type-Options": "nosniff",
+        "Access-Control-Allow-Origin": options.allow_origin,
+        "Access-Control-Allow-Headers": "authorization, content-type, x-api-key",
+        "Access-Control-Allow-Methods": "GET, POST",
+    }
 
 
 class HttpServer:
@@ -33,7 +52,11 @@ class HttpServer:
         self._routes = routes
         self._paths = {path for _, path in routes}
         self._open_paths = open_paths
+        self._direct = {route: direct.begin for route in routes.values() for direct in _direct(route)}
         self._keys = digests(options.api_keys)
+        self._loopback: set[str] = set()  # values of Host that were looked at, and name this machine
+        self.heads = Heads()
+        self.extra_headers = _extra(options)
         self._connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -85,8 +108,42 @@ class HttpServer:
             connection.abort()
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep) if self._connections else None
 
-    async def respond(self, request: HttpRequest) -> HttpResponse | HttpStream:
-        """Raises HttpError; whatever else a route raises is reported on stderr and becomes one, without its text."""
+    def begin(
+        self, request: HttpRequest, held: Held, to: Answered
+    ) -> int | HttpResponse | Awaitable[HttpResponse | HttpStream]:
+        """As `Direct.begin`, of whatever route it is. Raises HttpError; all else that a route raises is reported on
+        stderr and becomes one, without its text."""
+        try:
+            route = self._route(request)
+            if isinstance(route, HttpResponse):
+                return route
+            begin = self._direct.get(route)
+            return route(self.service, request) if begin is None else begin(request, held, to)
+        except HttpError:
+            raise
+        except RecursionError:
+            raise HttpError(400, "the body is nested too deeply") from None
+        except Exception as error:
+            raise self.failed(error) from None
+
+    async def respond(self, begun: Awaitable[HttpResponse | HttpStream]) -> HttpResponse | HttpStream:
+        """What comes of it. Raises as `begin` does."""
+        try:
+            return await begun
+        except HttpError:
+            raise
+        except RecursionError:
+            raise HttpError(400, "the body is nested too deeply") from None
+        except Exception as error:
+            raise self.failed(error) from None
+
+    async def answer(self, request: HttpRequest) -> HttpResponse | HttpStream:
+        """For those who ask within a task that holds (``Service.hold``). Raises as `begin` does."""
+        route = self._route(request)
+        return route if isinstance(route, HttpResponse) else await self.respond(route(self.service, request))
+
+    def _route(self, request: HttpRequest) -> Route | HttpResponse:
+        """What answers it, or the answer. Raises HttpError for who may not ask, and what cannot be asked."""
         self._check_origin(request)
         method = "GET" if request.method == "HEAD" else request.method
         if method == "OPTIONS" and self._options.allow_origin:
@@ -94,22 +151,18 @@ class HttpServer:
         if request.path not in self._open_paths:
             self._check_key(request)
         route = self._routes.get((method, request.path))
-        if route is None:
-            if request.path not in self._paths:
-                raise HttpError(404, "no such address: see /docs")
-            allowed = ", ".join(sorted(m for m, path in self._routes if path == request.path))
-            answer = HttpError(405, f"this address takes {allowed}").response()
-            answer.headers = {"Allow": allowed}
-            return answer
-        try:
-            return await route(self.service, request)
-        except HttpError:
-            raise
-        except RecursionError:
-            raise HttpError(400, "the body is nested too deeply") from None
-        except Exception as error:
-            self.report(error)
-            raise HttpError(500, "the server failed on this request") from None
+        if route is not None:
+            return route
+        if request.path not in self._paths:
+            raise HttpError(404, "no such address: see /docs")
+        allowed = ", ".join(sorted(m for m, path in self._routes if path == request.path))
+        answer = HttpError(405, f"this address takes {allowed}").response()
+        answer.headers = {"Allow": allowed}
+        return answer
+
+    def failed(self, error: BaseException) -> HttpError:
+        self.report(error)
+        return HttpError(500, "the server failed on this request")
 
     def _check_key(self, request: HttpRequest) -> None:
         if not self._keys:
@@ -122,27 +175,21 @@ class HttpServer:
     def _check_origin(self, request: HttpRequest) -> None:
         """Pages of other origins that run in a browser on this machine must not reach a server that asks for no key."""
         host = request.headers.get("host", "")
+        origin = request.headers.get("origin")
+        if origin is None and (host in self._loopback or self._keys):
+            return
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if host and not self._keys and not is_loopback(name.strip("[]")):
             raise HttpError(403, f"this server answers to loopback names only, not to {name[:80]!r}")
-        origin = request.headers.get("origin")
+        if origin is None and len(self._loopback) < MOST_HOSTS:
+            self._loopback.add(host)
         if origin is None or origin.partition("://")[2] == host or self._options.allow_origin in ("*", origin):
             return
         raise HttpError(403, "pages of other origins may not ask: see --allow-origin")
 
-    def extra_headers(self, request: HttpRequest) -> Mapping[str, str]:
-        if not self._options.allow_origin:
-            return {"X-Content-Type-Options": "nosniff"}
-        return {
-            "X-Content-Type-Options": "nosniff",
-            "Access-Control-Allow-Origin": self._options.allow_origin,
-            "Access-Control-Allow-Headers": "authorization, content-type, x-api-key",
-            "Access-Control-Allow-Methods": "GET, POST",
-        }
-
-    def counted(self, request: HttpRequest, status: int, seconds: float) -> None:
+    def counted(self, request: HttpRequest, status: int, seconds: float, held: Held) -> None:
         route = request.path if request.path in self._paths else "other"
-        self.service.counted(route, status, seconds)
+        self.service.counted(route, status, seconds, held)
 
     def report(self, error: BaseException) -> None:
         """Where in the code it happened and of what kind it was: an error's text may hold a piece of a request."""

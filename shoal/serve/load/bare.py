@@ -22,6 +22,8 @@ import torch
 from shoal.comm.agent import keep_freed_memory
 from shoal.errors import ShoalError, UserError
 from shoal.serve.forward import open_forward
+from shoal.serve.http.messages import HttpError
+from shoal.serve.http.predict import read_json
 from shoal.serve.intake.registry import open_intake
 from shoal.serve.target import Loaded, load
 
@@ -98,15 +100,27 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(int(threads))
     try:
-        body = json.loads(Path(file[0]).read_text()) if file else None
+        body = read_json(Path(file[0]).read_bytes()) if file else None
         run = open_pass(load(target, "" if task == "-" else task, dtype), body)
     except ShoalError as error:
-        print(json.dumps({"why": str(error)}), flush=True)
+        _refuse(str(error))
+        return
+    except HttpError as error:
+        _refuse(f"the model cannot use this body: {error.why}.")
         return
     print(json.dumps({"pss": proportional(os.getpid())}), flush=True)
     for line in sys.stdin:
         seconds, rows = line.split()
-        print(json.dumps(measure(run, float(seconds), int(rows))), flush=True)
+        try:
+            told = measure(run, float(seconds), int(rows))
+        except Exception as error:  # a model's own code may raise anything
+            _refuse(f"the model failed on this body: {type(error).__name__}: {' '.join(str(error).split())}.")
+            return
+        print(json.dumps(told), flush=True)
+
+
+def _refuse(why: str) -> None:
+    print(json.dumps({"why": why}), flush=True)
 
 
 if __name__ == "__main__":

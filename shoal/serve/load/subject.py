@@ -124,11 +124,8 @@ class Bare:
         )
 
     def loaded(self) -> dict[str, Any]:
-        """Waits for it. Raises UserError when it cannot be loaded."""
-        told = self.answer()
-        if "why" in told:
-            raise UserError(str(told["why"]))
-        return told
+        """Waits for it. Raises UserError when it cannot be loaded, or cannot use the body."""
+        return self.answer()
 
     def ask(self, seconds: float, rows: int) -> None:
         assert self.process.stdin
@@ -141,6 +138,8 @@ class Bare:
         if not line:
             raise RunFailed(f"the process with the bare model ended with {self.process.wait()}.")
         told: dict[str, Any] = json.loads(line)
+        if "why" in told:
+            raise UserError(str(told["why"]))
         return told
 
     def run(self, seconds: float, rows: int) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 from serve.generation.tiny_gpt import save_gpt
-from serve.served_models import HERE
+from serve.served_models import FAULT, HERE
 
 import shoal
 from shoal.cli.main import main
+from shoal.errors import UserError
 from shoal.serve.load.arrivals import Arrival
 from shoal.serve.load.figures import figures
 from shoal.serve.load.processes import Asked, send
+from shoal.serve.load.subject import Bare
 
 STALL_S = 0.6
 
@@ -126,6 +128,23 @@ def test_a_target_is_served_for_the_time_being_with_its_bare_limit_beside_it(
     assert drawn.count("<circle") >= 20
     assert "open, 20/s" in drawn
     assert "p99.9" in drawn
+
+
+def test_a_body_that_the_bare_model_cannot_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}:{Path(shoal.__file__).parents[1]}")
+    said = {
+        "[1]": "must be a JSON object",
+        '{"text": "a"}': "one of the fields 'input', 'inputs'",
+        f'{{"input": [[{FAULT}, 0.0]]}}': "RuntimeError: a fault of the model",
+    }
+    for number, (body, why) in enumerate(said.items()):
+        (tmp_path / f"{number}").write_text(body)
+        bare = Bare("served_models:scripted", "float32", "", 1, str(tmp_path / f"{number}"))
+        try:
+            with pytest.raises(UserError, match=why):
+                _ = bare.loaded(), bare.run(0.01, 1)
+        finally:
+            bare.close()
 
 
 @pytest.mark.parametrize(
