@@ -28,7 +28,7 @@ from shoal.comm.accounting.counters import Tally
 from shoal.comm.arena import OwnMemory
 from shoal.comm.finishing import Slice, fast_path, finish_flat, finish_pieces, slice_of
 from shoal.comm.layout import BLOCK, Layout
-from shoal.comm.tree import Accumulation, Add, accumulation, completion, covering, row
+from shoal.comm.tree import Accumulation, Add, Node, accumulation, completion, covering, row
 
 if TYPE_CHECKING:
     from shoal.comm.group import HostGroup
@@ -51,6 +51,16 @@ class Placement:
 
     def _accumulation(self, passes: tuple[int, ...]) -> Accumulation:
         return (row if self.fast else accumulation)(self.ownership[self.rank], passes)
+
+    @property
+    def leaves(self) -> Sequence[int]:
+        """Those that this worker computes, in order."""
+        return self.ownership[self.rank]
+
+    @property
+    def kept(self) -> Sequence[Node]:
+        """Nodes that its first partial sums hold before it computes anything."""
+        return ()
 
     def partials(self, passes: Sequence[int]) -> list[int]:
         """How many partial sums each worker ends up with."""
@@ -159,10 +169,11 @@ class HeapExchange:
         self._rows = group.heap.tensor(shape[0] * shape[1], torch.float64).view(shape).numpy()
         self.rows = np.zeros(shape)
         self._squares = allocate(layout.elements // BLOCK, torch.float64)
-        counts = terms.partials()
-        self._buffers = [[allocate(layout.elements, dtype) for _ in range(count)] for count in counts]
+        self._allocate = allocate
+        self._buffers: list[list[torch.Tensor]] = [[] for _ in range(group.world)]
         self.partials: Sequence[torch.Tensor] = ()
-        self._sequence = 0
+        self._sequence = self._began = 0
+        self._posts = group.heap.tensor(group.world, torch.int64).numpy()  # buckets that each worker has posted, ever
         self._operands: list[tuple[int, int]] = []  # (rank, buffer), in the order of the tree
         self._adds: list[Add] = []
         self._posted = self._reduced = 0
@@ -172,18 +183,43 @@ class HeapExchange:
         # Where gradients were adopted: every worker's row is read by the owners of slices.
         self._fast = fast_path(dtype, device)
         self._memory = OwnMemory() if group.world == 1 else group.arenas
-        places = group.heap.tensor(group.world * max(counts) * len(layout.slots), torch.int64)
-        self._places = places.numpy().reshape(group.world, max(counts), len(layout.slots))
-        self._places[group.rank] = NOWHERE
+        self._places = np.empty((group.world, 0, len(layout.slots)), dtype=np.int64)
         self._result_places = np.full(len(layout.slots), NOWHERE)
         self._adopted: dict[tuple[int, int], torch.Tensor] = {}
-        offsets = np.array([slot.offset for slot in layout.slots], dtype=np.uint64) * np.uint64(dtype.itemsize)
-        self._slot_addresses = {
-            (rank, index): np.uint64(buffer.data_ptr()) + offsets
-            for rank, buffers in enumerate(self._buffers)
-            for index, buffer in enumerate(buffers)
-        }
+        self._slot_addresses: dict[tuple[int, int], np.ndarray] = {}
         self._slices: dict[int, list[Slice]] = {}  # bucket -> the own slice's parts
+        self._reserve(terms.partials())
+
+    def _reserve(self, counts: Sequence[int]) -> None:
+        """Room for so many partial sums of each worker: what is not touched costs nothing. Called by all alike."""
+        slots = self.layout.slots
+        offsets = np.array([slot.offset for slot in slots], dtype=np.uint64) * np.uint64(self._dtype.itemsize)
+        for rank, (buffers, count) in enumerate(zip(self._buffers, counts, strict=True)):
+            while len(buffers) < count:
+                made = self._allocate(self.layout.elements, self._dtype)
+                self._slot_addresses[rank, len(buffers)] = np.uint64(made.data_ptr()) + offsets
+                buffers.append(made)
+        if self._places.shape[1] < max(counts):
+            places = self._group.heap.tensor(len(counts) * max(counts) * len(slots), torch.int64)
+            self._places = places.numpy().reshape(len(counts), max(counts), len(slots))
+            self._places[self._group.rank] = NOWHERE
+
+    def deal(self, placement: Placement, passes: tuple[int, ...]) -> None:
+        """Let other workers bring other sums from the next step on. Called by all, before the first step or after one
+        that was dealt so."""
+        self._placement = placement
+        self._reserve(placement.partials(passes))
+
+    def untouched(self, *, quiet: bool) -> set[int]:
+        """After a step was cut short: the own partial sums that nobody has added to, for sure.
+
+        A bucket is reduced by whoever has heard that all have posted it, and each says so here before it says so to
+        others. ``quiet``: all other workers of the step have ended or left it, so that what they have said is final;
+        else it is this worker's own word that counts, without which nobody can have reduced anything."""
+        begun = self._posts.min() if quiet else self._posts[self._group.rank]
+        own = {index: number for number, (rank, index) in enumerate(self._operands) if rank == self._group.rank}
+        changed = {0, *(add.into for add in self._adds)} if begun > self._began else set()
+        return {index for index, number in own.items() if number not in changed}
 
     def begin(self, passes: tuple[int, ...]) -> None:
         counts, me = self._placement.partials(passes), self._group.rank
@@ -191,6 +227,7 @@ class HeapExchange:
         self._operands = [(rank, index) for rank, count in enumerate(counts) for index in range(count)]
         self._adds = self._placement.adds(passes)
         self._posted = self._reduced = 0
+        self._began = self._sequence
         self._heard = [0] * self._group.world
         row = self.account.begin()
         self._rows[me, : len(row)], self._rows[me, len(row) :] = row, 0.0
@@ -234,6 +271,7 @@ class HeapExchange:
 
     def post(self) -> None:
         when = self.account.posted(self._posted)
+        self._posts[self._group.rank] = self._sequence + self._posted + 1
         self._mesh.broadcast(_READY, self._sequence + self._posted, _WHEN.pack(when))
         if self._mesh.others:
             size = self.layout.buckets[self._posted].slice * self._dtype.itemsize

@@ -9,7 +9,8 @@ without samples is left out. The order is a function of the leaves alone, so tha
                    \\----------/
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,9 +74,18 @@ def accumulation(owned: range, passes: Sequence[int]) -> Accumulation:
 
     ``passes[leaf]`` is the number of backward passes (micro-batches) of every leaf of the tree; 0 leaves it out.
     A leaf's own passes are added in order. Needs at most log2 of the owned leaves in extra buffers."""
+    return accumulation_of(present(covering(owned, len(passes)), passes), passes)
+
+
+def present(nodes: Iterable[Node], passes: Sequence[int]) -> list[Node]:
+    """Those that have samples."""
+    return [node for node in nodes if any(passes[node.start : node.stop])]
+
+
+def accumulation_of(nodes: Sequence[Node], passes: Sequence[int], kept: int = 0) -> Accumulation:
+    """The same for given nodes, left to right; buffers 0 .. ``kept`` - 1 hold sums that are there already."""
     out: list[Accumulate] = []
-    nodes = [node for node in covering(owned, len(passes)) if any(passes[node.start : node.stop])]
-    most = len(nodes)
+    most = partials = kept + len(nodes)
 
     def visit(node: Node, buffer: int, spare: int) -> None:
         nonlocal most
@@ -83,20 +93,20 @@ def accumulation(owned: range, passes: Sequence[int]) -> Accumulation:
         if node.stop - node.start == 1:
             out.extend(Accumulate(buffer, first == 0, ()) for first in range(passes[node.start]))
             return
-        present = [child for child in children(node) if any(passes[child.start : child.stop])]
-        visit(present[0], buffer, spare)
-        if len(present) == 1:
+        halves = present(children(node), passes)
+        visit(halves[0], buffer, spare)
+        if len(halves) == 1:
             return
-        right = present[1]
+        right = halves[1]
         if sum(passes[right.start : right.stop]) == 1:  # one gradient: it is the right operand itself
             out.append(Accumulate(buffer, False, ()))
             return
         visit(right, spare, spare + 1)
         out[-1] = out[-1]._replace(then=(*out[-1].then, Add(buffer, spare)))
 
-    for index, node in enumerate(nodes):
-        visit(node, index, len(nodes))
-    return Accumulation(tuple(out), len(nodes), most)
+    for index, node in enumerate(nodes, start=kept):
+        visit(node, index, partials)
+    return Accumulation(tuple(out), partials, most)
 
 
 def row(owned: range, passes: Sequence[int]) -> Accumulation:
@@ -110,11 +120,14 @@ def completion(ownership: Sequence[range], passes: Sequence[int]) -> list[Add]:
     """The additions that finish the tree over all workers' partial sums; the total ends up in operand 0.
 
     Operands are numbered over the workers in order: first all partial sums of worker 0, then those of worker 1, ..."""
-    index: dict[Node, int] = {}
-    for owned in ownership:
-        for node in covering(owned, len(passes)):
-            if any(passes[node.start : node.stop]):
-                index[node] = len(index)
+    return completion_of([n for owned in ownership for n in present(covering(owned, len(passes)), passes)], passes)
+
+
+def completion_of(operands: Sequence[Node], passes: Sequence[int]) -> list[Add]:
+    """The same over sums of nodes, in any order, that are together the whole tree, without those of no samples.
+
+    Into the operand that comes first, so that the total ends up in operand 0: a + b and b + a are the same bits."""
+    index = {node: number for number, node in enumerate(operands)}
     adds: list[Add] = []
 
     def visit(node: Node) -> int | None:
@@ -125,11 +138,41 @@ def completion(ownership: Sequence[range], passes: Sequence[int]) -> list[Add]:
         left, right = (visit(child) for child in children(node))
         if left is None or right is None:
             return right if left is None else left
-        adds.append(Add(left, right))
-        return left
+        adds.append(Add(min(left, right), max(left, right)))
+        return min(left, right)
 
     visit(Node(0, len(passes)))
     return adds
+
+
+def contents(
+    program: Accumulation, kept: Sequence[Node], leaves: Sequence[int], passes: Sequence[int], done: int
+) -> Mapping[int, Node]:
+    """Which whole node each buffer of a program holds after its first ``done`` passes; buffers of half leaves are left
+    out. ``leaves``: of the program, in order; ``kept``: what its first buffers held when it began."""
+    held = {number: Counter({leaf: passes[leaf] for leaf in range(*node)}) for number, node in enumerate(kept)}
+    order = [leaf for leaf in leaves for _ in range(passes[leaf])]
+    for leaf, now in zip(order[:done], program.passes, strict=False):
+        if now.first:
+            held[now.buffer] = Counter()
+        held[now.buffer][leaf] += 1
+        for add in now.then:
+            held[add.into] += held.pop(add.other)
+    found = {number: _node_of(sums, passes) for number, sums in held.items()}
+    return {number: node for number, node in found.items() if node is not None}
+
+
+def _node_of(sums: Counter[int], passes: Sequence[int]) -> Node | None:
+    """The largest node whose passes are these."""
+    node = Node(0, len(passes))
+    while True:
+        within = {leaf: passes[leaf] for leaf in range(*node) if passes[leaf]}
+        if within == +sums:
+            return node
+        if node.stop - node.start == 1:
+            return None
+        left, right = children(node)
+        node = left if min(sums, default=0) < left.stop else right
 
 
 def tree_sum(values: Sequence[float]) -> float:

@@ -74,6 +74,7 @@ class ElasticCrew:
         self.accused = 0  # workers that computed or held something wrong
         self.wish = 0  # the number of the last wish that was heard
         self.begun = 0  # the step that was under way when the last epoch broke
+        self.shards: dict[str, int] = {}  # of the step that the last epoch began with: kept, done again
         self.step = 0  # the last that was told as committed
         self.awake_s = self.looked_s = time.monotonic()  # since when this process has been looking without a gap
 
@@ -117,8 +118,7 @@ class ElasticCrew:
         until_look = max(0.0, self.looked_s + POLL_S - time.monotonic())
         launcher = [] if self.orphaned else [self.launcher]
         sources: list[Connection | socket.socket] = [*pipes, *orders, *launcher, *self._agents()]
-        ready = wait(sources, timeout=min(until_look, self.tick_s))
-        for source in ready:
+        for source in wait(sources, timeout=min(until_look, self.tick_s)):
             if source is self.launcher:
                 self._hear_launcher()
             elif isinstance(source, Connection):
@@ -192,7 +192,8 @@ class ElasticCrew:
             case "left":
                 self._decide(m.Left(seat, *said.value))
             case "went":
-                self._decide(m.Went(seat, *said.value))
+                epoch, step, self.shards = said.value
+                self._decide(m.Went(seat, epoch, step))
                 self._write_roster()
             case "run":
                 self._know(seat, Path(said.value))
@@ -254,16 +255,15 @@ class ElasticCrew:
             told = self.processes[seat].orders.recv(16)
         except OSError:
             return
-        names = {raw: number.name for number, raw in DRAINS.items()}
         if told:
+            names = {raw: number.name for number, raw in DRAINS.items()}
             self._decide(m.Drain(seat, f"{self._name(seat)} was asked to leave ({names.get(told[:1], 'a signal')})"))
 
     def _ended(self, seat: int) -> None:
-        process = self.processes[seat]
+        process, why = self.processes[seat], ""
         _, status = os.waitpid(process.pid, 0)
         name, at = self._name(seat), self.board.read(seat % ROWS)
         code = os.waitstatus_to_exitcode(status)
-        why = ""
         if code < 0:
             by = "its agent, so that it cannot go on" if process.fenced else killer_of(code)
             why = f"{name} was killed by {by} at {at}"
@@ -282,16 +282,14 @@ class ElasticCrew:
             why = f"on purpose, {ago:.3f} s ago"
             self._tell(m.Tell("rehearsed", why, 0.0, more=(("fault", str(self.job.faults[index])), ("ago_s", ago))))
         active = [s for s, seat in self.membership.seats.items() if seat.at in m.MOVING and s in self.processes]
-        rows = {seat % ROWS: seat for seat in active}
-        found = []
+        rows, found = {seat % ROWS: seat for seat in active}, []
         for seat in active:
             position = self.board.read(seat % ROWS)
-            since = max(position.since_s, self.awake_s)
-            found.append((replace(position, since_s=since), look(self.processes[seat].pid)))
+            position = replace(position, since_s=max(position.since_s, self.awake_s))
+            found.append((position, look(self.processes[seat].pid)))
         whole = all(s in active for s, seat in self.membership.seats.items() if seat.at is m.At.active)
         for row, evidence in self.watch.late(found, time.monotonic(), whole=whole):
-            seat = rows[row]
-            self._decide(m.Suspect(seat, f"{self._name(seat)}: {evidence}"))
+            self._decide(m.Suspect(rows[row], f"{self._name(rows[row])}: {evidence}"))
 
     def _listen_to_wishes(self) -> None:
         if self.record.run_dir is None:
@@ -308,8 +306,8 @@ class ElasticCrew:
         elif wanted.servers > 0 and self.servers:
             self._serve_by(wanted.servers, wanted.why or f"{wanted.servers} servers were asked for")
         elif wanted.workers > 0:
-            why = wanted.why or f"{wanted.workers} workers were asked for"
-            self._decide(m.Resize(wanted.workers + self.servers, why))
+            asked = wanted.why or f"{wanted.workers} workers were asked for"
+            self._decide(m.Resize(wanted.workers + self.servers, asked))
 
     def _serve_by(self, servers: int, why: str) -> None:
         """With as many workers as before."""
@@ -336,6 +334,7 @@ class ElasticCrew:
     def _tell(self, tell: m.Tell) -> None:
         who = [{"pid": self.processes[s].pid, "rank": self._rank(s)} for s in tell.seats if s in self.processes]
         lost = tell.event == "lost" and tell.seats[0] in self.waste.seats
+        redone = {"redone": max(0, self.begun - self.membership.step + 1), **self.shards}
         self.record.tell(
             {
                 "event": tell.event,
@@ -346,7 +345,7 @@ class ElasticCrew:
                 "host": self.host,
                 "processes": who,
                 **self._noticed(tell),
-                **({"redone": max(0, self.begun - self.membership.step + 1)} if tell.event == "recovered" else {}),
+                **(redone if tell.event == "recovered" else {}),
                 **dict(tell.more),
                 **(self.waste.told(self._newest_begun, time.monotonic()) if lost else {}),
             }
@@ -441,6 +440,7 @@ class ElasticCrew:
             "shares": self.formation.shares,
             "depth": self.formation.depth,
             "servers": self.formation.servers,
+            "quiet": self.processes.quiet(),
         }
 
     def _close_own(self) -> None:

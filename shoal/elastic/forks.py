@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from shoal.comm.descriptors import make_room
 from shoal.comm.status import StatusBoard
 from shoal.elastic.process import Program, live
 from shoal.elastic.seat import send_order
+
+QUIET_S = 0.2  # how long a killed process may take to end
 
 
 @dataclass
@@ -59,6 +62,19 @@ class Forks(dict[int, Forked]):
     def kill(self, seat: int) -> None:
         with suppress(KeyError, ProcessLookupError):
             os.kill(self[seat].pid, signal.SIGKILL)
+
+    def quiet(self) -> bool:
+        """Whether all that were killed as suspects have ended, so that they can write to no memory any more.
+
+        That takes no time, but for one that sleeps in the kernel and cannot be woken: it is not waited for."""
+        ends = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        last = time.monotonic() + QUIET_S
+        for process in self.values():
+            while process.fenced and os.waitid(os.P_PID, process.pid, ends) is None:
+                if time.monotonic() > last:
+                    return False
+                time.sleep(0.001)
+        return True
 
     def order(self, seat: int, order: dict[str, Any], files: list[int]) -> None:
         with suppress(KeyError, OSError):  # who has gone is told by its pipe

@@ -73,6 +73,7 @@ class _Life:
     def live(self) -> dict[str, Any]:
         self.seat.ready(self._deepest() if self.staged else 1)
         while True:
+            keeps = False
             try:
                 place = self.seat.wait()
             except Released:
@@ -94,14 +95,14 @@ class _Life:
                 loop = self._begun(place) if place.cold else self._taken_over(place, stand)
                 if self.seat.report.rehearsal is not None:
                     self.seat.report.rehearsal.follow(self.worker, loop.run.path)
-                result = loop.go(self.seat)
+                result = loop.go(self.seat, quiet=place.quiet)
                 if result is not None:
                     return result
             except PeerLost:
-                pass  # the agent knows why, and who is left
+                keeps = True  # the agent knows why, and who is left
             except Wrong as found:
                 self._part(found, len(place.steps))
-            self.worker.leave()
+            self.worker.leave(keeps=keeps)
             self.seat.hang_up()
             self.seat.left(*self._held())
             gc.collect()  # what the epoch's memory hangs on goes round in circles: it would stay for a while
@@ -371,13 +372,14 @@ class ElasticLoop(Loop):
 
     # --- training ---------------------------------------------------------------------------------------------
 
-    def go(self, seat: Seat) -> dict[str, Any] | None:
+    def go(self, seat: Seat, *, quiet: bool) -> dict[str, Any] | None:
         """Train until the end, or until the workers are to change: then None. Raises PeerLost."""
         worker = self.worker
         if self.due:
             self._after(worker.step, self.last_of_epoch)
             self.due = False
         first = worker.step + 1
+        shards = worker.take_up(quiet=quiet)
         steps = worker.steps(self.splits.train, batch=self.recipe.batch, steps=self.steps)
         last = time.perf_counter()
         try:
@@ -386,7 +388,7 @@ class ElasticLoop(Loop):
                 self.due, self.at, self.last_of_epoch = True, step.number, step.last_of_epoch
                 self._committed(step, rate, time.perf_counter() - last)
                 if step.number == first:
-                    seat.went(step.number)
+                    seat.went(step.number, shards)
                     self._after_first()
                 self._after(step.number, step.last_of_epoch)
                 self.due = False

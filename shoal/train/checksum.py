@@ -1,11 +1,15 @@
 """Whether workers that should have equal parameters have them."""
 
+import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from shoal.comm.group import Group
 from shoal.errors import RunFailed
+from shoal.parallel.held import Held
 
 _PRIME = (1 << 52) - 47  # a sum of 64-bit words modulo a prime: a flip of any one bit changes it; exact in float64
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -44,6 +48,20 @@ def _sums(parameter: Tensor) -> list[Tensor]:
     if whole < flat.numel():
         found.append(flat[whole:].view(_WORDS[size]).sum(dtype=torch.int64))
     return found
+
+
+def compare_held(group: Group, held: Held, when: str) -> None:
+    """Of all workers, each those that it holds. Called by all; raises Diverged."""
+    mine = [
+        [held.ranks(share)[0], number, parameter_checksum(share.parameters.values())]
+        for number, share in enumerate(held.shares)
+    ]
+    equal: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # those that should have the same
+    for rank, row in enumerate(group.gather(json.dumps(mine).encode())):
+        for first, number, checksum in json.loads(row):
+            equal[first, number][rank] = checksum
+    for found in equal.values():
+        compare(list(found), list(found.values()), when)
 
 
 def compare_kept(ranks: Sequence[int], kept: Sequence[bool], when: str) -> None:

@@ -1,40 +1,23 @@
 """From backward passes to one mean gradient: accumulate in tree order, reduce while the last pass still runs."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import nn
 
-from shoal.comm.exchange import Exchange, Placement
+from shoal.comm.exchange import Exchange, HeapExchange, Placement
 from shoal.comm.group import Group
 from shoal.comm.layout import Layout
-from shoal.comm.tree import Accumulate, Accumulation, tree_sum
+from shoal.comm.mesh import PeerLost
+from shoal.comm.tree import Accumulate, Accumulation
 from shoal.errors import UserError
 from shoal.train.checksum import parameter_checksum
+from shoal.train.figures import CHANGE, CHECKSUM, FIRED, STOP, TOUCHED, WAITED, StepFigures, figures_of
+from shoal.train.kept import CutShort, Kept, Sums
+from shoal.train.trained import Trained
 
-_STOP, _CHECKSUM, _WAITED, _CHANGE, _TOUCHED, _FIRED = range(6)  # in a row of facts; then sums and counts by leaf
-_TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is: Muon and Adafactor say "torch.optim" alone
-
-Sums = dict[int, torch.Tensor]  # of one slot: by the number of the buffer, that of the partial sums first
 ExchangeFactory = Callable[[Layout, int, Callable[[torch.Tensor], tuple[float, float]], torch.dtype], Exchange]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Tensors whose gradients and changes are summed over the same workers: all of a model's, or a part's."""
-
-    parameters: Mapping[str, nn.Parameter]  # that require a gradient, in the order of readiness
-    buffers: Mapping[str, torch.Tensor]
-    layout: Layout  # of the parameters, then the buffers, in a flat buffer
-    dtype: torch.dtype  # of the sums
-
-    @staticmethod
-    def real(buffer: torch.Tensor) -> torch.Tensor:
-        """A buffer as the layout counts its elements."""
-        return torch.view_as_real(buffer) if buffer.is_complex() else buffer
 
 
 def _users(tensor: torch.Tensor) -> int:
@@ -44,20 +27,6 @@ def _users(tensor: torch.Tensor) -> int:
 
 
 _ALONE = _users(torch.empty(1))
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """What a finished reduction says of the step, the same on every worker."""
-
-    loss: float  # mean over the global batch
-    targets: float  # the global denominator
-    norm: float  # of the mean gradient, before clipping
-    leaf_losses: tuple[float, ...]  # sum of each leaf's losses
-    stop: bool  # a worker was asked to stop after this step
-    change: bool  # other workers go on after this step
-    checksums: tuple[float, ...]  # of each worker's parameters; 0.0 when not taken
-    waited: tuple[float, ...]  # seconds that each worker waited for data up to its last backward pass
 
 
 class Gradients:
@@ -76,13 +45,13 @@ class Gradients:
         copies: int = 1,
     ) -> None:
         """``copies``: how many workers make passes of each leaf, each for a part of it."""
-        self._placement = placement
+        self._placement = self._usual = placement
         self.leaves, self._copies, self.dtype = leaves, copies, trained.dtype
         self.names = list(trained.parameters)
         self.parameters = list(trained.parameters.values())
         self._state = [trained.real(buffer) for buffer in trained.buffers.values()]
         self.layout = trained.layout
-        facts = _FIRED + len(self.parameters) + 2 * leaves
+        facts = FIRED + len(self.parameters) + 2 * leaves
         self.exchange = make_exchange(self.layout, facts, self._denominators, trained.dtype)
         self._buckets_of = [self.layout.buckets_of(slot) for slot in range(len(self.layout.slots))]
         self._hooks = [
@@ -105,6 +74,8 @@ class Gradients:
         self._leaf = self._opened = -1
         self._begun_state: list[torch.Tensor] = []
         self._votes = self._careful = False
+        self._brought: Kept | None = None  # sums that the next step begins with
+        self._lost: PeerLost | None = None  # found out in the middle of a pass
         self._left: float | None = None  # the checksum of the parameters as the last update left them
         self.watched: Sequence[torch.Tensor] = self.parameters  # of which checksums are taken
         self.spoilt: list[tuple[int, str]] = []  # (leaf, parameter), of a careful step
@@ -142,12 +113,49 @@ class Gradients:
         self._used = [False] * len(self.parameters)
         self._done = self._leaf_ends = self._posted = 0
         self._claimed = False
+        self._lost = None
         self._leaf = -1
         facts = self.exchange.facts
         facts.zero_()
-        facts[_STOP], facts[_CHANGE], facts[_CHECKSUM] = float(stop), float(change), checksum
+        facts[STOP], facts[CHANGE], facts[CHECKSUM] = float(stop), float(change), checksum
         for parameter in self.parameters:
             parameter.grad = None
+        if self._brought is not None:
+            self._bring(self._brought)
+            self._brought = None
+
+    def deal(self, placement: Placement | None, passes: tuple[int, ...] = (), kept: Kept | None = None) -> None:
+        """Other workers bring other sums to the next steps, this one ``kept``; None: the usual ones again.
+
+        Called by all alike, between two steps."""
+        assert isinstance(self.exchange, HeapExchange)
+        self._placement, self._brought = placement or self._usual, kept
+        self.exchange.deal(self._placement, passes or (1,) * self.leaves)
+
+    @torch.no_grad()
+    def _bring(self, kept: Kept) -> None:
+        self._claim()
+        self._used = list(kept.used)
+        base = FIRED + len(self.parameters)
+        for number, (node, sums) in enumerate(zip(kept.nodes, kept.sums, strict=True)):
+            for views, held in zip((*self._views, *self._state_views), sums, strict=True):
+                views[number].copy_(held)
+            for first in (base, base + self.leaves):
+                told = slice(first + node.start, first + node.stop)
+                self.exchange.facts[told] = kept.facts[told]
+
+    @property
+    def leaves_of_step(self) -> Sequence[int]:
+        """Those that this worker computes in the step under way, or in the next one."""
+        return self._placement.leaves
+
+    def cut_short(self, step: int) -> CutShort | None:
+        """What this worker has done of ``step``, which nobody will end; None when it has not begun, or is reduced."""
+        if not self._at or not isinstance(self.exchange, HeapExchange):
+            return None
+        programs, done = (self._program, self._state_program), (self._done, self._leaf_ends)
+        sums, facts = (self._at, self._state_at), self.exchange.facts.clone()
+        return CutShort(step, self.exchange, self._placement, programs, self._passes, done, sums, facts, self._used)
 
     def _bind(self) -> None:
         """Views of every slot in every partial sum; made again only when these are others."""
@@ -180,9 +188,9 @@ class Gradients:
         """Before a backward pass, the next one of the program, of a loss of ``value``, a sum over ``count`` targets.
 
         ``waited_s`` is how long this worker has waited for data in the step so far."""
-        base = _FIRED + len(self.parameters)
+        base = FIRED + len(self.parameters)
         self._opened = leaf
-        self.exchange.facts[_WAITED] = waited_s
+        self.exchange.facts[WAITED] = waited_s
         self.exchange.facts[base + leaf] += value
         self.exchange.facts[base + self.leaves + leaf] += count
         self._claim()
@@ -197,7 +205,7 @@ class Gradients:
             if not fired:
                 self._absent(index)
         self._now = None
-        if self._last:
+        if self._last or self._lost is not None:
             self._post_ready()
 
     def _claim(self) -> None:
@@ -283,11 +291,22 @@ class Gradients:
             self._open[bucket] -= 1
 
     def _post_ready(self) -> None:
-        """Hand over the buckets that are complete, in order, and reduce what has come meanwhile."""
+        """Hand over the buckets that are complete, in order, and reduce what has come meanwhile.
+
+        A peer that is lost within a pass is told of after it: half a pass would spoil the sums that it is added to."""
+        if self._lost is None:
+            try:
+                self._hand_over()
+            except PeerLost as lost:
+                self._lost = lost
+        if self._lost is not None and self._now is None:
+            raise self._lost
+
+    def _hand_over(self) -> None:
         before = self._posted
         while self._posted < len(self._open) and self._open[self._posted] == 0:
             if self._posted == len(self._open) - 1:
-                used = self.exchange.facts[_FIRED : _FIRED + len(self._used)]
+                used = self.exchange.facts[FIRED : FIRED + len(self._used)]
                 used.copy_(torch.tensor(self._used, dtype=torch.float64))
                 self._vote()
             self.exchange.post()
@@ -297,8 +316,8 @@ class Gradients:
 
     def _vote(self) -> None:
         if self._votes:
-            self.exchange.facts[_CHECKSUM] = found = parameter_checksum(self.watched)
-            self.exchange.facts[_TOUCHED] = float(self._left is not None and self._left != found)
+            self.exchange.facts[CHECKSUM] = found = parameter_checksum(self.watched)
+            self.exchange.facts[TOUCHED] = float(self._left is not None and self._left != found)
 
     def remember(self) -> None:
         """Keep what an update has left: of two workers that differ, the one whose parameters changed since is wrong."""
@@ -374,7 +393,7 @@ class Gradients:
 
     def unused(self) -> list[int]:
         """The parameters that no pass of the finished step has reached, by number."""
-        used = self.exchange.all_facts[:, _FIRED : _FIRED + len(self.parameters)].any(dim=0).tolist()
+        used = self.exchange.all_facts[:, FIRED : FIRED + len(self.parameters)].any(dim=0).tolist()
         return [index for index, reached in enumerate(used) if not reached]
 
     def sums_bytes(self, passes: tuple[int, ...]) -> int:
@@ -384,7 +403,7 @@ class Gradients:
     @property
     def checksums(self) -> list[float]:
         """Of each worker's parameters, after `reduce`; 0.0 when not taken."""
-        found: list[float] = self.exchange.all_facts[:, _CHECKSUM].tolist()
+        found: list[float] = self.exchange.all_facts[:, CHECKSUM].tolist()
         return found
 
     @property
@@ -395,7 +414,7 @@ class Gradients:
     @property
     def kept(self) -> list[bool]:
         """Of each worker: whether it has seen no change of its parameters since its own last update."""
-        return [not touched for touched in self.exchange.all_facts[:, _TOUCHED].tolist()]
+        return [not touched for touched in self.exchange.all_facts[:, TOUCHED].tolist()]
 
     def let_go(self, slots: Sequence[int]) -> None:
         """Nobody will read these slots of this worker's partial sums any more in this step: ZeRO-2 frees them."""
@@ -418,7 +437,7 @@ class Gradients:
         return ""
 
     def _denominators(self, facts: torch.Tensor) -> tuple[float, float]:
-        counts = facts[:, _FIRED + len(self.parameters) + self.leaves :]
+        counts = facts[:, FIRED + len(self.parameters) + self.leaves :]
         return max(float(counts.sum()), 1.0), float(self._copies * sum(1 for passes in self._passes if passes))
 
     def figures(
@@ -427,24 +446,5 @@ class Gradients:
         """What the rows of workers, [workers, facts], say of a step with these passes a leaf; by default this one."""
         facts = self.exchange.all_facts if facts is None else facts
         passes = self._passes if passes is None else passes
-        base = _FIRED + len(self.parameters)
-        losses = facts[:, base : base + self.leaves].sum(dim=0).tolist()  # one owner a leaf: nothing is rounded
-        targets = self._denominators(facts)[0]
-        present = [loss for loss, count in zip(losses, passes, strict=True) if count]
-        return StepFigures(
-            loss=tree_sum(present) / targets,
-            targets=targets,
-            norm=norm,
-            leaf_losses=tuple(losses),
-            stop=bool(facts[:, _STOP].any()),
-            change=bool(facts[:, _CHANGE].any()),
-            checksums=tuple(facts[:, _CHECKSUM].tolist()),
-            waited=tuple(facts[:, _WAITED].tolist()),
-        )
-
-
-def writes_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser may write to p.grad: those of torch.optim do not, but for some ``foreach`` kernels."""
-    optimizer = getattr(optimizer, "inner", optimizer)  # shoal.memory.streamed's leaves them to the one inside
-    trusted = f"{type(optimizer).__module__}.".startswith(_TRUSTED)
-    return not trusted or any(group.get("foreach") for group in optimizer.param_groups)
+        base, targets = FIRED + len(self.parameters), self._denominators(facts)[0]
+        return figures_of(facts, facts[:, base : base + self.leaves], passes, targets, norm)

@@ -9,6 +9,7 @@ from torch import nn
 from shoal.errors import UserError, unknown_name
 from shoal.recipe.recipe import OptimizerSpec
 
+_TRUSTED = "torch.optim."  # optimisers known to leave p.grad as it is: Muon and Adafactor say "torch.optim" alone
 _SHORT = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 
 
@@ -47,3 +48,10 @@ def make_optimizer(spec: OptimizerSpec, model: nn.Module, lr: float) -> torch.op
         return cls(groups, lr=lr, **options)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer {spec.name!r} does not take these options: {error}.") from None
+
+
+def writes_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser may write to p.grad: those of torch.optim do not, but for some ``foreach`` kernels."""
+    optimizer = getattr(optimizer, "inner", optimizer)  # shoal.memory.streamed's leaves them to the one inside
+    trusted = f"{type(optimizer).__module__}.".startswith(_TRUSTED)
+    return not trusted or any(group.get("foreach") for group in optimizer.param_groups)

@@ -13,9 +13,11 @@ from shoal.errors import UserError
 from shoal.parallel.held import Held, Share
 from shoal.recipe.plan import Plan
 from shoal.train.checksum import parameter_checksum
-from shoal.train.gradients import Gradients, StepFigures, Trained
+from shoal.train.figures import StepFigures
+from shoal.train.gradients import Gradients
 from shoal.train.norm import CHANGE, STOP, Norm, NormAlone, NormOverParts, NormOverStages
 from shoal.train.synchrony import exchange_of, placement_of
+from shoal.train.trained import Trained
 
 
 class Reduction:

@@ -11,7 +11,8 @@ from shoal.comm.sliced_heap import SlicedHeapExchange
 from shoal.comm.slices import pieces_of
 from shoal.data.ledger import Ledger
 from shoal.parallel.held import Held, Share
-from shoal.train.gradients import Gradients, StepFigures
+from shoal.train.figures import StepFigures
+from shoal.train.gradients import Gradients
 from shoal.train.sharded_states import Sharded, sharing_of
 from shoal.train.state_gathering import HostStates
 from shoal.train.synchrony import Everywhere

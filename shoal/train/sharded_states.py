@@ -20,7 +20,8 @@ from shoal.data.ledger import Ledger
 from shoal.errors import UserError
 from shoal.memory.optimizer_need import state_bytes
 from shoal.recipe.plan import Plan
-from shoal.train.gradients import Gradients, StepFigures
+from shoal.train.figures import StepFigures
+from shoal.train.gradients import Gradients
 from shoal.train.state_gathering import State, cut
 from shoal.train.synchrony import Everywhere
 

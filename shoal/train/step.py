@@ -17,10 +17,12 @@ from shoal.data.source import Batch
 from shoal.errors import UserError
 from shoal.models.task import Task
 from shoal.train.checksum import compare, compare_kept
-from shoal.train.gradients import StepFigures, writes_gradients
+from shoal.train.figures import StepFigures
 from shoal.train.memory import due
 from shoal.train.not_finite import NotFinite, Spoilt, all_spoilt
+from shoal.train.optimizers import writes_gradients
 from shoal.train.reduction import Reduction
+from shoal.train.retry import Retry
 from shoal.train.stages import StageWork
 from shoal.train.streams import enter_stream
 
@@ -38,10 +40,12 @@ class Crew(Protocol):
     device: torch.device
     seed: int
     clip: float
+    retry: Retry
     nothing: Batch  # of no samples: what a worker computes whose experts have something to do, and which has not
 
     @property
-    def shards(self) -> range: ...
+    def shards(self) -> Sequence[int]:
+        """Those whose passes this worker makes in the step."""
 
 
 class Step:
@@ -100,6 +104,7 @@ class Step:
     def again(self) -> None:
         """Start over after `commit` has raised NotFinite; called by all workers."""
         self._reduction.undo()
+        self._crew.retry.end()
         self._spoilt = []
         work = [
             ((self._zero_based, shard, micro), ids, self.epoch)
@@ -271,7 +276,7 @@ class Step:
             return [Spoilt(group.rank, (shard,), self._ids([shard])) for shard in shards]
         if group.rank not in gradients.origins(group):
             return []
-        own = [shard for shard in self._crew.shards if self._passes[shard]]
+        own = sorted(shard for shard in (*self._crew.shards, *self._crew.retry.kept_shards) if self._passes[shard])
         return [Spoilt(group.rank, tuple(own), self._ids(own))]
 
     def _ids(self, shards: Sequence[int]) -> tuple[int, ...]:

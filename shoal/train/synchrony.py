@@ -24,7 +24,8 @@ from shoal.errors import UserError
 from shoal.parallel.held import Held
 from shoal.parallel.pipeline.engine import Pipeline
 from shoal.recipe.plan import Plan
-from shoal.train.gradients import Gradients, StepFigures
+from shoal.train.figures import StepFigures
+from shoal.train.gradients import Gradients
 
 Told = tuple[int, StepFigures, dict[str, Any]]  # step, its figures over all workers, what else is said of it
 

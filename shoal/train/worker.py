@@ -6,8 +6,7 @@ docs/your_own_loop.md shows one; `shoal.train` runs `shoal.train.loop` on it.
 import json
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,12 +28,13 @@ from shoal.parallel.place import Subject, place
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint, sharded_states
 from shoal.train.agreement import agreed_newest, share_weights
-from shoal.train.checksum import compare, parameter_checksum
+from shoal.train.checksum import compare_held
 from shoal.train.contents import Contents
 from shoal.train.device import device_for
-from shoal.train.gradients import StepFigures
+from shoal.train.figures import StepFigures
 from shoal.train.memory import Memory, Work
 from shoal.train.reduction import Reduction
+from shoal.train.retry import Retry
 from shoal.train.snapshot import BackgroundWriter, Written
 from shoal.train.step import Place, Step
 from shoal.train.synchrony import Told, Update, update_of
@@ -74,14 +74,20 @@ class Worker:
         self._reduction: Reduction | None = None
         self._update: Update | None = None
         self.unsent = Unsent()
+        self.retry = Retry()
         self._writers: dict[Path, BackgroundWriter] = {}
         self._prepared: set[Path] = set()
         self._resumed: checkpoint.Checkpoint | None = None
         torch.manual_seed(seed)
 
     @property
-    def shards(self) -> range:
+    def shards(self) -> Sequence[int]:
         """The shards that this worker works on, alone or with others of its replica."""
+        dealt = self.retry.shards
+        return self._usual_shards if dealt is None else dealt
+
+    @property
+    def _usual_shards(self) -> range:
         return self._ownership[self.plan.replica_of(self.rank)]
 
     # --- what is trained --------------------------------------------------------------------------------------
@@ -117,13 +123,20 @@ class Worker:
     def _hooked(self) -> Reduction:
         return Reduction(self.held, self._ownership, self.micro_batches, self.device)
 
-    def leave(self) -> None:
-        """Let go of the group: what a step in flight has done is dropped, and its memory is free."""
+    def leave(self, *, keeps: bool = False) -> None:
+        """Let go of the group. What a step in flight has done is dropped, and its memory is free; with ``keeps`` it
+        stays for `take_up`, where that can be."""
         if self._reduction is not None:
+            self.retry.leave(self._reduction.first if keeps and self.plan.alike else None, self.step + 1)
             self._reduction.release()
         if self._update is not None:
             self._update.leave()
         self._reduction = self._update = None
+
+    def take_up(self, *, quiet: bool) -> dict[str, int]:
+        """After `join`, before `steps`, called by all: see `Retry.take_up`."""
+        assert self._reduction is not None
+        return self.retry.take_up(self._reduction.first, self.group, self.step + 1, quiet=quiet)
 
     def join(self, group: Group, plan: Plan) -> None:
         """Go on with others from the last committed step, after `leave`; slices of states come back by `restore`."""
@@ -236,8 +249,8 @@ class Worker:
         update = self._update
         update.begin(ledger)
         last = steps or epochs * ledger.steps_per_epoch
-        ahead, threads = self.plan.prefetch * len(self.shards) * self.micro_batches, self.plan.loaders
-        with Prefetcher(source, self._work(ledger, self.step, last), ahead, threads) as batches:
+        ahead, threads = self.plan.prefetch * len(self._usual_shards) * self.micro_batches, self.plan.loaders
+        with Prefetcher(source, self._work(ledger, self.step, last, self.shards), ahead, threads) as batches:
             while self.step < last and not self.stopping:
                 self.memory.begins()
                 step = Step(self, reduction, update, ledger, self.step, batches, self._committed)
@@ -249,6 +262,7 @@ class Worker:
 
     def _committed(self, figures: StepFigures) -> None:
         self.step += 1
+        self.retry.end()
         assert self._update is not None
         self.stopping |= self._update.stops(self.step, figures)
         self.memory.ended(self.step)
@@ -264,13 +278,14 @@ class Worker:
         """On rank 0: the steps that all workers have done since the last call, with their figures over all of them."""
         return self._update.told() if self._update is not None else []
 
-    def _work(self, ledger: Ledger, first: int, last: int) -> Iterator[tuple[Place, Any, int]]:
+    def _work(self, ledger: Ledger, first: int, last: int, shards: Sequence[int]) -> Iterator[tuple[Place, Any, int]]:
+        """``shards``: of the first step."""
         pipeline = self.held.pipeline
         if pipeline is not None and not pipeline.readers:
             return  # other stages read the batches
         for step in range(first, last):
             epoch, _ = ledger.position(step)
-            for shard in self.shards:
+            for shard in shards if step == first else self._usual_shards:
                 for micro, ids in enumerate(ledger.shard(step, shard)):
                     yield (step, shard, micro), ids, epoch
 
@@ -308,17 +323,7 @@ class Worker:
     def compare_parameters(self) -> None:
         """Called by every worker. Raises RunFailed naming the ranks whose parameters are not those of the most."""
         self.settle()
-        held = self.held
-        mine = [
-            [held.ranks(share)[0], number, parameter_checksum(share.parameters.values())]
-            for number, share in enumerate(held.shares)
-        ]
-        equal: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # those that should have the same
-        for rank, row in enumerate(self.group.gather(json.dumps(mine).encode())):
-            for first, number, checksum in json.loads(row):
-                equal[first, number][rank] = checksum
-        for found in equal.values():
-            compare(list(found), list(found.values()), f"after step {self.step}")
+        compare_held(self.group, self.held, f"after step {self.step}")
 
     @property
     def transport(self) -> dict[str, Any]:

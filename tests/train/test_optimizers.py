@@ -15,9 +15,8 @@ from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import ModelSpec, OptimizerSpec, ScheduleSpec
 from shoal.run.run import Run
 from shoal.train import checkpoint
-from shoal.train.gradients import writes_gradients
 from shoal.train.loop import Order, run_recipe
-from shoal.train.optimizers import make_optimizer, optimizer_classes
+from shoal.train.optimizers import make_optimizer, optimizer_classes, writes_gradients
 from shoal.train.schedules import learning_rate
 from shoal.train.weights import weights_sha256
 
