@@ -16,6 +16,7 @@ from shoal.errors import UserError
 from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.gpt import GPT, GPTConfig
 from shoal.models.huggingface import load_folder
+from shoal.models.on_meta import on_meta
 from shoal.models.weights_file import read_json
 from shoal.serve.generation.chat import chat_facts
 from shoal.serve.precision import fastest, in_dtype
@@ -72,7 +73,7 @@ _ALSO = {"tensors": ("classification", "image-classification")}  # tasks that an
 
 def _from_folder(path: Path) -> Loaded:
     folder = load_folder(path)
-    with torch.device("meta"):  # the file's weights take the place of what is made here
+    with on_meta():  # the file's weights take the place of what is made here
         if folder.config.kind == "bert":
             head: Head = folder.config.head  # type: ignore[assignment]
             model: nn.Module = Bert(BertConfig(**folder.config.options), head)
