@@ -114,6 +114,12 @@ class Arenas:
                 return rank, address - base
         return None
 
+    def is_of_others(self, tensor: "torch.Tensor") -> bool:
+        """Whether its memory is another worker's."""
+        address = tensor.untyped_storage().data_ptr()
+        ranks = [rank for rank, base in enumerate(self.bases) if 0 <= address - base < self._size]
+        return bool(ranks) and ranks[0] != self.rank
+
     def lent(
         self, rank: int, place: int, elements: int, dtype: "torch.dtype", let_go: Callable[[], None]
     ) -> "torch.Tensor":

@@ -10,7 +10,7 @@ from shoal.memory.choose import Candidate, candidates
 from shoal.memory.gauge import Gauge
 from shoal.memory.meter import sizes_of
 from shoal.memory.recompute import Block
-from shoal.memory.rehearsal import Loss, rehearse
+from shoal.memory.rehearsal import Passes, rehearse
 from shoal.memory.shortage import is_shortage
 from shoal.memory.store import Store
 from shoal.memory.survey import survey
@@ -18,7 +18,6 @@ from shoal.memory.table import Table
 from shoal.recipe.memory_plan import CHEAP, size_text
 
 STREAMED_BYTES = 16 << 20  # what states that are elsewhere take of memory while they are updated, at most
-Agree = Callable[[int], int]  # the largest of all workers' numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +29,13 @@ class Need:
     optimizer: int = 0
     checkpoint: int = 0  # a copy that is written behind the training
     data: int = 0  # batches that are ready
+    messages: int = 0  # to other stages, that they may not have taken yet
     update: int = 0  # what the update takes while it runs: activations are gone by then
     activations: int = 0
 
     @property
     def held(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.checkpoint + self.data
+        return self.weights + self.gradients + self.optimizer + self.checkpoint + self.data + self.messages
 
     @property
     def peak(self) -> int:
@@ -50,6 +50,7 @@ class Need:
             "activations": self.activations,
             "a checkpoint's copy": self.checkpoint,
             "batches": self.data,
+            "messages to other stages": self.messages,
             "the update itself": self.update if self.update > self.activations else 0,
         }
         order = sorted(parts.items(), key=lambda part: -part[1])
@@ -65,6 +66,32 @@ class Chosen:
     need: Need
     ways: dict[str, int]  # way -> blocks
     smaller: tuple[Candidate, ...] = ()  # what might still be tried
+
+
+class Alone:
+    """What a worker must agree on with others, where there are none."""
+
+    apart = True  # no other worker takes part in its passes
+
+    def alike(self, number: int) -> int:
+        """The largest of the numbers of the workers that choose the same ways as this one, this one among them."""
+        return number
+
+    def everywhere(self, number: int) -> int:
+        """The largest of all workers' numbers."""
+        return number
+
+    def table(self, table: Table) -> Table:
+        """The one that all who choose the same ways go by."""
+        return table
+
+    def message_bytes(self, table: Table) -> int:
+        """Of what goes to other stages: what they may not have taken yet while this worker goes on."""
+        return 0
+
+    def refusal(self, peak: int, said: str) -> str:
+        """What the worker with the largest peak says."""
+        return said
 
 
 class Ways:
@@ -93,78 +120,86 @@ class Ways:
 def keep_budget(
     module: nn.Module,
     ways: Ways,
-    loss: Loss,
+    passes: Passes,
     gauge: Gauge,
     need: Need,
     budget: int,
     *,
-    one_pass: bool,
-    agree: Agree,
+    once: Passes | None = None,
+    shared: int = 0,
+    crew: Alone | None = None,
     where: str,
-    micro_batches: int,
-    together: Callable[[Table], Table] | None = None,
+    micro_batches: tuple[int, ...],
 ) -> Chosen:
     """Set the blocks to the cheapest ways whose peak is below ``budget`` bytes, on this worker and on all others.
 
-    ``loss``: the forward pass of one micro-batch of the usual size. ``need``: all but activations. ``one_pass``: a step
-    has one micro-batch on this worker, so that gradients come while activations go. A table of what blocks keep says
-    what cannot fit; the others are tried, the cheapest first, until one is measured to fit.
-    ``together``: where several workers make a pass together, the one table that all of them go by.
+    ``passes``: those of a step between two of which memory is given back: one micro-batch of the usual size, or all of
+    a pipeline; ``once``: of one micro-batch, where they are more. ``need``: all but activations; ``shared``: bytes of
+    it that the passes take, gradients that come while activations go. A table of what blocks keep says what cannot
+    fit; the others are tried, the cheapest first, until one is measured to fit. Stages of a pipeline choose each for
+    itself, and try at the same time. ``micro_batches`` of a shard: how many now, and
+    which larger numbers can be and would be a help.
     Called by all workers. Raises UserError when nothing fits: what fills the memory, and the smallest change."""
-
-    shared = need.gradients if one_pass else 0  # of what a rehearsal takes
+    crew = crew or Alone()
 
     def with_activations(taken: int) -> Need:
         return replace(need, activations=max(0, taken - shared))
 
+    def rehearsed() -> Need | None:
+        measure = tried if crew.apart else rehearse
+        most = measure(module, passes, gauge, keep_gradients=shared > 0)
+        return None if most is None else with_activations(most)
+
     def fits(taken: Need | None) -> bool:
-        return agree(int(taken is None or taken.peak > budget)) == 0
+        return crew.alike(int(taken is None or taken.peak > budget)) == 0
 
-    if not ways.blocks:
-        taken = with_activations(rehearse(module, loss, gauge, keep_gradients=one_pass))
-        if fits(taken):
-            return Chosen(taken, {})
-        raise _too_small(budget, taken, where, micro_batches)
-    table = survey(module, ways.blocks, loss, gauge)
-    table = together(table) if together is not None else table
-    moved, found, least = sum(block.inputs for block in table.blocks), candidates(table), need
-    for candidate in found:
-        if not fits(with_activations(candidate.least)) and candidate not in found[-2:]:
-            continue
-        if agree(int(not ways.take(candidate, moved))):
-            continue
-        alone = together is None
-        most = tried(module, loss, gauge, one_pass) if alone else rehearse(module, loss, gauge, keep_gradients=one_pass)
-        if fits(None if most is None else with_activations(most)):
-            assert most is not None
-            return Chosen(with_activations(most), candidate.told(), tuple(found[found.index(candidate) + 1 :]))
-        now = with_activations(candidate.least if most is None else most)
-        varies = "away" in candidate.ways  # by what is on its way to disk at the time: no advice can count on it
-        if least is need or (now.peak < least.peak and not varies):
-            least = now
-    raise _too_small(budget, least, where, micro_batches)
+    table = crew.table(survey(module, ways.blocks, once or passes, gauge)) if ways.blocks else None
+    need = replace(need, messages=crew.message_bytes(table)) if table else need
+    found = candidates(table) if table else [Candidate(ways=(), least=0, work=0.0)]
+    moved = sum(block.inputs * table.most_flights(block.chunk) for block in table.blocks) if table else 0
+    may = [fits(with_activations(each.least)) or each in found[-2:] for each in found]
+    least, taken = need, need
+    place, settled = -1, False
+    while True:
+        while not settled and place < len(found):
+            place += 1
+            if place < len(found) and may[place] and crew.alike(int(not ways.take(found[place], moved))) == 0:
+                break
+        tries = place < len(found)
+        if crew.everywhere(int(tries and not settled)) == 0:
+            break  # all have settled, or have nothing left to try
+        most = rehearsed()
+        if tries:
+            settled = fits(most)
+            taken = most or with_activations(found[place].least)
+            varies = "away" in found[place].ways  # by what is on its way to disk at the time: no advice counts on it
+            if least is need or (taken.peak < least.peak and not varies):
+                least = taken
+    if crew.everywhere(int(not settled)):
+        raise UserError(crew.refusal(least.peak, _too_small(budget, least, where, micro_batches)))
+    return Chosen(taken, found[place].told(), tuple(found[place + 1 :]))
 
 
-def tried(module: nn.Module, loss: Loss, gauge: Gauge, keep_gradients: bool = False) -> int | None:
+def tried(module: nn.Module, passes: Passes, gauge: Gauge, keep_gradients: bool = False) -> int | None:
     """As `rehearse`; None where the memory does not suffice for it."""
     try:
-        return rehearse(module, loss, gauge, keep_gradients=keep_gradients)
+        return rehearse(module, passes, gauge, keep_gradients=keep_gradients)
     except Exception as error:
         if not is_shortage(error):
             raise
         return None
 
 
-def _too_small(budget: int, need: Need, where: str, micro_batches: int) -> UserError:
-    changes = [f"memory.peak_bytes = {size_text(need.peak)!r}"]
+def _too_small(budget: int, need: Need, where: str, micro_batches: tuple[int, ...]) -> str:
+    changes = [f"memory.peak_bytes = {size_text(need.peak + need.messages)!r}"]  # messages come when they come
     room = budget - need.held
     if need.optimizer and need.peak - need.optimizer + STREAMED_BYTES <= budget:
         changes.append("memory.offload_optimizer = 'disk'")
     if need.update <= room and 0 < room < need.activations:
-        parts = -(-need.activations // room)
-        more = micro_batches * (1 << (parts - 1).bit_length())  # a power of 2 divides most batches
-        changes.append(f"micro_batches = {more} in the recipe (now {micro_batches})")
-    return UserError(
+        now = micro_batches[0]
+        enough = [more for more in micro_batches if room * more >= need.activations * now]
+        changes += [f"micro_batches = {more} in the recipe (now {now})" for more in enough[:1]]
+    return (
         f"plan: memory.peak_bytes = {size_text(budget)!r} is too small on {where}, where at the least there are "
         f"{need.told()}: set {', or '.join(changes)}."
     )

@@ -46,10 +46,11 @@ def _frontier(table: Table, ways: tuple[Way, ...]) -> list[Candidate]:
     MOST_PARTIAL of them."""
     partial: list[_Partial] = [(0.0, 0, 0, ())]
     for block in table.blocks:
+        flights = table.most_flights(block.chunk)
         grown = [
             (
                 work + block.work(way),
-                kept + block.kept(way),
+                kept + block.kept(way) * flights,
                 max(most, block.outside + kept + block.filled_by(way)),
                 (*taken, way),
             )

@@ -11,28 +11,28 @@ from torch import nn
 from shoal.memory.budget import Need, Ways, mebibytes, tried
 from shoal.memory.choose import Candidate, candidates
 from shoal.memory.gauge import Gauge
-from shoal.memory.rehearsal import Loss
+from shoal.memory.rehearsal import Passes
 from shoal.memory.shortage import is_shortage
 from shoal.memory.survey import survey
 from shoal.recipe.memory_plan import size_text
 from shoal.recipe.plan import Plan
 
-PARTS = (2, 4, 8, 16)  # of a micro-batch, that are tried
+MOST_PARTS = 16  # of a micro-batch, that are tried
 
 
 def explained(
     module: nn.Module,
     ways: Ways,
-    part: Callable[[int], Loss],
+    part: Callable[[int], Passes],
     gauge: Gauge,
     need: Need,
     missing: int,
     *,
     where: str,
-    micro_batches: int,
+    micro_batches: tuple[int, ...],
 ) -> str:
-    """One line. ``part(n)``: the loss of one n-th of a micro-batch. ``need``: all but activations, of which ``missing``
-    bytes are not there yet.
+    """One line. ``part(n)``: the passes of one n-th of a micro-batch. ``need``: all but activations, of which
+    ``missing`` bytes are not there yet.
 
     Changes are tried on the spot, beside as much memory as all else will take, the smallest first: the first one that
     runs is told. Nothing of the failed step may be held any more when this is called."""
@@ -50,7 +50,7 @@ def explained(
     return f"{where} ran out of memory, which a step fills with {whole.told()}. What would fit: {change}."
 
 
-def counted_change(need: Need, plan: Plan, micro_batches: int, error: str) -> str:
+def counted_change(need: Need, plan: Plan, micro_batches: tuple[int, ...], error: str) -> str:
     """What would fit, one sentence: of changes whose bytes can be counted, the first that frees what was asked for.
 
     For workers that make a pass together: the others wait, so that nothing can be tried."""
@@ -59,8 +59,8 @@ def counted_change(need: Need, plan: Plan, micro_batches: int, error: str) -> st
     found: list[tuple[float, str]] = []
     if replicas > 1 and not plan.shards_states and not plan.memory.changes_updates:
         found.append((need.optimizer * (1 - 1 / replicas), "states = 'zero1'"))
-    for parts in PARTS:
-        told = f"micro_batches = {parts * micro_batches} in the recipe (now {micro_batches})"
+    for parts in _parts(micro_batches):
+        told = f"micro_batches = {parts * micro_batches[0]} in the recipe (now {micro_batches[0]})"
         found.append((need.activations * (1 - 1 / parts), told))
     if not plan.shards_states and plan.memory.offload_optimizer == "none":
         found.insert(2, (need.optimizer, "memory.offload_optimizer = 'disk'"))
@@ -73,6 +73,11 @@ def counted_change(need: Need, plan: Plan, micro_batches: int, error: str) -> st
     )
 
 
+def _parts(micro_batches: tuple[int, ...]) -> list[int]:
+    """Into how many a micro-batch may be cut."""
+    return [found for more in micro_batches[1:] if (found := more // micro_batches[0]) <= MOST_PARTS]
+
+
 def _asked(error: str) -> int:
     """How many bytes an error for memory says that it asked for; 1 where it does not say."""
     bytes_ = re.search(r"allocate (\d+) bytes", error)
@@ -83,7 +88,12 @@ def _asked(error: str) -> int:
 
 
 def _sought(
-    module: nn.Module, ways: Ways, part: Callable[[int], Loss], gauge: Gauge, need: Need, micro_batches: int
+    module: nn.Module,
+    ways: Ways,
+    part: Callable[[int], Passes],
+    gauge: Gauge,
+    need: Need,
+    micro_batches: tuple[int, ...],
 ) -> tuple[Need, str]:
     found: list[Candidate] = []
     if ways.blocks:
@@ -106,10 +116,10 @@ def _sought(
     if fits is not None:
         peak = replace(need, activations=fits).peak
         return whole, f"memory.peak_bytes = {size_text(peak)!r} ({mebibytes(fits)} of activations)"
-    for number in PARTS:
+    for number in _parts(micro_batches):
         most = tried(module, part(number), gauge)
         if most is not None:
             whole = whole if found else replace(need, activations=most * number)  # they grow with the samples
-            told = f"micro_batches = {number * micro_batches} in the recipe (now {micro_batches})"
+            told = f"micro_batches = {number * micro_batches[0]} in the recipe (now {micro_batches[0]})"
             return whole, f"{told}, with {mebibytes(most)} of activations"
     return whole, "a smaller model, or a smaller batch: no saving of activations is enough"

@@ -1,7 +1,7 @@
 """Counting the bytes that are held for backward passes."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ class Meter:
         self._lock = threading.RLock()  # letting go may come in the middle of holding
         self._held: dict[int, list[int]] = {}  # storage -> holds, bytes
         self._ignored: set[int] = set()
+        self.elsewhere: Callable[[Tensor], bool] = lambda _: False  # another process holds its memory
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Memory that is there anyway: parameters and buffers."""
@@ -46,7 +47,7 @@ class Meter:
     def hold(self, tensor: Tensor) -> Hold:
         key = storage_of(tensor)
         with self._lock:
-            if key in self._ignored:
+            if key in self._ignored or self.elsewhere(tensor):
                 key = 0
             elif key in self._held:
                 self._held[key][0] += 1

@@ -141,6 +141,11 @@ class Pass:
         self._needed = 0  # results that came before the last tensor was saved
         self._state: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
 
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors among its arguments, before it is done."""
+        return [tensor for tensor, _ in self._seen]
+
     # --- the first time ---------------------------------------------------------------------------------------
 
     def first(self, seen: Callable[[Tensor], None] | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""One micro-batch forward and backward without a trace: what it takes is measured, what it does is undone."""
+"""Passes without a trace, forward and backward: what they take is measured, what they do is undone."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,17 +11,36 @@ from shoal.memory.gauge import Gauge
 from shoal.parallel.pipeline.random_state import random_state, set_random_state
 
 Loss = Callable[[], Tensor]  # the forward pass of one micro-batch
+Passes = Callable[[Callable[[], None]], None]  # all passes; its argument is to be called after each forward pass
 
 
-def rehearse(module: nn.Module, loss: Loss, gauge: Gauge, *, keep_gradients: bool = False) -> int:
-    """The most bytes that one micro-batch takes on top of what was held before.
+def passes_of(loss: Loss) -> Passes:
+    """There and back."""
+
+    def run(forward_done: Callable[[], None]) -> None:
+        value = loss()
+        forward_done()
+        value.backward()  # type: ignore[no-untyped-call]
+
+    return run
+
+
+def rehearse(
+    module: nn.Module,
+    passes: Passes,
+    gauge: Gauge,
+    *,
+    keep_gradients: bool = False,
+    forward_done: Callable[[], None] = lambda: None,
+) -> int:
+    """The most bytes that ``passes`` take on top of what was held before.
 
     Gradients are dropped as they come, or with ``keep_gradients`` when all have; weights, buffers and random streams
     are afterwards what they were."""
     with _undone(module, keep_gradients), gauge.watching():
         gauge.restart()
         before = gauge.live()
-        loss().backward()  # type: ignore[no-untyped-call]
+        passes(forward_done)
         most = gauge.peak()
     return most - before
 

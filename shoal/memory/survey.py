@@ -16,7 +16,7 @@ from shoal.memory.gauge import Gauge
 from shoal.memory.meter import Hold, sizes_of
 from shoal.memory.operations import draws, kind_of, makes_new, tensors_of
 from shoal.memory.recompute import Block, Pass
-from shoal.memory.rehearsal import Loss, rehearse
+from shoal.memory.rehearsal import Passes, rehearse
 from shoal.memory.table import BlockCost, Table
 from shoal.recipe.memory_plan import CHEAP
 
@@ -24,13 +24,14 @@ FLOPS_A_BYTE = 64  # arithmetic that takes as long as moving a byte: cores and a
 ATTENTION_SHARE = 0.25  # of that rate, which attention kernels reach
 
 
-def survey(module: nn.Module, blocks: Sequence[Block], loss: Loss, gauge: Gauge) -> Table:
+def survey(module: nn.Module, blocks: Sequence[Block], passes: Passes, gauge: Gauge) -> Table:
     """Work is counted, not timed: shapes alone decide, and the table is the same each time.
 
+    ``passes``: of one micro-batch, through the worker's chunks one after the other.
     ``blocks``: all that may be recomputed, in a store that keeps things where they are."""
     inside = _Survey(blocks)
     with inside.watching():
-        rehearse(module, lambda: inside.done(loss()), gauge)
+        rehearse(module, passes, gauge, forward_done=inside.chunk_done)
     return inside.table()
 
 
@@ -39,7 +40,8 @@ class _Survey:
         self._blocks = blocks
         self._meter = blocks[0].store.meter
         self._rows: dict[str, BlockCost] = {}
-        self._kept_by_blocks = self._outside = 0
+        self._kept_by_blocks = 0
+        self._outside: list[int] = []  # of the chunks that are done
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -53,20 +55,21 @@ class _Survey:
             for block, mode in zip(self._blocks, modes, strict=True):
                 block.mode, block.observer = mode, None
 
-    def done(self, loss: Tensor) -> Tensor:
-        """The forward pass is over."""
-        self._outside = self._meter.live - self._kept_by_blocks
-        return loss
+    def chunk_done(self) -> None:
+        """Its forward pass is over."""
+        self._outside.append(self._meter.live - self._kept_by_blocks - sum(self._outside))
 
     def _observe(self, block: Block, begin: Callable[[], Pass]) -> Any:
         live, held = self._meter.live, self._meter.storages()
         this = begin()
         inputs, own = self._meter.live - live, self._meter.storages() - held
+        received = sum(sizes_of(this.given).values())
         seen: list[tuple[int, Tensor]] = []
         with _Observe() as operations:
             output = this.first(lambda tensor: seen.append((len(operations.done), tensor.detach())))
         done = operations.done[: seen[-1][0] if seen else 0]  # the pass done again stops at the last saved tensor
-        saved = {key: size for key, size in sizes_of(t for _, t in seen).items() if key not in held}
+        here = (tensor for _, tensor in seen if not self._meter.elsewhere(tensor))
+        saved = {key: size for key, size in sizes_of(here).items() if key not in held}
         outputs = sizes_of(t for t in tree_leaves(output) if isinstance(t, Tensor))
         dear = [each for each in done if each.kind not in CHEAP and each.results and not outputs.keys() & each.results]
         results = {key: size for each in dear for key, size in each.results.items() if key not in own | held}
@@ -74,7 +77,7 @@ class _Survey:
         filled = inputs + sum(size for key, size in saved.items() if key not in own)
         row = BlockCost(
             name=block.name,
-            outside=live - self._kept_by_blocks,
+            outside=live - self._kept_by_blocks - sum(self._outside),
             inputs=inputs,
             plain=sum(saved.values()),
             selective=inputs + sum(results.values()),
@@ -82,6 +85,9 @@ class _Survey:
             selective_filled=filled + sum(size for key, size in results.items() if key not in saved),
             full_work=work,
             selective_work=work - sum(each.work for each in dear),
+            received=received,
+            outputs=sum(outputs.values()),
+            chunk=len(self._outside),
         )
         self._kept_by_blocks += inputs
         before = self._rows.get(row.name)
@@ -89,7 +95,7 @@ class _Survey:
         return output
 
     def table(self) -> Table:
-        return Table(blocks=tuple(self._rows.values()), outside=self._outside)
+        return Table(blocks=tuple(self._rows.values()), outside=tuple(self._outside))
 
 
 @dataclass(frozen=True)
@@ -151,4 +157,6 @@ def _twice(one: BlockCost, other: BlockCost) -> BlockCost:
         selective_filled=max(one.selective_filled, other.selective_filled),
         full_work=one.full_work + other.full_work,
         selective_work=one.selective_work + other.selective_work,
+        received=one.received + other.received,
+        outputs=one.outputs + other.outputs,
     )

@@ -14,6 +14,7 @@ _PARTS = {
     "optimizer": "optimiser states",
     "checkpoint": "copy for checkpoints",
     "data": "batches",
+    "messages": "messages to other stages",
     "activations": "activations",
     "update": "update",
     "peak": "predicted peak",
@@ -31,7 +32,7 @@ class Told:
     """What the log of the newest session says about memory, in bytes."""
 
     budget: float
-    ways: Mapping[str, int]  # way -> blocks, as they are in the end
+    ways: tuple[Mapping[str, int], ...]  # of each rank: way -> blocks, as they are in the end
     predicted: tuple[Mapping[str, float], ...]  # of each rank
     observed: tuple[float, ...]  # the most of each rank
     exact: bool  # the allocator's count
@@ -66,8 +67,10 @@ def _committed(told: Told, found: Mapping[str, Any]) -> Told:
     return Told(told.budget, _ways(found.get("ways")) or told.ways, told.predicted, observed, told.exact)
 
 
-def _ways(found: Any) -> dict[str, int]:
-    return {str(way): int(count) for way, count in found.items()} if isinstance(found, Mapping) else {}
+def _ways(found: Any) -> tuple[dict[str, int], ...]:
+    if not isinstance(found, list):
+        return ()
+    return tuple({str(way): int(count) for way, count in each.items()} for each in found if isinstance(each, Mapping))
 
 
 def section(named: Sequence[tuple[str, Told | None]]) -> str:
@@ -82,8 +85,9 @@ def section(named: Sequence[tuple[str, Told | None]]) -> str:
 
 def _finding(told: Told) -> str:
     most, predicted = max(told.observed), max(each["peak"] for each in told.predicted)
-    ways = "; ".join(f"{count} {_WAYS.get(way, way)}" for way, count in told.ways.items())
-    blocks = f" Of {sum(told.ways.values())} blocks {ways}." if told.ways else ""
+    blocks = ""
+    if told.ways and told.ways[0] and _alike(told):
+        blocks = f" Of {sum(told.ways[0].values())} blocks {_say(told.ways[0])}."
     if not most:
         said = f"No step has told yet what it took; {binary_size(predicted)} were predicted."
     elif most <= told.budget:
@@ -96,17 +100,29 @@ def _finding(told: Told) -> str:
     return f'<p class="finding {look}">{escape(said + blocks)}</p>'
 
 
+def _alike(told: Told) -> bool:
+    """Stages of a pipeline choose each for itself."""
+    return all(each == told.ways[0] for each in told.ways)
+
+
+def _say(ways: Mapping[str, int]) -> str:
+    return "; ".join(f"{count} {_WAYS.get(way, way)}" for way, count in ways.items())
+
+
 def _table(told: Told) -> str:
     shown = [key for key in _PARTS if any(each[key] for each in told.predicted)]
     head = "".join(f"<th>{_PARTS[key]}</th>" for key in shown)
+    apart = not _alike(told) and len(told.ways) == len(told.predicted)
     rows = ""
     for rank, each in enumerate(told.predicted):
         cells = "".join(f'<td class="value">{binary_size(each[key])}</td>' for key in shown)
         observed = binary_size(told.observed[rank]) if told.observed[rank] else "–"
-        rows += f'<tr><th scope="row">rank {rank}</th>{cells}<td class="value">{observed}</td></tr>'
+        rows += f'<tr><th scope="row">rank {rank}</th>{cells}<td class="value">{observed}</td>'
+        rows += f"<td>{escape(_say(told.ways[rank]))}</td></tr>" if apart else "</tr>"
     how = "counted by the allocator" if told.exact else "counted from the results of operations"
     return (
         f'<p class="note">Of a training step. Activations are gone when the update runs. Observed: {how}.</p>'
-        f'<div class="scroll"><table class="settings"><thead><tr><th></th>{head}<th>observed peak</th></tr></thead>'
+        f'<div class="scroll"><table class="settings"><thead><tr><th></th>{head}<th>observed peak</th>'
+        f"{'<th>blocks</th>' if apart else ''}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )

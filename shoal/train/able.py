@@ -12,11 +12,6 @@ def check_trainable(plan: Plan, recipe: Recipe | None = None) -> None:
     """Raises UserError for what a plan can say, `shoal plan` explains, and the training loop does not carry out: at
     all, or of this recipe."""
     memory = plan.memory
-    if plan.axes.size("pipe") > 1 and memory.budget_bytes:
-        raise UserError(
-            "plan: memory.peak_bytes does not go with mesh axis 'pipe' so far: say what is computed again with "
-            "memory.recompute = 'full', or split the model over 'tensor', 'context' or 'expert'."
-        )
     if plan.axes.size("pipe") > 1 and memory.blocks:
         raise UserError(
             "plan: memory.blocks are modules, and a pipeline computes its chunks again as a whole: leave it out."

@@ -1,5 +1,7 @@
 """What is tried out on the run's first micro-batch before the first step: how a model is cut, what a pass needs."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -25,4 +27,5 @@ def prepare_memory(worker: Worker, recipe: Recipe, splits: Splits, task: Task, m
         with autocast(recipe.precision, worker.device):
             return task.loss(model, batch)[0]
 
-    worker.prepare_memory(splits.train, recipe.batch, loss, saves=True)
+    around = partial(autocast, recipe.precision, worker.device)
+    worker.prepare_memory(splits.train, recipe.batch, loss, saves=True, within=around)

@@ -5,88 +5,35 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shoal.comm.exchange import HeapExchange
-from shoal.comm.group import Group
+from shoal.comm.group import Group, HostGroup
 from shoal.comm.pages import resident_bytes
 from shoal.comm.status import Phase
 from shoal.errors import RunFailed, UserError
 from shoal.memory.apply import device_of, meter_of, set_up
 from shoal.memory.away import Away
 from shoal.memory.blocks import find_blocks
-from shoal.memory.budget import Chosen, Need, Ways, keep_budget, weight_bytes
+from shoal.memory.budget import Chosen, Ways, keep_budget
 from shoal.memory.explain import counted_change, explained
 from shoal.memory.gauge import gauge_for, taken_bytes
-from shoal.memory.optimizer_need import optimizer_need, state_bytes
+from shoal.memory.optimizer_need import state_bytes
 from shoal.memory.places import Disk
 from shoal.memory.recompute import Block
-from shoal.memory.rehearsal import Loss
+from shoal.memory.rehearsal import Passes, passes_of
 from shoal.memory.shortage import is_shortage
 from shoal.memory.store import Here, Store
-from shoal.memory.streamed import Streamed
-from shoal.memory.table import BlockCost, Table
 from shoal.parallel.held import Held
 from shoal.recipe.memory_plan import MemoryPlan, size_text
+from shoal.train.choosing import Crew
 from shoal.train.gradients import Gradients
-
-Batch = Mapping[str, Tensor]
-SLACK_BYTES = 256 << 10  # counters, losses, rows of facts: what nobody counts one by one
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a worker does in a step, as far as memory is concerned."""
-
-    held: Held
-    sets: Sequence[Gradients]  # of `held.shares`
-    optimizer: torch.optim.Optimizer
-    fetch: Callable[[], Batch]  # a micro-batch of the usual size
-    loss: Callable[[Batch], Tensor]
-    shards: int
-    own_shards: int
-    micro_batches: int
-    steps_ahead: int  # whose batches may be ready
-    saves: bool  # it writes checkpoints
-
-    @property
-    def module(self) -> nn.Module:
-        return self.held.module
-
-    @property
-    def split(self) -> bool:
-        """Several workers make a pass together: none can make one alone."""
-        return self.held.plan.splits_model
-
-    def batch(self, device: torch.device) -> Batch:
-        return {name: tensor.to(device) for name, tensor in self.fetch().items()}
-
-    def need(self, batch: Batch, device: torch.device) -> Need:
-        """All but activations."""
-        pieces = 0
-        if isinstance(self.optimizer, Streamed):
-            states, update, pieces = self.optimizer.resident_bytes(), 0, self.optimizer.scratch_bytes()
-        else:
-            states, update = optimizer_need(self.optimizer)
-        weights = weight_bytes(self.module)
-        ready = self.steps_ahead * self.own_shards * self.micro_batches + 2
-        return Need(
-            weights=weights + sum(buffer.nbytes for buffer in self.module.buffers()),  # and those of the step's begin
-            gradients=sum(each.sums_bytes((self.micro_batches,) * each.leaves) for each in self.sets),
-            optimizer=states + pieces,
-            checkpoint=self._whole(weights + states) if self.saves and device.type == "cpu" else 0,
-            data=sum(tensor.nbytes for tensor in batch.values()) * ready + SLACK_BYTES,
-            update=update,
-        )
-
-    def _whole(self, own: int) -> int:
-        """Of bytes that go with this worker's parameters, those of the whole model, of which a checkpoint is a copy."""
-        here = sum(parameter.numel() for parameter in self.module.parameters())
-        return own * self.held.elements // max(1, here) if self.split else own
+from shoal.train.rehearsed_stages import passes_of_stages, there_and_back
+from shoal.train.work import Work
 
 
 class Memory:
@@ -97,6 +44,8 @@ class Memory:
         self.gauge = gauge_for(device) if plan.budget_bytes else None  # it counts what is made from now on
         self.chosen: Chosen | None = None
         self.predicted: list[dict[str, int]] = []  # of each rank
+        self.ways: list[dict[str, int]] = []  # of each rank: way -> blocks
+        self._crew: Crew | None = None
         self._blocks: list[Block] = []
         self._ways: Ways | None = None
         self._work: Work | None = None
@@ -127,37 +76,50 @@ class Memory:
         self._work, self._before = work, taken_bytes(self.device)
         if self.gauge is None:
             return
-        batch = work.batch(self.device)
+        batch, held = work.batch(self.device), work.held
+        self._crew = crew = Crew(self.group, held, work.passes)
         self._ways = self._all_ways(work.module)
+        once: Passes | None = None
+        if held.pipeline is None:
+            passes = passes_of(lambda: work.loss(batch))
+        else:
+            options = batch, work.begin_stream, work.within
+            passes = passes_of_stages(held, held.schedule(max(1, work.passes)), *options)
+            once = passes_of_stages(held, there_and_back(held.pipeline), *options)
+        need = work.need(batch, self.device)
         self.chosen = keep_budget(
             work.module,
             self._ways,
-            lambda: work.loss(batch),
+            passes,
             self.gauge,
-            work.need(batch, self.device),
+            need,
             self.plan.budget_bytes,
-            one_pass=work.own_shards * work.micro_batches == 1,
-            agree=lambda number: max(json.loads(row) for row in self.group.gather(json.dumps(number).encode())),
-            where=where_of(work.held, self.device),
-            micro_batches=work.micro_batches,
-            together=self._of_all if work.split else None,
+            once=once,
+            shared=need.gradients if work.own_shards * work.micro_batches == 1 else 0,
+            crew=crew,
+            where=where_of(held, self.device),
+            micro_batches=work.counts,
         )
         mine = json.dumps(self.chosen.need.fields()).encode()
         self.predicted = [json.loads(row) for row in self.group.gather(mine)]
+        self.ways = self._all_chosen()
 
-    def _of_all(self, table: Table) -> Table:
-        """One for all workers, which must compute the same blocks again: of each number the largest."""
-        rows = [json.loads(row) for row in self.group.gather(json.dumps(asdict(table)).encode())]
-        blocks = [{key: row[0][key] if key == "name" else max(each[key] for each in row) for key in row[0]}
-                  for row in zip(*(row["blocks"] for row in rows), strict=True)]  # fmt: skip
-        return Table(blocks=tuple(BlockCost(**row) for row in blocks), outside=max(row["outside"] for row in rows))
+    def _all_chosen(self) -> list[dict[str, int]]:
+        assert self.chosen is not None
+        return [json.loads(row) for row in self.group.gather(json.dumps(self.chosen.ways).encode())]
 
     def _all_ways(self, module: nn.Module) -> Ways:
         """All blocks of the model, whatever has been done with them."""
         for block in self._blocks:
             block.unwrap()
-        here = Here(meter_of(module))
-        self._blocks = [Block(name, child, here) for name, child in find_blocks(module, self.plan.blocks).items()]
+        assert self._work is not None
+        held, meter = self._work.held, meter_of(module)
+        if held.pipeline is not None:
+            arenas = held.group.arenas if isinstance(held.group, HostGroup) else None
+            meter.elsewhere = arenas.is_of_others if arenas is not None else meter.elsewhere
+        found = held.chunks if held.chunks is not None else find_blocks(module, self.plan.blocks)
+        here = Here(meter)
+        self._blocks = [Block(name, child, here) for name, child in found.items()]
         return Ways(self._blocks, here, lambda size: self._away(module, size))
 
     def _away(self, module: nn.Module, size: int) -> Store | None:
@@ -188,8 +150,13 @@ class Memory:
             return
         peaks = [json.loads(row) for row in self.group.gather(json.dumps(self._most).encode())]
         self._told = {"peaks": peaks}
+        assert self._crew is not None
+        most = max(peaks[rank] for rank in self._crew.ranks)
+        if most > self.plan.budget_bytes:
+            self._save_more(most)
         if max(peaks) > self.plan.budget_bytes:
-            self._save_more(max(peaks))
+            self.ways = self._all_chosen()
+            self._told["ways"] = self.ways
         self._most = 0
 
     def _observed(self) -> int:
@@ -211,9 +178,9 @@ class Memory:
         line = f"a step took {size_text(most)}, more than memory.peak_bytes = {size_text(self.plan.budget_bytes)!r}"
         if smaller and self._ways.take(smaller[0], smaller[0].least):
             self.chosen = Chosen(self.chosen.need, smaller[0].told(), smaller[1:])
-            self._told["ways"] = self.chosen.ways
             line += ": from now on more is computed again"
-        if self.group.rank == 0 and not self._said:
+        assert self._crew is not None
+        if self.group.rank == self._crew.ranks[0] and not self._said:
             print(f"shoal: {line}.", file=sys.stderr, flush=True)
         self._said = True
 
@@ -229,7 +196,7 @@ class Memory:
             return {}
         return {
             "budget": self.plan.budget_bytes,
-            "ways": self.chosen.ways,
+            "ways": self.ways,
             "predicted": self.predicted,
             "exact": self.gauge.exact,
         }
@@ -260,7 +227,7 @@ class Memory:
             copied = need.checkpoint if position.phase is Phase.saving else 0
             left = taken - self._before - need.gradients - need.optimizer - copied
             found = replace(need, activations=max(0, left), checkpoint=copied)
-            changes = work.held.plan, work.micro_batches, str(error)
+            changes = work.held.plan, work.counts, str(error)
             return RunFailed(f"{where} ran out of memory, which a step fills with {found.told()}. "
                              f"{counted_change(found, *changes)}")  # fmt: skip
         for parameter in work.module.parameters():
@@ -268,8 +235,9 @@ class Memory:
         batch = work.batch(self.device)
         need = work.need(batch, self.device)
 
-        def part(number: int) -> Loss:
-            return lambda: work.loss({k: t[: max(1, t.shape[0] // number)] if t.dim() else t for k, t in batch.items()})
+        def part(number: int) -> Passes:
+            some = {k: t[: max(1, t.shape[0] // number)] if t.dim() else t for k, t in batch.items()}
+            return passes_of(lambda: work.loss(some))
 
         return RunFailed(
             explained(
@@ -280,7 +248,7 @@ class Memory:
                 need,
                 max(0, need.optimizer - state_bytes(work.optimizer)) + (need.checkpoint if position.step <= 1 else 0),
                 where=where,
-                micro_batches=work.micro_batches,
+                micro_batches=work.counts,
             )
         )
 

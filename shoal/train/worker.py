@@ -6,7 +6,9 @@ docs/your_own_loop.md shows one; `shoal.train` runs `shoal.train.loop` on it.
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,13 +34,15 @@ from shoal.train.checksum import compare_held
 from shoal.train.contents import Contents
 from shoal.train.device import device_for
 from shoal.train.figures import StepFigures
-from shoal.train.memory import Memory, Work
+from shoal.train.memory import Memory
 from shoal.train.reduction import Reduction
+from shoal.train.rehearsed_stages import Within
 from shoal.train.retry import Retry
 from shoal.train.snapshot import BackgroundWriter, Written
 from shoal.train.step import Place, Step
 from shoal.train.synchrony import Told, Update, update_of
 from shoal.train.unsent import Unsent
+from shoal.train.work import BatchLoss, Work
 
 
 class Worker:
@@ -188,31 +192,22 @@ class Worker:
         self._optimizer = optimizer
         return optimizer
 
-    def prepare_memory(self, data: Any, batch: int, loss: Callable[[Batch], Tensor], *, saves: bool = False) -> None:
+    def prepare_memory(
+        self, data: Any, batch: int, loss: BatchLoss, *, saves: bool = False, within: Within = nullcontext
+    ) -> None:
         """Choose how activations are kept, so that steps stay below the plan's memory.peak_bytes, before the first one.
 
         Called by every worker, after `model` and `optimizer`, and needed under a budget only; otherwise what an error
         for memory that ran out will say is better for it. ``data`` and ``batch`` are those of `steps`; ``loss`` gives
         the sum of a micro-batch's losses, as in a step. ``saves``: rank 0 will write checkpoints. Weights, buffers and
-        random streams are left as they are. Raises UserError when the budget cannot be kept."""
+        random streams are left as they are. The passes of a pipeline are made of the recipe's task, ``within`` what the
+        caller has around them (autocast). Raises UserError when the budget cannot be kept."""
         source: Source = data if hasattr(data, "fetch") else DatasetSource(data)
         assert self._reduction is not None
         assert self._optimizer is not None
         ledger = Ledger(len(source), batch, self._shard_count, self.micro_batches, self.seed)
-        self.memory.prepare(
-            Work(
-                held=self.held,
-                sets=self._reduction.sets,
-                optimizer=self._optimizer,
-                fetch=lambda: source.fetch(ledger.shard(0, 0)[0], 0),
-                loss=loss,
-                shards=self._shard_count,
-                own_shards=len(self.shards),
-                micro_batches=self.micro_batches,
-                steps_ahead=self.plan.prefetch,
-                saves=saves and self.rank == 0,
-            )
-        )
+        make = partial(Work.of, steps_ahead=self.plan.prefetch, saves=saves and self.rank == 0, within=within)
+        self.memory.prepare(make(self._reduction, self._optimizer, source, ledger, self.shards, loss))
 
     def keep(self, **objects: Any) -> None:
         """Objects with state_dict and load_state_dict (a scheduler, say) that checkpoints hold too: plain values."""

@@ -8,7 +8,7 @@ PARTS = {"weights": 10, "gradients": 10, "optimizer": 20, "checkpoint": 0, "data
 
 def log(*peaks: list[int], budget: int = 100) -> list[dict]:
     predicted = [{k: v * MIB for k, v in {**PARTS, "peak": 90}.items()} for _ in range(2)]
-    memory = {"budget": budget * MIB, "ways": {"full": 2, "plain": 1}, "predicted": predicted, "exact": True}
+    memory = {"budget": budget * MIB, "ways": [{"full": 2, "plain": 1}] * 2, "predicted": predicted, "exact": True}
     steps = [
         {"event": "committed", "step": n, "memory": {"peaks": [p * MIB for p in each]}} for n, each in enumerate(peaks)
     ]
@@ -28,10 +28,19 @@ def test_the_most_of_each_rank_stands_beside_what_was_predicted():
 
 def test_a_budget_that_was_broken_is_said_to_be():
     events = log([80, 70], [105, 60])
-    events[-1]["memory"]["ways"] = {"full": 3}
+    events[-1]["memory"]["ways"] = [{"full": 3}] * 2
     page = section([("run", read_memory(events))])
     assert "was not kept: a worker took 105 MiB" in page
     assert "Of 3 blocks 3 are computed again in full" in page
+
+
+def test_what_each_stage_of_a_pipeline_chose_stands_beside_it():
+    events = log([80, 70])
+    events[0]["memory"]["ways"] = [{"full": 1}, {"plain": 1}]
+    page = section([("run", read_memory(events))])
+    assert "<td>1 are computed again in full</td>" in page
+    assert "<td>1 keep all</td>" in page
+    assert "Of 1 blocks" not in page
 
 
 def test_a_run_without_a_budget_has_no_such_section():

@@ -106,7 +106,7 @@ def _count_saved(chunk: Chunk, kept: dict[int, int]) -> Iterator[None]:
         storage = t.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
-        return t
+        return t.detach()  # an operation that kept its own result would hold itself, for good
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         yield
