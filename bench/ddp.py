@@ -1,5 +1,8 @@
 """Plain DistributedDataParallel over no communication, the shm backend and gloo, and Shoal's exact data parallelism.
 
+Shoal runs twice: as `shoal train` does on one host (what ``states = "auto"`` comes to), and with whole states, as a loop
+of your own does unless it asks for more.
+
     python bench/ddp.py [--rounds 15] [--runs 3] [--quick]
 
 Two workers train an MLP of 10 million parameters, 32 samples each a step, SGD with momentum. All arms live in the same
@@ -18,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,9 @@ from turns import turns
 import shoal.comm
 from shoal.comm.launch import Agent
 from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import OptimizerSpec, Recipe
 from shoal.train.api import PRELOAD
+from shoal.train.states_choice import settled_states
 from shoal.train.worker import Worker
 
 RESULTS = Path(__file__).parent / "results"
@@ -91,8 +97,7 @@ def plain_arm(group, size: str, process_group, hook=None) -> Iterator[float]:
         yield loss.item()
 
 
-def shoal_arm(group, size: str, states: str = "replicated") -> Iterator[float]:
-    plan = Plan(mesh={"data": group.world}, sync="exact", states=states)
+def shoal_arm(group, size: str, plan: Plan) -> Iterator[float]:
     worker = Worker(group, plan, shards=group.world)
     net = mlp(size)
     called = worker.model(net)
@@ -109,13 +114,15 @@ def measure(group, size: str, rounds: int, steps: int, file: str) -> dict:
     shoal.comm.install()
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=group.rank, world_size=group.world)
     over_shm, over_gloo = dist.new_group(backend="shm"), dist.new_group(backend="gloo")
+    trained = Recipe(steps=1, optimizer=OptimizerSpec(name="sgd"))
+    chosen, _ = settled_states(Plan(mesh={"data": group.world}), trained)
     arms: dict[str, Callable[[], Iterator[float]]] = {
         CONTROL: lambda: plain_arm(group, size, None),
         ALONE: lambda: plain_arm(group, size, over_shm, do_nothing),
         "ddp over shm": lambda: plain_arm(group, size, over_shm),
         GLOO: lambda: plain_arm(group, size, over_gloo),
-        "shoal exact": lambda: shoal_arm(group, size),
-        "shoal zero1": lambda: shoal_arm(group, size, "zero1"),
+        f"shoal train ({chosen.states})": lambda: shoal_arm(group, size, chosen),
+        "shoal, whole states": lambda: shoal_arm(group, size, replace(chosen, states="replicated")),
     }
     running = {name: arm() for name, arm in arms.items()}
     for arm in running.values():  # kernels, caches, buffers; DDP orders its buckets anew after the first step
@@ -189,7 +196,7 @@ def main() -> None:
     }
     for name, row in out["median"].items():
         print(
-            f"{name:18} {row['step_ms']:8.2f} ms   over no communication {row['overhead']:+7.1%}   over ddp alone "
+            f"{name:22} {row['step_ms']:8.2f} ms   over no communication {row['overhead']:+7.1%}   over ddp alone "
             f"{row['overhead_of_transport']:+7.1%}   cpu {row['cpu_overhead']:+7.1%}   "
             f"steps against gloo {row['steps_against_gloo']:5.2f}"
         )

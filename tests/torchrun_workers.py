@@ -18,13 +18,9 @@ def as_torchrun(group: HostGroup, function: Callable[..., Any], *arguments: Any)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(group.rank), WORLD_SIZE=str(group.world))
     joined = DistributedGroup(20.0, accelerator=False)
     try:
-        return function(joined, *arguments)
+        result = function(joined, *arguments)
     finally:
         joined.close()
-
-
-def leaving_no_thread(group: HostGroup, function: Callable[..., Any], *arguments: Any) -> Any:
-    result = as_torchrun(group, function, *arguments)
     assert not gloo_threads(), "somebody holds a process group: its threads end an interpreter by SIGABRT at times"
     return result
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 
 from shoal.comm.accounting.account import Account
 from shoal.comm.accounting.clocks import clock_name
@@ -32,6 +33,8 @@ from shoal.comm.status import Phase, Reporter
 from shoal.comm.torch_all_gather import all_gather
 from shoal.errors import RunFailed, UserError
 
+# torch.distributed.nn.functional is imported above, before there is a group: the defaults of its functions hold the
+# default group of that moment for ever, with its threads. The first optimiser that is made imports it too.
 PROBES = 5  # gathers that are timed before the first step
 PRESENCE_S = 1.0  # how often a worker writes down where it is
 

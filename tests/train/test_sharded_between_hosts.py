@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchrun_workers
 from torch import nn
-from torchrun_workers import as_torchrun, leaving_no_thread
+from torchrun_workers import as_torchrun
 from train import tiny_runs
 from train.test_exactness import plan, trail
 from train.tiny_runs import recipe, splits
@@ -39,7 +39,7 @@ def joined(agent, tmp_path, request):
         count += 1
         options.setdefault("run_dir", tmp_path / f"joined{count}")
         order = Order(wanted, how, data=data, **options)
-        return agent.run(leaving_no_thread, (run_recipe, order), workers=how.workers)
+        return agent.run(as_torchrun, (run_recipe, order), workers=how.workers)
 
     return train
 
