@@ -108,11 +108,11 @@ def run(options: ServeOptions, ready: Callable[[dict[str, Any]], None]) -> int:
     the model processes cannot be kept alive."""
     _needed()
     if several_hosts():
-        check_ranks(options.mesh, options.replicas, options.most, options.follow)
+        check_ranks(options.mesh)
         if os.environ["RANK"] != "0":
-            from shoal.serve.groups.agent import run_agent
+            from shoal.serve.groups.host import run_host
 
-            return run_agent(options)
+            return run_host(options)
     code = 0
 
     def started(facts: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -28,7 +29,8 @@ from shoal.serve.control import (
     to_parent,
 )
 from shoal.serve.frames import encode
-from shoal.serve.groups.agents import Agents, End, Form, Leave, digest, free_port, join
+from shoal.serve.groups.agents import Agents, End, Form, digest, free_port, join
+from shoal.serve.groups.broker import Broker, Leave, Load
 from shoal.serve.groups.mesh import several_hosts
 
 SILENT_S = 10.0  # while ranks are missing
@@ -54,7 +56,9 @@ class Parent:
         self._plan: Any = None
         self._options: dict[str, Any] = {}
         self._agents: Any = None  # of other hosts; None: there are none
+        self._broker: Any = None  # by which they find this parent
         self._ready: Ready | None = None  # to be said when all of them are there
+        self._newer = False  # another version is served already
         self._told_missing = False
         self._wanted: dict[int, int] = {}  # number -> link of a group that is to be forked once they are
 
@@ -68,8 +72,9 @@ class Parent:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
             poll = select.poll()
-            for file in (self._control, wake, *(self._agents.sockets() if self._agents else ())):
-                poll.register(file, select.POLLIN)
+            poll.register(wake, select.POLLIN)
+            for each in (self._control, *self._sockets()):
+                poll.register(each, select.POLLIN)
             ready = {fd for fd, _ in poll.poll(self._tells_after_ms())}
             if not ready and self._agents:
                 print(f"shoal: waiting for ranks {self._agents.missing} of {self._plan.workers}", flush=True)
@@ -78,12 +83,19 @@ class Parent:
                 with suppress(BlockingIOError):
                     os.read(wake, 4096)
                 self._reap()
-            if self._agents:
+            if self._broker:
                 self._agents.look(ready)
+                self._broker.look(ready)
             if self._control.fileno() in ready and not self._read():
-                if self._agents:
+                if self._broker:
                     self._agents.tell(Leave(""))
+                    self._broker.leave()
                 return
+
+    def _sockets(self) -> Iterator[socket.socket]:
+        if self._broker:
+            yield from self._agents.sockets()
+            yield from self._broker.sockets()
 
     def _read(self) -> bool:
         """False when the HTTP side has gone."""
@@ -124,6 +136,7 @@ class Parent:
             import torch
 
             from shoal.comm.agent import die_with_parent
+            from shoal.comm.native import build
             from shoal.serve.groups.mesh import plan_of
             from shoal.serve.replica import engine_module, group_module
             from shoal.serve.target import fitted, load
@@ -132,6 +145,12 @@ class Parent:
             die_with_parent(os.getppid())
             torch.set_num_threads(1)
             torch.manual_seed(0)
+            self._plan = plan_of(order.mesh)
+            if several_hosts():  # the others load at the same time
+                self._agents = Agents(self._plan.workers, self._all_here, self._kill, self._refused)
+                wanted = Load(self._agents.port, order.target, order.task, order.dtype, order.name)
+                self._broker = Broker(wanted, self._plan.workers - 1)
+                self._newer = self._broker.newer
             imported = time.monotonic()
             self._loaded = load(order.target, order.task, order.dtype, order.name)
             loaded = time.monotonic()
@@ -139,15 +158,14 @@ class Parent:
                 self._loaded = fitted(self._loaded, order.options["batch"], order.options["threads"])
             fitted_at = time.monotonic()
             model, facts = self._loaded.model, self._loaded.facts
-            self._plan = plan_of(order.mesh)
-            if several_hosts():
+            if self._agents:
                 from shoal.train.weights import weights_sha256
 
-                said = digest(facts, weights_sha256(model.state_dict()))
-                self._agents = Agents(self._plan.workers, said, self._all_here, self._kill)
+                self._agents.model = digest(facts, weights_sha256(model.state_dict()))
             if self._plan.splits_model:
                 self._split = import_module(group_module(facts["task"])).split(model, self._plan, facts, order.options)
                 weights = self._split.bytes
+                build.ranks()  # looked up (which asks the compiler's version), and loaded, once for all that are forked
             else:
                 weights = share_weights(model)
                 import_module(engine_module(facts["task"])).prepare(model, order.options)
@@ -181,6 +199,11 @@ class Parent:
         for number, link in wanted.items():
             self._fork(number, link)
 
+    def _refused(self, why: str) -> None:
+        """An agent cannot take part: what is served stays. Where nothing is yet, the agent's own rank says why."""
+        if self._newer and self._ready is not None:
+            self._say(Broken(why, True))
+
     def _fork(self, number: int, link: int) -> None:
         if self._agents and self._agents.missing:
             self._wanted[number] = link
@@ -197,7 +220,8 @@ class Parent:
             pid = os.fork()
             if pid == 0:
                 signal.set_wakeup_fd(-1)
-                self._control.close()
+                for held in (self._control, *self._sockets()):  # who is at their other ends hears when this one ends
+                    held.close()
                 asks = socket.socket(fileno=link)
                 facts, options = self._loaded.facts, self._options
                 if self._split is None:

@@ -1,32 +1,39 @@
 """A group over several hosts: what its first rank and the agents of the others say to each other, and the first's side.
 
-Every rank is started by itself, as torchrun does: rank 0 has the HTTP side, and its parent of model processes leads the
-others' agents over TCP. For each group all fork one process; these meet in a torch.distributed group of their own, at a
-port that is new each time, so that what is left of an older one disturbs nobody. Who loses its connection ends its
-process; a lost agent may come back. The ports are for a private network, as torch.distributed's are."""
+Every rank is started by itself, as torchrun does: rank 0 has the HTTP side, and its parent of model processes leads an
+agent on each of the others over TCP; for each version of the weights there is a parent with agents of its own, which
+find it by a `broker`. For each group all fork one process; these meet in a torch.distributed group of their own, at
+a port that is new each time, so that what is left of an older one disturbs nobody. An agent that loses its parent ends,
+and its processes with it; another one comes in the place of one that has died. The ports are for a private network, as
+torch.distributed's are."""
 
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shoal.errors import RunFailed
 from shoal.serve.frames import FrameError, FrameReader, encode
+from shoal.serve.groups.broker import Leave
 
 if TYPE_CHECKING:
     from shoal.comm.distributed import DistributedGroup
 
 FOREVER_S = 1e8  # an idle group waits for its next step
-_ADDRESS = "shoal-serve"  # where torchrun's store has the port of rank 0's parent
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
     rank: int
     model: str  # a digest of its weights and facts: all must have the same
+
+
+class Cannot(msgspec.Struct, tag="cannot", frozen=True):
+    """It cannot load the model, in one line."""
+
+    rank: int
+    why: str
 
 
 class Ended(msgspec.Struct, tag="ended", frozen=True):
@@ -44,13 +51,7 @@ class End(msgspec.Struct, tag="end", frozen=True):
     number: int
 
 
-class Leave(msgspec.Struct, tag="leave", frozen=True):
-    """The server has ended, or refuses this agent; ``why`` is "" when all is well."""
-
-    why: str
-
-
-FromAgent = Hello | Ended
+FromAgent = Hello | Cannot | Ended
 ToAgent = Form | End | Leave
 
 
@@ -60,22 +61,6 @@ def from_agents() -> FrameReader[FromAgent]:
 
 def to_agents() -> FrameReader[ToAgent]:
     return FrameReader(msgspec.msgpack.Decoder(list[ToAgent]))
-
-
-def main_port(publish: int = 0) -> int:
-    """The port of rank 0's parent: MASTER_PORT, unless torchrun has its store there, which then knows it.
-
-    ``publish``: what it is from now on."""
-    port = int(os.environ["MASTER_PORT"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return port
-    from torch._C._distributed_c10d import TCPStore
-
-    store = TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timedelta(seconds=10))
-    if publish:
-        store.set(_ADDRESS, str(publish))
-        return publish
-    return int(store.get(_ADDRESS))
 
 
 def join(rank: int, world: int, port: int) -> "DistributedGroup":
@@ -89,24 +74,25 @@ def join(rank: int, world: int, port: int) -> "DistributedGroup":
 
 
 class Agents:
-    """The agents of ranks 1 .. world - 1, as the parent of rank 0 sees them."""
+    """The agents of ranks 1 .. world - 1, as their parent at rank 0 sees them."""
 
     def __init__(
-        self, world: int, model: str, all_here: Callable[[], None], lost: Callable[[int | None], None]
+        self,
+        world: int,
+        all_here: Callable[[], None],
+        lost: Callable[[int | None], None],
+        refused: Callable[[str], None],
     ) -> None:
         """``all_here`` is called whenever nobody is missing any more; ``lost`` with the number of a group whose process
-        has ended on another host, None: of all that there are, as an agent has gone. Raises RunFailed."""
-        self._world, self._model = world, model
-        self._all_here, self._lost = all_here, lost
+        has ended on another host, None: of all that there are, as an agent has gone; ``refused`` with why an agent
+        cannot take part."""
+        self._world = world
+        self._all_here, self._lost, self._refused = all_here, lost, refused
+        self.model = ""  # a digest of what all must have loaded; to be set before the first `look`
         self._connections: dict[int, socket.socket] = {}  # by rank
         self._readers: dict[socket.socket, FrameReader[FromAgent]] = {}
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        stored = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        try:
-            self._listener = socket.create_server((host, 0 if stored else port))
-        except OSError as error:
-            raise RunFailed(f"cannot listen on {host}:{port} for the other ranks: {error.strerror}.") from None
-        main_port(publish=self._listener.getsockname()[1])
+        self._listener = socket.create_server((os.environ["MASTER_ADDR"], 0))
+        self.port: int = self._listener.getsockname()[1]
 
     @property
     def missing(self) -> list[int]:
@@ -135,6 +121,8 @@ class Agents:
             match message:
                 case Hello():
                     self._greet(connection, message)
+                case Cannot():
+                    self._refused(f"rank {message.rank}: {message.why}")
                 case Ended():
                     self._lost(message.number)
         if not data:
@@ -144,8 +132,9 @@ class Agents:
         why = ""
         if hello.rank not in self.missing:
             why = f"rank {hello.rank} is there already, or none of {self._world}"
-        elif hello.model != self._model:
+        elif hello.model != self.model:
             why = f"rank {hello.rank} has loaded another model than rank 0: start all with the same target and options"
+            self._refused(why)
         if why:
             self._send(connection, Leave(why))
             self._hang_up(connection)

@@ -30,12 +30,8 @@ def several_hosts() -> bool:
     return (launched_workers() or 1) > 1
 
 
-def check_ranks(mesh: Mapping[str, int], replicas: int, most: int, follow: bool) -> None:
+def check_ranks(mesh: Mapping[str, int]) -> None:
     """Raises UserError for what is not served over several hosts."""
     ranks, wanted = launched_workers() or 1, plan_of(mesh).workers
     if ranks != wanted:
         raise UserError(f"serve: {ranks} ranks were started and --mesh has {wanted} places: start one rank for each.")
-    if replicas > 1 or most > 1:
-        raise UserError("serve: over several hosts there is one replica: leave --replicas and --max-replicas out.")
-    if follow:
-        raise UserError("serve: over several hosts weights stay what they are: leave --follow out, and start anew.")

@@ -8,7 +8,6 @@ from urllib.parse import quote
 
 import msgspec
 
-from shoal.serve.groups.mesh import several_hosts
 from shoal.serve.http.description import describe
 from shoal.serve.http.keys import digests, matching
 from shoal.serve.http.messages import HTML, TEXT, HttpError, HttpRequest, HttpResponse, HttpStream, Route, json_response
@@ -72,8 +71,6 @@ async def reload(service: "Service", request: HttpRequest) -> HttpResponse:
         raise HttpError(400, "'target' must be a text", param="target")
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
         raise HttpError(400, "'share' must be a number above 0, and at most 1", param="share")
-    if several_hosts():
-        raise HttpError(409, "over several hosts the weights stay what they are: start a new server")
     return json_response(await service.reload(target, float(share)))
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from safetensors.torch import load_file, save_file
 from serve.conftest import Served, children, gone, save_bert
 from serve.groups.forked_groups import forked
 
@@ -25,6 +27,7 @@ from shoal.cli.main import main
 from shoal.errors import UserError
 from shoal.serve.frames import encode
 from shoal.serve.groups.agents import Agents, Form, Hello, ToAgent, to_agents
+from shoal.serve.groups.broker import Broker, Host, Leave, Load, ToHost, to_hosts
 from shoal.serve.intake.registry import open_intake
 from shoal.serve.payloads import Outputs
 from shoal.serve.target import load
@@ -106,25 +109,54 @@ def of_one_process(folder: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_two_hosts_answer_as_one_process_whoever_of_them_is_killed(served: Start, tmp_path: Path) -> None:
+def test_two_hosts_answer_as_one_process_whoever_of_them_is_killed_and_take_other_weights(
+    served: Start, tmp_path: Path
+) -> None:
+    """Two groups over both hosts, under load all the time."""
     folder = save_bert(tmp_path / "bert", "classification", classes=3)
-    right = (200, of_one_process(folder))
+    newer = Path(shutil.copytree(folder, tmp_path / "newer"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in weights.items()}, newer / "model.safetensors")
+    right, then = ((200, of_one_process(each)) for each in (folder, newer))
+    assert right != then
+    keys = tmp_path / "keys"
+    keys.write_text("the-admins-own-key\n")
     port = unused_port()
-    arguments = (folder, "--mesh", "pipe=2", "--batch", "1", "--timeout-s", "120")
+    arguments = (folder, "--mesh", "pipe=2", "--batch", "1", "--timeout-s", "120", "--replicas", "2")
+    arguments += ("--admin-keys", keys)
+
+    def reload(target: Path | str) -> int:
+        connection = HTTPConnection(server.host, int(server.port), timeout=300)
+        headers = {"Authorization": "Bearer the-admins-own-key"}
+        connection.request("POST", "/v1/reload", json.dumps({"target": str(target)}), headers)
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
     with other_host(port, *arguments) as other:
         server = served(*arguments, **variables(0, port))
         with Asking(server) as asking:
             asking.more(5)
             for host in (1, 0):
-                (leader,), (member,) = server.replicas(), children(other.pid)
-                os.kill((leader, member)[host], signal.SIGKILL)
-                assert gone([leader, member]), "its group ends on both hosts"
+                leaders, (_, *members) = server.replicas(), children(other.pid)
+                os.kill((leaders, members)[host][0], signal.SIGKILL)
+                groups = [*leaders, *members]
+                while len(left := [pid for pid in groups if pid in (*server.replicas(), *children(other.pid))]) > 2:
+                    asking.more(1)
+                assert len(left) == 2, "one group ends, on both hosts"
                 asking.more(5)
-            os.kill(server.pids()[0], signal.SIGKILL)  # the parent, with its listener
+            os.kill(server.pids()[0], signal.SIGKILL)  # the parent, which the other host has found
             asking.more(5)
-            other.kill()  # the other host's agent, and its process with it
+            os.kill(children(other.pid)[0], signal.SIGKILL)  # the other host's agent, and its processes with it
+            asking.more(5)
+            other.kill()  # all of the other host
             other.wait()
             with other_host(port, *arguments) as back:
+                asking.more(5)
+                assert reload("nowhere") == 422
+                assert [one for one in asking.told if one != right] == [], "to the bit, and no error"
+                assert reload(newer) == 200
+                from_here = len(asking.told)
                 asking.more(5)
                 asking._stop.set()
                 for thread in asking._threads:
@@ -133,8 +165,8 @@ def test_two_hosts_answer_as_one_process_whoever_of_them_is_killed(served: Start
                 code, _ = server.end()
                 assert (code, back.wait(20)) == (0, 0), "the server's end is that of all ranks"
                 assert gone(pids)
-    assert len(asking.told) >= 25
-    assert [one for one in asking.told if one != right] == [], "to the bit, and no error"
+    assert [one for one in asking.told if one not in (right, then)] == [], "of one version each, and no error"
+    assert len([one for one in asking.told[from_here:] if one != then]) <= 2, "those that were under way"
 
 
 @pytest.fixture
@@ -173,19 +205,21 @@ def said(connection: socket.socket) -> list[ToAgent]:
 
 def test_agents_with_another_model_or_another_language_are_sent_away(of_two: int) -> None:
     events: list[Any] = []
-    agents = Agents(2, "a model", lambda: events.append("all here"), events.append)
-    with socket.create_connection(("127.0.0.1", of_two)) as other:
+    agents = Agents(2, lambda: events.append("all here"), events.append, events.append)
+    agents.model = "a model"
+    with socket.create_connection(("127.0.0.1", agents.port)) as other:
         other.sendall(encode([Hello(1, "another model")]))
         (leave,) = to_agents().feed(sent_away(agents, other))
         assert "another model" in leave.why  # type: ignore[union-attr]
-    with socket.create_connection(("127.0.0.1", of_two)) as noise:
+    with socket.create_connection(("127.0.0.1", agents.port)) as noise:
         noise.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert sent_away(agents, noise) == b""
+    assert "another model" in events.pop()
     assert (events, agents.missing) == ([], [1])
-    with socket.create_connection(("127.0.0.1", of_two)) as one:
+    with socket.create_connection(("127.0.0.1", agents.port)) as one:
         one.sendall(encode([Hello(1, "a model")]))
         look(agents, lambda: not agents.missing)
-        with socket.create_connection(("127.0.0.1", of_two)) as twin:
+        with socket.create_connection(("127.0.0.1", agents.port)) as twin:
             twin.sendall(encode([Hello(1, "a model")]))
             (leave,) = to_agents().feed(sent_away(agents, twin))
             assert "is there already" in leave.why  # type: ignore[union-attr]
@@ -198,12 +232,56 @@ def test_agents_with_another_model_or_another_language_are_sent_away(of_two: int
     assert msgspec.msgpack.decode(encode([Form(7, 1234)])[4:], type=list[ToAgent]) == [Form(7, 1234)]
 
 
+def wanted(port: int, target: str) -> Load:
+    return Load(port, target, "", "float32", "")
+
+
+def looks(broker: Broker, until: Callable[[], object]) -> None:
+    while not until():
+        ready, _, _ = select.select(list(broker.sockets()), [], [], 10.0)
+        assert ready, "nothing comes"
+        broker.look({each.fileno() for each in ready})
+
+
+def test_a_host_hears_of_every_parent_and_of_the_end_from_the_last_one(of_two: int) -> None:
+    first, second = wanted(1, "old"), wanted(2, "new")
+    old = Broker(first, 1)
+    new = Broker(second, 1)
+    assert (old.newer, new.newer) == (False, True)
+    with socket.create_connection(("127.0.0.1", of_two)) as host:
+        host.sendall(encode([Host(1)]))
+        looks(old, lambda: old._parents and old._hosts)
+        heard: list[ToHost] = []
+        while len(heard) < 2:
+            heard += to_hosts().feed(host.recv(1 << 16))
+        assert sorted(heard, key=lambda load: load.port) == [first, second]  # type: ignore[union-attr]
+        old.leave()
+        assert host.recv(1) == b"", "it is to look for the next one"
+    looks(new, lambda: not new.newer)
+    with socket.create_connection(("127.0.0.1", of_two)) as host:
+        host.sendall(encode([Host(1)]))
+        looks(new, lambda: new._hosts)
+        new.leave()
+        assert to_hosts().feed(host.recv(1 << 16)) == [second, Leave("")]
+    for each in list(new.sockets()):
+        each.close()
+
+
+def test_what_is_loaded_is_said_by_nobody_on_another_host(of_two: int) -> None:
+    broker = Broker(wanted(1, "ours"), 1)
+    with socket.create_connection(("127.0.0.1", of_two), source_address=("127.0.0.2", 0)) as stranger:
+        stranger.sendall(encode([wanted(2, "theirs"), Host(1)]))
+        looks(broker, lambda: broker._hosts)
+        assert to_hosts().feed(stranger.recv(1 << 16)) == [wanted(1, "ours")]
+    for each in list(broker.sockets()):
+        each.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
         (["--mesh", "pipe=3"], "2 ranks were started and --mesh has 3 places"),
-        (["--mesh", "pipe=2", "--replicas", "2"], "one replica"),
-        (["--mesh", "pipe=2", "--follow"], "leave --follow out"),
+        (["--mesh", "tensor=4"], "start one rank for each"),
     ],
 )
 def test_what_is_not_served_over_several_hosts_is_refused_in_one_line(
