@@ -2,6 +2,7 @@
 
     python bench/serve.py [--rounds 5] [--seconds 2] [--dtypes float32,bfloat16]
     python bench/serve.py --doubled      (2 replicas, and 2 pipeline stages, against one process: two minutes)
+    python bench/serve.py --upheaval     (10,000 requests while weights change and model processes come, go and die)
 
 The model is all-MiniLM-L6-v2 with a new head of 2 classes; each request is one text of 32 tokens. The control is the
 same model in a process of its own that does nothing but forward passes of 32 x 32 tokens, with the allocator settings
@@ -23,10 +24,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from process_trees import below, cpu_s
+from serving_upheaval import make_versions, upheaval, wakes
 
 from shoal.serve.load.bare import proportional
 from shoal.serve.load.figures import figures
@@ -35,9 +37,11 @@ from shoal.serve.load.subject import Bare
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "serve.json"
+UPHEAVAL_RESULTS = HERE / "results" / "serve_upheaval.json"
 DOUBLED_RESULTS = HERE / "results" / "serve_doubled.json"
 BATCH, CLIENTS = 32, 64
 WARM_S = 0.5  # of a load, not counted
+WITHIN_MS = 150  # under overload: who could not be answered within so long is to be refused
 WORDS = "the model answers a question about the text that it was given and then waits for the next one of many"
 TEXT = f"{WORDS} {' '.join(WORDS.split()[:9])}"  # 30 words, two marks
 AHEAD = "--ahead" in sys.argv
@@ -102,7 +106,8 @@ class Server:
         for pid in self.pids:
             go_ahead(pid)
         for number, pid in enumerate(self.replicas):
-            os.sched_setaffinity(pid, {cores[number % len(cores)]})
+            with suppress(ProcessLookupError):  # nothing is asked, and it has left
+                os.sched_setaffinity(pid, {cores[number % len(cores)]})
 
     def cpu_s(self) -> float:
         return sum(map(cpu_s, self.pids))
@@ -110,6 +115,7 @@ class Server:
     def load(self, body: Path, clients: int, seconds: float) -> dict:
         """A closed loop; processor time of the server an answer."""
         asked = Asked("127.0.0.1", int(self.port), "/predict", [body.read_text()])
+        front = cpu_s(self.process.pid)  # an upper bound of what refusals cost it: it does all else too
         before, each = self.cpu_s(), {pid: cpu_s(pid) for pid in self.replicas}
         seen = send(asked, seconds=WARM_S + seconds, clients=clients, before=[*NICE, "taskset", "-c", "1"])
         told = figures(seen, WARM_S, seconds, open_loop=False)
@@ -121,6 +127,7 @@ class Server:
             "all_p99_ms": told["all_ms"].get("p99", 0.0),
             "refusals_with_time": told["refused_with_time"],
             "cpu_ms": 1e3 * (self.cpu_s() - before) / len(seen.samples),
+            "cpu_ms_a_refusal": 1e3 * (cpu_s(self.process.pid) - front) / max(1, told["statuses"].get("429", 0)),
             "busiest_cpu_ms": 1e3 * max(cpu_s(pid) - spent for pid, spent in each.items()) / len(seen.samples),
         }
 
@@ -152,7 +159,7 @@ def cold_start(folder: Path, body: Path, cwd: Path) -> dict:
 
 
 def classification(dtype: str, folder: Path, body: Path, cwd: Path, rounds: int, seconds: float) -> dict:
-    options = [str(folder), "--dtype", dtype, "--queue", "8"]
+    options = [str(folder), "--dtype", dtype]
     shares, bares, ours, alone = [], [], [], []
     with closing(Control(folder, dtype)) as control, closing(Server(options, cwd)) as server:
         for _ in range(rounds):
@@ -162,14 +169,18 @@ def classification(dtype: str, folder: Path, body: Path, cwd: Path, rounds: int,
             pause(seconds)
             alone.append((control.run(seconds / 2, 1), server.load(body, 1, seconds)))
             pause(seconds)
-        overload = []
-        for _ in range(max(2, rounds // 2)):
-            overload.append(server.load(body, 512, seconds))
-            pause(seconds)
         idle = server.cpu_s()
         time.sleep(5)
         idle = (server.cpu_s() - idle) / 5
         memory = {"server_pss": sum(map(proportional, server.pids)), "bare_pss": bares[-1]["pss"]}
+    overload, peaks = [], []  # the peak is that of the same server, for as many clients as it can do with
+    with closing(Server([*options, "--within-ms", str(WITHIN_MS)], cwd)) as server:
+        server.load(body, CLIENTS, seconds)  # its batches have been timed
+        for _ in range(max(2, rounds // 2)):
+            peaks.append(server.load(body, CLIENTS, seconds))
+            pause(seconds)
+            overload.append(server.load(body, 512, seconds))
+            pause(seconds)
 
     def middle(values: list[float]) -> float:
         return statistics.median(values)
@@ -190,7 +201,12 @@ def classification(dtype: str, folder: Path, body: Path, cwd: Path, rounds: int,
             "p99_ms": middle([a["p99_ms"] for _, a in alone]),
         },
         "overload": {
+            "within_ms": WITHIN_MS,
             "goodput_of_peak": middle([one["ok_a_second"] for one in overload]) / peak,
+            "goodput_of_its_own_peak": middle(
+                [one["ok_a_second"] / top["ok_a_second"] for one, top in zip(overload, peaks, strict=True)]
+            ),
+            "cpu_ms_a_refusal": middle([one["cpu_ms_a_refusal"] for one in overload]),
             "all_p99_ms": middle([one["all_p99_ms"] for one in overload]),
             "refused": sum(one["statuses"].get("429", 0) for one in overload),
             "refused_with_time": sum(one["refusals_with_time"] for one in overload),
@@ -243,6 +259,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--ahead", action="store_true")
     parser.add_argument("--doubled", action="store_true", help="only two replicas, and two stages, against one process")
+    parser.add_argument("--upheaval", type=int, nargs="?", const=10_000, help="only that, with so many requests")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     go_ahead(os.getpid())
@@ -254,6 +271,14 @@ def main() -> None:
         small.write_text('{"input": [[0.5]]}')
         (cwd / "noop.py").write_text(NOOP)
         told: dict = {"machine": platform.platform(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
+        if args.upheaval:
+            versions = make_versions(cwd, folder / "tokenizer.json")
+            told["sleep"] = wakes(lambda words: Server(words, cwd), folder, body, 2 * args.rounds + 1)
+            told["upheaval"] = upheaval(lambda words: Server(words, cwd), versions, cwd / "keys", TEXT, args.upheaval)
+            told["load_after"] = os.getloadavg()[0]
+            UPHEAVAL_RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+            print(json.dumps(told, indent=1))
+            return
         if args.doubled:
             told |= {name: doubled(DOUBLED[name], folder, body, cwd, args.rounds, args.seconds) for name in DOUBLED}
             DOUBLED_RESULTS.write_text(json.dumps(told, indent=1) + "\n")

@@ -11,11 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class NoFirstValues(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class NoFirstValues(TorchFunctionMode):
     """Within it, the functions of ``torch.nn.init`` do nothing. It must be entered after ``torch.device``."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
