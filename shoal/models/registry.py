@@ -25,6 +25,7 @@ from shoal.models.initial_weights import GivenWeights, load_weights
 from shoal.models.lstm import LSTM, LSTMConfig
 from shoal.models.mlp import MLP, MLPConfig
 from shoal.models.moe import MoE, MoEConfig
+from shoal.models.on_meta import on_meta
 from shoal.models.resnet import ResNet, ResNetConfig
 from shoal.models.task import Task
 from shoal.models.tasks.classification import Classification
@@ -65,14 +66,19 @@ class Kind:
 
 
 def build(spec: ModelSpec, facts: Facts) -> nn.Module:
-    """The model on the CPU, with the first values that torch's seed gives (``torch.manual_seed``).
+    """The model with the first values that torch's seed gives, on the CPU; on the meta device if that is the default.
 
     ``facts`` (``Source.facts``) fills the sizes that the recipe leaves out. Weights and frozen parameters are applied.
     Raises UserError for an unknown kind, task or option, for sizes that contradict the data, for weights that do not
     fit, and for a freeze pattern that fits no parameter."""
+    if torch.get_default_device().type == "meta":
+        model = outline(spec, facts)
+        if spec.weights:
+            load_weights(model, Path(spec.weights))
+        return model
     found = build_blank(spec, facts)
     if found is not None:
-        materialise([found.module], found.first, torch.device("cpu"))
+        materialise([found.module], found.first)
         return found.module
     model = _kind(spec).build(spec, facts)
     if spec.weights:
@@ -88,7 +94,7 @@ def outline(spec: ModelSpec, facts: Facts) -> nn.Module:
     found = build_blank(spec, facts)
     if found is not None:
         return found.module
-    with torch.device("meta"):
+    with on_meta():
         model = _kind(spec).build(spec, facts)
     if spec.weights:
         GivenWeights(model, Path(spec.weights))

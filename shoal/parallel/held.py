@@ -55,6 +55,7 @@ class Held:
     pipeline: Pipeline | None = None
     experts: Collectives | None = None  # the workers that make their passes together
     elements: int = 0  # of all parameters of the whole
+    built: str = "whole"  # or "in parts": whether this worker had memory for more than it holds
     cut_at: tuple[str, ...] = ()  # names of the pieces at which chunks begin, from the second on
     _schedules: dict[int, Schedule] = field(default_factory=dict)
 
@@ -106,7 +107,7 @@ class Held:
 
     def split(self) -> dict[str, Any]:
         """How the model lies on the workers, for the log."""
-        found: dict[str, Any] = {"mesh": dict(self.plan.axes.sizes), "exact": self.plan.exact}
+        found: dict[str, Any] = {"mesh": dict(self.plan.axes.sizes), "exact": self.plan.exact, "built": self.built}
         if self.pipeline is not None:
             pipeline = self.plan.pipeline
             found |= {

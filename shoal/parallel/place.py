@@ -1,7 +1,8 @@
 """A model placed on the workers of a mesh: each keeps its stages, its slices, its experts."""
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,9 @@ from shoal.comm.group import Group
 from shoal.comm.tensors import make_collectives
 from shoal.data.source import Batch
 from shoal.errors import UserError
+from shoal.models.first_values import FirstValues, materialise, on_demand
 from shoal.models.gpt import GPT
+from shoal.models.initial_values import Kept, Run
 from shoal.models.task import Task
 from shoal.parallel.context.model import split_sequence, split_stage
 from shoal.parallel.context.ring import Ring
@@ -36,11 +39,13 @@ class Subject:
 
     task: Task
     batch: Batch  # a whole micro-batch
+    first: FirstValues | None = None  # of a model on the meta device
 
 
 def place(module: nn.Module, plan: Plan, group: Group, device: torch.device, subject: Subject | None) -> Held:
     """Leave of ``module`` what this worker holds, in place; called by all workers, which have the same weights.
 
+    A module on the meta device, whose first values the subject knows, gets memory for what is held of it only.
     Raises UserError for what cannot be split as the plan says."""
     axes = plan.axes
     names = tuple(name for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor))
@@ -90,8 +95,20 @@ def place(module: nn.Module, plan: Plan, group: Group, device: torch.device, sub
         for part in parts:
             split_experts(part, experts, held.experts)
         held.cuts += (Cut("expert", experts, held.experts),)
+    if subject is not None and subject.first is not None:
+        materialise([*parts, module], subject.first, _kept_of(held.cuts, subject.first))
+        held.built = "in parts"
     held.shares = _shares(held, experts)
     return held
+
+
+def _kept_of(cuts: Sequence[Cut], first: FirstValues) -> Callable[[str], Kept]:
+    """Of a tensor, by name, the places that this worker keeps of the whole one; the first cut of a dim counts."""
+    found: dict[str, dict[int, Sequence[Run]]] = defaultdict(dict)
+    for each in cuts:
+        for name, split in each.splits.items():
+            found[first.first_name(name)].setdefault(split.dim, split.kept[each.collectives.rank])
+    return lambda name: found[first.first_name(name)]
 
 
 def check_trained(trained: Mapping[str, Parameter]) -> None:
@@ -117,14 +134,15 @@ def _into_stages(held: Held, subject: Subject, device: torch.device) -> None:
     if not plan.pipeline.cuts:
         said: list[list[object]] = [[], []]
         if group.rank == 0:
-            table = pieces(module, example)
+            table = pieces(module, example, first=subject.first)
             found = balance(table, made.chunks, workers=made.placement)
             said = [list(found), [table[number].name for number in found]]
         at, names = json.loads(group.gather(json.dumps(said).encode())[0])
         held.cut_at = tuple(names)
     else:
         held.cut_at = plan.pipeline.cuts
-    chunks = cut(module, made.chunks, example=example, cuts=plan.pipeline.cuts, at=at)
+    with on_demand(module, subject.first):
+        chunks = cut(module, made.chunks, example=example, cuts=plan.pipeline.cuts, at=at)
     held.stages = group.split(plan.axes.partition("pipe"))
     held.pipeline = pipeline = Pipeline(held.stages, chunks, made.placement, module, device)
     kept: list[Tensor] = []

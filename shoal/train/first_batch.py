@@ -7,6 +7,7 @@ from torch import nn
 
 from shoal.data.ledger import Ledger
 from shoal.data.source import Batch, Splits
+from shoal.models.first_values import FirstValues
 from shoal.models.task import Task
 from shoal.parallel.place import Subject
 from shoal.recipe.recipe import Recipe
@@ -15,10 +16,13 @@ from shoal.train.streams import enter_stream
 from shoal.train.worker import Worker
 
 
-def subject_of(recipe: Recipe, splits: Splits, task: Task, device: torch.device) -> Subject:
+def subject_of(
+    recipe: Recipe, splits: Splits, task: Task, device: torch.device, first: FirstValues | None = None
+) -> Subject:
     ledger = Ledger(len(splits.train), recipe.batch, recipe.shards, recipe.micro_batches, recipe.seed)
     fetched = splits.train.fetch(ledger.shard(0, 0)[0], 0)
-    return Subject(task, {name: tensor.to(device) for name, tensor in fetched.items()})
+    batch = {name: tensor.to(device) for name, tensor in fetched.items()}
+    return Subject(task, batch, None if first is None else first.on(device))
 
 
 def prepare_memory(worker: Worker, recipe: Recipe, splits: Splits, task: Task, model: nn.Module) -> None:

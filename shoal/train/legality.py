@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from shoal.data.ledger import Ledger
 from shoal.data.registry import open_data
 from shoal.errors import UserError, unknown_name
+from shoal.models.on_meta import on_meta
 from shoal.models.registry import outline
 from shoal.parallel.context.model import check_sequence
 from shoal.parallel.experts.model import experts_split
@@ -36,7 +36,7 @@ def check_split(recipe: Recipe, plan: Plan, model: Callable[[], nn.Module] | Non
 def _outline(recipe: Recipe, model: Callable[[], nn.Module] | None, facts: Mapping[str, Any]) -> nn.Module:
     if model is None:
         return outline(recipe.model, facts)
-    with torch.device("meta"):
+    with on_meta():
         return model()
 
 

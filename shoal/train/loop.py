@@ -19,7 +19,8 @@ from shoal.data.description import describe
 from shoal.data.registry import open_data
 from shoal.data.source import Splits
 from shoal.errors import UserError
-from shoal.models.registry import build, task_for
+from shoal.models.first_values import FirstValues, blank
+from shoal.models.registry import build, build_blank, task_for
 from shoal.models.task import Task
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
@@ -58,9 +59,9 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     worker = worker_of(group, order.plan, order.recipe)
     recipe, why = settled(order.recipe, worker)
     splits = open_splits(group, order)
-    made = made_model(order, splits)
+    made, first = model_to_place(order, splits)
     task = task_for(recipe.model, splits.train.facts)
-    subject = subject_of(recipe, splits, task, worker.device) if order.plan.splits_model else None
+    subject = subject_of(recipe, splits, task, worker.device, first) if order.plan.splits_model else None
     model = worker.model(made, compile=recipe.model.compile, subject=subject)
     task = worker.held.task or task
     worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
@@ -87,6 +88,16 @@ def made_model(order: Order, splits: Splits) -> nn.Module:
     """The whole model with its first weights."""
     torch.manual_seed(order.recipe.seed)
     return order.model() if order.model else build(order.recipe.model, splits.train.facts)
+
+
+def model_to_place(order: Order, splits: Splits) -> tuple[nn.Module, FirstValues | None]:
+    """For `Worker.model`: where the plan splits it, the model without memory, and its first values, if it says them."""
+    torch.manual_seed(order.recipe.seed)
+    if order.plan.splits_model:
+        found = blank(order.model) if order.model else build_blank(order.recipe.model, splits.train.facts)
+        if found is not None:
+            return found.module, found.first
+    return made_model(order, splits), None
 
 
 def settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:

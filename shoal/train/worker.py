@@ -104,8 +104,10 @@ class Worker:
         self.group.report(Phase.building)
         if self._held is not None:
             raise UserError("worker.model was called twice: wrap several modules in one nn.ModuleDict.")
-        module.to(self.device)
-        share_weights(module, self.group)
+        blank = subject is not None and subject.first is not None
+        if not blank:
+            module.to(self.device)
+            share_weights(module, self.group)
         if compile and self.plan.memory.changes_weights:
             key = self.plan.memory.changes_weights
             raise UserError(f"plan: {key} is for models that are not compiled: leave compile out.")
@@ -115,6 +117,8 @@ class Worker:
             raise UserError("plan: a model that is split over workers is not compiled: leave model.compile out.")
         sharded_states.check_compiled(compile, self.plan, self.group)
         self._held = held = place(module, self.plan, self.group, self.device, subject)
+        if blank:
+            compare_held(self.group, held, "before the first step")
         self._made_contents = None
         if self.plan.memory.changes_updates:
             parts = [*(held.chunks or {}).values()]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import UserError
+from shoal.models.first_values import FirstValues, on_demand, present
 from shoal.parallel.partition.arguments import Example, bind
 from shoal.parallel.partition.chunks import Chunk
 from shoal.parallel.partition.line import Line
@@ -23,14 +24,23 @@ from shoal.parallel.partition.undisturbed import undisturbed
 RUNS = 5
 
 
-def pieces(model: nn.Module, example: Example, *, clock: bool = True, runs: int = RUNS) -> tuple[Piece, ...]:
+def pieces(
+    model: nn.Module,
+    example: Example,
+    *,
+    clock: bool = True,
+    runs: int = RUNS,
+    first: FirstValues | None = None,
+) -> tuple[Piece, ...]:
     """The pieces of a model in the order of its forward pass, with what each costs on an example batch.
 
     ``clock``: seconds of a forward and a backward pass, the median of ``runs`` after one to warm up. Without it the
     seconds are counted operations / 1e9, the same on every worker: workers that cut by the clock must share one
-    worker's pieces. Leaves the model as it was; its gradients are not touched."""
-    line = Line(record(model, example))
-    return price(line, example, runs if clock else 0)
+    worker's pieces. Leaves the model as it was; its gradients are not touched. Of a model on the meta device, whose
+    ``first`` values are given, one piece at a time gets memory."""
+    with on_demand(model, first):
+        line = Line(record(model, example))
+    return price(line, example, runs if clock else 0, first)
 
 
 def piece_names(model: nn.Module, example: Example) -> tuple[str, ...]:
@@ -39,7 +49,7 @@ def piece_names(model: nn.Module, example: Example) -> tuple[str, ...]:
     return names(line, starts(line))
 
 
-def price(line: Line, example: Example, runs: int) -> tuple[Piece, ...]:
+def price(line: Line, example: Example, runs: int, first: FirstValues | None = None) -> tuple[Piece, ...]:
     """See ``pieces``; ``runs`` 0 counts operations."""
     if example is None:
         raise UserError("pieces cannot be measured without an example batch: give the arguments of one forward pass.")
@@ -49,7 +59,8 @@ def price(line: Line, example: Example, runs: int) -> tuple[Piece, ...]:
     found = []
     with undisturbed(line.model), torch.enable_grad():
         for name, chunk, end in zip(names(line, begins), chunks, (*begins[1:], 0), strict=True):
-            seconds, kept, values = _price(chunk, {**bind(line.model, example).arguments, **values}, runs)
+            with present(chunk.module, first):
+                seconds, kept, values = _price(chunk, {**bind(line.model, example).arguments, **values}, runs)
             parameters = {id(p): p.numel() * p.element_size() for p in chunk.module.parameters()}
             found.append(Piece(name, seconds, sum(parameters.values()), kept, line.crossing_bytes(end) if end else 0))
     return tuple(found)
