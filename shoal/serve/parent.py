@@ -192,6 +192,7 @@ class Parent:
 
     def _all_here(self) -> None:
         """What waited for the agents of the other hosts."""
+        self._told_missing = False  # who is lost from now on is told of again
         if self._ready is not None:
             self._say(self._ready)
             self._ready = None
