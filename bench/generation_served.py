@@ -2,13 +2,12 @@
 
 Every client asks /v1/completions for 64 tokens after a prompt of 32, again and again, greedily; one in so many prompts
 is long. Counted: tokens a second, CPU time of all server processes a token, time to the first token, gaps between
-tokens. The client shares the machine's cores with the server.
+tokens. The clients are those of `shoal bench serve`, in a process that shares the machine's cores with the server.
 
     python bench/generation_served.py [--seconds 15] [--quick]
 """
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -25,9 +24,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from shoal.models.gpt import GPT, GPTConfig
 from shoal.models.huggingface import save_folder
+from shoal.serve.load.figures import figures, percentiles
+from shoal.serve.load.processes import Asked, send
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, NEW, STREAMS = 32, 64, 16
+BODIES = 512  # prompts, in turns: what comes again has left the cache
+WARM_S = 2.0
 
 
 def save_model(folder: Path, quick: bool) -> None:
@@ -39,83 +42,48 @@ def save_model(folder: Path, quick: bool) -> None:
     save_folder(GPT(config).eval(), folder, backend.to_str())
 
 
-class Client:
-    """One connection that is kept, and times of what comes."""
-
-    def __init__(self, port: int, number: int, vocab: int, long: int, every: int, end: list[float]) -> None:
-        self.port, self.number, self.vocab, self.long, self.every, self.end = port, number, vocab, long, every, end
-        self.first: dict[str, list[float]] = {"short": [], "long": []}
-        self.gaps: list[float] = []
-        self.tokens = 0
-        self.random = np.random.default_rng(number)
-
-    async def run(self) -> None:
-        await asyncio.sleep(0.05 * self.number)
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        asked = self.number
-        while time.perf_counter() < self.end[0]:
-            asked += 1
-            is_long = bool(self.every) and asked % self.every == 0
-            prompt = self.random.integers(0, self.vocab, self.long if is_long else PROMPT).tolist()
-            body = json.dumps(
-                {"prompt": prompt, "max_tokens": NEW, "temperature": 0, "stream": True, "ignore_eos": True}
-            ).encode()
-            writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-            )
-            await self._answer(reader, "long" if is_long else "short")
-        writer.close()
-
-    async def _answer(self, reader: asyncio.StreamReader, kind: str) -> None:
-        begun, last = time.perf_counter(), 0.0
-        while True:
-            line = await reader.readline()
-            if not line.startswith(b"data: "):
-                assert line, "the server has closed the connection"
-                assert not line.startswith(b"HTTP/1.1") or b" 200 " in line, line
-                continue
-            if line.startswith(b"data: [DONE]"):
-                while (await reader.readline()).strip() != b"0":
-                    pass
-                await reader.readline()
-                return
-            now = time.perf_counter()
-            self.tokens += 1
-            if last:
-                self.gaps.append(now - last)
-            else:
-                self.first[kind].append(now - begun)
-            last = now
+def bodies_of(vocab: int, long: int, every: int) -> list[str]:
+    """What clients ask in turns, one in ``every`` with a prompt of ``long`` tokens; 0: none."""
+    random = np.random.default_rng(0)
+    asked = {"max_tokens": NEW, "temperature": 0, "stream": True, "ignore_eos": True}
+    return [
+        json.dumps({"prompt": random.integers(0, vocab, length).tolist(), **asked})
+        for number in range(1, BODIES + 1)
+        for length in [long if every and number % every == 0 else PROMPT]
+    ]
 
 
-def percentiles(times: list[float]) -> dict[str, float]:
-    return {f"p{p}": float(np.percentile(times, p) * 1e3) for p in (50, 99)} | {"count": len(times)}
+def load(port: int, pid: int, vocab: int, streams: int, seconds: float, long: int, every: int) -> dict:
+    """The clients of `shoal bench serve`, in a closed loop; CPU time is that of all processes of the server."""
+    bodies = bodies_of(vocab, long, every)
+    used: dict[int, float] = {}
 
+    def watch() -> None:
+        time.sleep(WARM_S)
+        before = {each: cpu_s(each) for each in (pid, *below(pid))}
+        time.sleep(seconds)
+        used.update({each: cpu_s(each) - began for each, began in before.items()})
 
-async def load(port: int, pid: int, vocab: int, streams: int, seconds: float, long: int, every: int) -> dict:
-    end = [time.perf_counter() + seconds + 1.0]
-    clients = [Client(port, number, vocab, long, every, end) for number in range(streams)]
-    tasks = [asyncio.create_task(client.run()) for client in clients]
-    await asyncio.sleep(1.0)  # until all have begun
-    pids = [pid, *below(pid)]
-    before, tokens, begun = {pid: cpu_s(pid) for pid in pids}, sum(c.tokens for c in clients), time.perf_counter()
-    await asyncio.sleep(seconds)
-    tokens, spent = sum(c.tokens for c in clients) - tokens, time.perf_counter() - begun
-    after = {pid: cpu_s(pid) for pid in pids}
-    await asyncio.gather(*tasks)
-    first = {kind: [t for c in clients for t in c.first[kind]] for kind in ("short", "long")}
-    gaps = [gap for c in clients for gap in c.gaps]
-    used = {pid: after[pid] - before[pid] for pid in pids}
+    asked = Asked("127.0.0.1", port, "/v1/completions", bodies)
+    seen = send(asked, seconds=WARM_S + seconds, clients=streams, connections=streams, meanwhile=watch)
+    assert {sample.status for sample in seen.samples} == {200}
+    found = figures(seen, WARM_S, seconds, open_loop=False)
+    first: dict[str, list[float]] = {"short": [], "long": []}
+    for sample in seen.samples:
+        if sample.end > WARM_S:
+            is_long = bool(every) and (sample.body + 1) % every == 0
+            first["long" if is_long else "short"].append(sample.first - sample.due)
+    tokens = found["tokens_a_second"] * seconds
     return {
         "streams": streams,
         "long_prompt": long,
         "one_in": every,
-        "tokens_a_second": tokens / spent,
+        "tokens_a_second": found["tokens_a_second"],
         "cpu_ms_a_token": 1e3 * sum(used.values()) / tokens,
         "cpu_ms_a_token_by_process": [1e3 * seconds / tokens for seconds in used.values()],
-        "first_ms": {kind: percentiles(times) for kind, times in first.items() if times},
-        "gap_ms": percentiles(gaps),
-        "gap_p99_over_p50": float(np.percentile(gaps, 99) / np.percentile(gaps, 50)),
+        "first_ms": {kind: {"count": len(times), **percentiles(times)} for kind, times in first.items() if times},
+        "gap_ms": found["gap_ms"],
+        "gap_p99_over_p50": found["gap_ms"]["p99"] / found["gap_ms"]["p50"],
     }
 
 
@@ -157,9 +125,8 @@ def main() -> None:
                     "16 streams, 512 in 8": (STREAMS, 512, 8),
                 }
                 for name, (streams, long, every) in cases.items():
-                    asyncio.run(load(port, server.pid, vocab, streams, 1.0, long, every))  # warm
                     seconds = 2.0 if args.quick else args.seconds
-                    found = asyncio.run(load(port, server.pid, vocab, streams, seconds, long, every))
+                    found = load(port, server.pid, vocab, streams, seconds, long, every)
                     out["runs"][f"{dtype}, {name}"] = found
                     first = {kind: f"{t['p50']:.0f}/{t['p99']:.0f}" for kind, t in found["first_ms"].items()}
                     parts = ", ".join(f"{ms:.2f}" for ms in found["cpu_ms_a_token_by_process"])

@@ -49,6 +49,7 @@ class Sample:
     status: int = 0  # 0: the connection broke, or no answer came in time
     told_when: bool = False  # a Retry-After came with it
     tokens: int = 0  # of a stream: as its usage says, or its events
+    body: int = 0  # which of the order's
 
 
 class Load:
@@ -99,11 +100,11 @@ class Load:
             wait = at - self.now()
             if wait > 0:
                 await asyncio.sleep(wait)
-            self._begin((Sample(at), body))
+            self._begin((Sample(at, body=body), body))
 
     def _next(self) -> tuple[Sample, int]:
         body, self._next_body = self._next_body, (self._next_body + 1) % len(self.requests)
-        return Sample(self.now()), body
+        return Sample(self.now(), body=body), body
 
     def _begin(self, request: tuple[Sample, int]) -> None:
         self.samples.append(request[0])
@@ -295,7 +296,7 @@ def main() -> None:
         load = asyncio.run(run())
     else:
         load = uvloop.run(run())
-    samples = [[s.due, s.sent, s.first, s.end, s.status, s.told_when, s.tokens] for s in load.samples]
+    samples = [[s.due, s.sent, s.first, s.end, s.status, s.told_when, s.tokens, s.body] for s in load.samples]
     _say(json.dumps({"samples": samples, "gaps": load.gaps, "cpu_s": time.process_time()}))
 
 
