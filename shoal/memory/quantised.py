@@ -3,7 +3,7 @@
 A block of 256 values is divided by its largest magnitude, and each is written as the number of the nearest of 256
 fixed values in [-1, 1] (or [0, 1], for what is never negative). These lie closest around zero, over seven decades: of
 the 8 bits, leading zeros count the decade and the rest divides it evenly, so that a large value has more digits and
-a small one is not lost. Plain functions of tensors, on any device; the same input gives the same bytes.
+a small one is not lost. Plain functions of tensors, on any device; the same input gives the same bytes, in C++ too.
 
 Beyond the paper: what is never negative, and not zero, never becomes zero. Second moments are divided by: one that is
 lost to zero, while its first moment is not, would throw a parameter far away (Li, Chen and Zhu, 2023, for 4 bits).
@@ -14,6 +14,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from shoal.memory import fused
 
 BLOCK = 256  # values that share one scale
 DECADES = 7
@@ -68,6 +70,15 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> No
 
     A value halfway between two becomes the lower one. Values of an unsigned kind must not be negative; of these, what
     is above zero becomes the smallest code above zero at least."""
+    if fused.usable(values, codes, scales):
+        tables = _tables(signed, values.device)
+        fused.encode(values, codes, scales, tables.codes, tables.edges, signed=signed)
+    else:
+        encode_in_torch(values, codes, scales, signed=signed)
+
+
+def encode_in_torch(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> None:
+    """As `encode`, on any device and without a compiler."""
     count, whole = len(values), len(values) // BLOCK * BLOCK
     if whole:
         _encode(values[:whole].view(-1, BLOCK), codes[:whole].view(-1, BLOCK), scales[: whole // BLOCK], signed)
@@ -89,6 +100,14 @@ def _encode(values: Tensor, codes: Tensor, scales: Tensor, signed: bool) -> None
 
 def decode(codes: Tensor, scales: Tensor, into: Tensor, *, signed: bool) -> Tensor:
     """The values again, written into ``into`` (float32 [n]), which is returned."""
+    if not fused.usable(codes, scales, into):
+        return decode_in_torch(codes, scales, into, signed=signed)
+    fused.decode(codes, scales, _tables(signed, codes.device).values, into)
+    return into
+
+
+def decode_in_torch(codes: Tensor, scales: Tensor, into: Tensor, *, signed: bool) -> Tensor:
+    """As `decode`, on any device and without a compiler."""
     table = _tables(signed, codes.device).values
     torch.index_select(table, 0, codes.view(-1).int(), out=into)
     whole = len(into) // BLOCK * BLOCK

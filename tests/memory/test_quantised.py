@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from shoal.memory.quantised import BLOCK, blocks_of, decode, encode, values_of
+from shoal.comm.native import build
+from shoal.memory.quantised import (
+    BLOCK,
+    blocks_of,
+    decode,
+    decode_in_torch,
+    encode,
+    encode_in_torch,
+    values_of,
+)
 
 KINDS = pytest.mark.parametrize("signed", [True, False])
 SIZES = [1, 100, BLOCK, 5 * BLOCK + 17]
@@ -47,6 +56,27 @@ def test_each_value_becomes_the_nearest_one_of_its_block(size, signed):
             distances[block > 0, 0] = 2  # never nought, whose inverse root is without bounds
         taken = distances.gather(1, codes[number * BLOCK :][: len(block), None].long())[:, 0]
         assert torch.equal(taken, distances.amin(1))
+
+
+@KINDS
+def test_the_kernels_give_the_bytes_of_their_twins(signed):
+    """Also of what lies next to an edge between two codes, of noughts of both signs, and of the least there is."""
+    assert build.kernels() is not None
+    values = values_of(signed)
+    edges = (values[1:] + values[:-1]) / 2
+    near = torch.cat(
+        [edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1), values, torch.tensor([0.0, 1e-45])]
+    )
+    near = torch.cat([near, -near, torch.tensor([-0.0])]) if signed else near.abs()
+    every = [near, torch.zeros(BLOCK + 3), torch.full((7,), 1e-45), *(drawn(size, signed) for size in SIZES)]
+    for given in every + [part * 3e37 for part in every]:
+        codes, scales, back = there_and_back(given, signed)
+        others, theirs = torch.empty_like(codes), torch.empty_like(scales)
+        encode_in_torch(given, others, theirs, signed=signed)
+        assert torch.equal(codes, others)
+        assert torch.equal(scales.view(torch.int32), theirs.view(torch.int32))
+        again = decode_in_torch(codes, scales, torch.empty(len(given)), signed=signed)
+        assert torch.equal(back.view(torch.int32), again.view(torch.int32))
 
 
 @KINDS
