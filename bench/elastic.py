@@ -4,6 +4,7 @@ nothing fails; torchrun's restart of the same job beside it.
     python bench/elastic.py [--faults 30] [--goodput-s 120] [--rounds 6] [--restarts 3] [--only crash,calm,...]
     python bench/elastic.py --only slices,stage,server [--quick]     # under 3 minutes on an idle machine
     python bench/elastic.py --only "calm slices,calm stage,calm server"
+    python bench/elastic.py --only hosts           # about 5 minutes
 
 `crash`: 4 workers, one after the other is killed by SIGKILL at a moment of the clock, every third time rank 0; from the
 signal to the event `recovered`, which the agent writes when it hears that a survivor has committed a step. `goodput`:
@@ -12,8 +13,10 @@ same run without kills, just before and after, not adjusted for the capacity tha
 with and without --elastic, in turns, the median over the rounds of one round's ratio. `slices`, `stage`, `server` are
 `crash` with sharded states, with a pipeline of 4 stages, and with 2 servers of 2 workers, of which only the servers
 are killed; `calm slices` and so on: what these cost when nothing fails. `resize`: seconds between two steps when
-workers are added and taken away. `torchrun`: the same model under DDP over gloo with a checkpoint after each step,
-four processes, one of them killed; to the next step.
+workers are added and taken away. `hosts`: three agents on this machine, a worker each; in turns an agent is killed, the
+leader is killed, and a host is cut off (both ways, by the relay); from the fault to the event `recovered`, `--faults`
+of each kind, each once the host before trains again. `torchrun`: the same model under DDP over gloo with a checkpoint
+after each step, four processes, one of them killed; to the next step.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,9 @@ from shoal.comm.measuring.sweep import machine
 from shoal.elastic import roster
 from shoal.elastic.api import PRELOAD, train_elastic
 from shoal.elastic.commands import resize
+from shoal.elastic.emulated import EmulatedHosts
+from shoal.elastic.hosts import jobs
+from shoal.elastic.network import Relay, Trouble
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import DataSpec, ModelSpec, OptimizerSpec, Recipe, Reporting, ScheduleSpec
 from shoal.run.tail import told_lately
@@ -136,10 +143,14 @@ def crash(folder: Path, faults: int, name: str = "crash", plan: Plan | None = No
         print(f"  kill {number + 1}: {took[-1]:.3f} s", flush=True)
     redone = [event["redone"] for event in running.recovered()]
     running.end()
-    ordered = sorted(took)
-    p99 = ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
     leader = statistics.median(took[::3])
-    return {"seconds": took, "p50": statistics.median(took), "p99": p99, "rank 0 p50": leader, "redone": max(redone)}
+    found = {"seconds": took, "p50": statistics.median(took), "p99": p99(took)}
+    return {**found, "rank 0 p50": leader, "redone": max(redone)}
+
+
+def p99(took: list[float]) -> float:
+    ordered = sorted(took)
+    return ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
 
 
 def goodput(folder: Path, seconds: float) -> dict[str, Any]:
@@ -157,6 +168,68 @@ def goodput(folder: Path, seconds: float) -> dict[str, Any]:
     calm, rough, again = rate(False), rate(True), rate(False)
     running.end()
     return {"calm steps/s": [calm, again], "steps/s": rough, "goodput": rough / ((calm + again) / 2)}
+
+
+HOSTS, HOST_KINDS = 3, ("agent", "leader", "cut")
+
+
+def hosts(folder: Path, faults: int) -> dict[str, Any]:
+    place = folder / "hosts"
+    given = (recipe(folder, 10**6), Plan(mesh={"data": HOSTS}), None, place, None, None, None, None)
+    events: list[dict[str, Any]] = []
+    took: dict[str, list[float]] = {kind: [] for kind in HOST_KINDS}
+    redone: dict[str, list[int]] = {kind: [] for kind in HOST_KINDS}
+    draw = random.Random(0)
+
+    def until(true: Callable[[], object], what: str) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not true():
+            if time.monotonic() > end:
+                raise RuntimeError(f"no {what}: {events[-5:]}")
+            time.sleep(0.005)
+
+    def hear(event: Any) -> None:
+        if event["event"] != "committed":
+            events.append(event)
+
+    def recovered() -> list[dict[str, Any]]:
+        return [event for event in list(events) if event["event"] == "recovered"]
+
+    make = jobs(*given, hosts=HOSTS, least=1)
+    with closing(Relay(HOSTS)) as network, EmulatedHosts(make, network, hear) as emulated:
+        for number in range(HOSTS):
+            emulated.start(number)
+        until(lambda: len({entry.host for entry in roster.read(place)}) == HOSTS, "first workers")
+        for number in range(faults * len(HOST_KINDS)):
+            kind = HOST_KINDS[number % len(HOST_KINDS)]
+            leader = emulated.leader(place)
+            others = [host for host in range(HOSTS) if host != leader]
+            host = leader if kind == "leader" else draw.choice(others if kind == "agent" else range(HOSTS))
+            spare = emulated.open(host) if kind != "cut" else None
+            before = len(recovered())
+            time.sleep(draw.uniform(0.1, 0.4))  # the moment of a fault is nobody's choice
+            at = time.time()
+            if spare is None:
+                network.trouble(host, out=Trouble(cut=True), into=Trouble(cut=True))
+            else:
+                emulated.signal(host, signal.SIGKILL)
+            until(lambda before=before: len(recovered()) > before, f"recovery from {kind}")
+            event = recovered()[before]
+            took[kind].append(float(event["time"]) - at)
+            redone[kind].append(int(event["redone"]))
+            print(f"  {kind} {number // len(HOST_KINDS) + 1}: {took[kind][-1]:.3f} s", flush=True)
+            if spare is None:
+                network.trouble(host, out=Trouble(), into=Trouble())
+            else:
+                emulated.start(host, spare)
+            until(lambda: len({entry.host for entry in roster.read(place)}) == HOSTS, f"return after {kind}")
+        emulated.ask_stop()
+        emulated.result()
+    found: dict[str, Any] = {"seconds": took}
+    for kind, seconds in took.items():
+        found |= {f"{kind} p50": statistics.median(seconds), f"{kind} p99": p99(seconds)}
+        found[f"{kind} redone"] = max(redone[kind])
+    return found
 
 
 def calm(folder: Path, rounds: int, plan: Plan | None = None) -> dict[str, Any]:
@@ -298,6 +371,7 @@ def main() -> None:
             "torchrun": lambda: torchrun(folder, args.restarts),
             "calm": lambda: calm(folder, args.rounds),
             "resize": lambda: resizes(folder),
+            "hosts": lambda: hosts(folder, args.faults),
             "goodput": lambda: goodput(folder, args.goodput_s),
         }
         for name in args.only.split(","):

@@ -108,7 +108,8 @@ def _check_hosts(args: Namespace) -> None:
 
 def _trainer(args: Namespace) -> Callable[..., dict[str, Any]]:
     if args.elastic and (args.agents is not None or args.emulate_hosts is not None):
-        from shoal.elastic.hosts import train_emulated, train_on_hosts
+        from shoal.elastic.emulated import train_emulated
+        from shoal.elastic.hosts import train_on_hosts
 
         least = 1 if args.min_workers is None else args.min_workers
         if args.emulate_hosts is not None:

@@ -30,16 +30,18 @@ class Agent:
     It imports torch and the modules named in ``preload`` once; forked workers have them at no cost. A module that
     starts threads when it is imported does not belong there."""
 
-    def __init__(self, preload: Sequence[str] = ()) -> None:
-        self._preload = tuple(preload)
+    def __init__(self, preload: Sequence[str] = (), *, within: Sequence[str] = ()) -> None:
+        """``within``: a command that runs it in other surroundings, a network namespace say."""
+        self._preload, self._within = tuple(preload), tuple(within)
 
     def __enter__(self) -> Self:
         import cloudpickle
 
         ours, theirs = socket.socketpair()
         with theirs:
+            program = [sys.executable, "-c", "from shoal.comm.agent import main; main()", str(theirs.fileno())]
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "from shoal.comm.agent import main; main()", str(theirs.fileno())],
+                [*self._within, *program],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle

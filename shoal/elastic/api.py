@@ -16,12 +16,10 @@ from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS
 from shoal.errors import ShoalError, UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
-from shoal.run.run import Run
 from shoal.train.able import check_trainable
 from shoal.train.api import PRELOAD as TRAINS
-from shoal.train.api import start_of, tell_failure
+from shoal.train.api import order_of, tell_failure
 from shoal.train.notices import Notice, drains
-from shoal.train.states_choice import settled_states
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,7 +111,6 @@ def train_elastic(
     import cloudpickle
 
     from shoal.elastic.loop import run_elastic
-    from shoal.train.loop import Order
 
     plan = plan or Plan()
     check_elastic(plan, recipe.shards, least)
@@ -125,10 +122,7 @@ def train_elastic(
         check_bounds((autoscale.least, autoscale.most), plan, recipe.shards, least)
     if len(faults) > MOST:
         raise UserError(f"{len(faults)} faults in one run: use at most {MOST}.")
-    folder = Run.find(resume).path if resume is not None else run_dir
-    begins = start_of(start, resume, recipe.steps)
-    plan, told = settled_states(plan, recipe, elastic=True)
-    order = Order(recipe, plan, {**(origins or {}), **told}, folder, resume is not None, model, data, start=begins)
+    order = order_of(recipe, plan, origins, run_dir, resume, start, model, data, elastic=True)
     seen: list[Path] = []
 
     def listen(_: int, event: Any) -> None:

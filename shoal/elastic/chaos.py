@@ -19,6 +19,8 @@ from shoal.train.api import train
 if TYPE_CHECKING:
     from torch import nn
 
+    from shoal.elastic.host_faults import HostFault
+
 APART = 4  # steps from one fault to the next: a lost worker's place should be taken by then
 EVERY = 4  # steps between two evaluations and checkpoints, so that faults can happen in these too
 LEADS = ("evaluating", "saving")  # phases that rank 0 is sure to come to
@@ -160,7 +162,7 @@ def first_difference(before: Sequence[Mapping[str, Any]], after: Sequence[Mappin
     return min(wrong, default=None)
 
 
-def explained(step: int | None, faults: Sequence[Fault], events: Sequence[Mapping[str, Any]]) -> str:
+def explained(step: int | None, faults: "Sequence[Fault | HostFault]", events: Sequence[Mapping[str, Any]]) -> str:
     """Where the difference comes from, as far as the place of the first one tells."""
     if step is None:
         return "every loss is equal and the weights are not: what the last step did to them depends on who did it"

@@ -1,7 +1,7 @@
 """One agent's part of what agents of several hosts decide together: its log, its fleet, and what it still has to say.
 
 Pure: messages and a clock in, messages and instructions out. `shoal.elastic.crew_of_hosts` carries them over sockets
-and does what is decided; `shoal.elastic.councils` runs many of them under drawn faults.
+and does what is decided; `shoal.elastic.hosts_simulation` runs many of them under drawn faults.
 """
 
 import random

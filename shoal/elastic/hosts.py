@@ -1,14 +1,14 @@
-"""What a program calls to train elastically on several hosts: once on each; or several hosts played by this machine."""
+"""What a program calls to train elastically on several hosts: once on each."""
 
 import hashlib
 import json
 import os
 import secrets
-import socket
 import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,10 @@ from shoal.comm.launch import Agent
 from shoal.elastic.api import PRELOAD, check_elastic
 from shoal.elastic.crew_of_hosts import HostsJob
 from shoal.elastic.links import address_of
-from shoal.errors import ShoalError, UserError
+from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
-from shoal.run.run import Run
-from shoal.train.api import start_of
+from shoal.train.api import order_of
 from shoal.train.notices import drains
 
 if TYPE_CHECKING:
@@ -75,69 +74,14 @@ def train_on_hosts(
     addresses = tuple(address_of(text) for text in agents)
     if len(set(addresses)) < len(addresses):
         raise UserError("--agents: an address is there twice.")
-    job = _job(recipe, plan, addresses, run_dir, resume, start, least, dict(origins or {}), model, data)(number, host)
+    asked = (recipe, plan, origins, run_dir, resume, start, model, data)
+    job = jobs(*asked, hosts=len(addresses), least=least)(number, addresses, host)
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew, drains() as stop:
-        result: dict[str, Any] = crew.carry_out(job, 1, listen=_listener(progress), on_start=stop.reach)[0]
+        result: dict[str, Any] = crew.carry_out(job, 1, listen=listener(progress), on_start=stop.reach)[0]
     return result
 
 
-def train_emulated(
-    recipe: Recipe,
-    plan: Plan,
-    *,
-    hosts: int,
-    run_dir: Path | None = None,
-    resume: str | Path | None = None,
-    start: str | None = None,
-    least: int = 1,
-    origins: Mapping[str, str] | None = None,
-    progress: Callable[[Mapping[str, Any]], None] | None = None,
-    model: "Callable[[], nn.Module] | None" = None,
-    data: Any = None,
-) -> dict[str, Any]:
-    """As `train_on_hosts`, with an agent on this machine for each of so many ``hosts``, called host-0, host-1, ...
-
-    An agent may be killed, stopped and thawed to see what happens; the result is that of those who are left."""
-    if not 2 <= hosts <= MOST_HOSTS:
-        raise UserError(f"--emulate-hosts {hosts}: use 2 to {MOST_HOSTS}.")
-    addresses = _free_addresses(hosts)
-    make = _job(recipe, plan, addresses, run_dir, resume, start, least, dict(origins or {}), model, data)
-    listen = _listener(progress)
-    found: dict[int, dict[str, Any]] = {}
-    failures: dict[int, ShoalError] = {}
-    asks: list[Callable[[], None]] = []
-
-    def ask_all() -> None:
-        for ask in asks:
-            with suppress(OSError):  # its agent has ended
-                ask()
-
-    def carry_out(number: int, crew: Agent) -> None:
-        try:
-            found[number] = crew.carry_out(make(number, f"host-{number}"), 1, listen=listen, on_start=asks.append)[0]
-        except ShoalError as error:
-            failures[number] = error
-
-    with ExitStack() as stack, drains() as stop:
-        crews = [stack.enter_context(Agent(PRELOAD)) for _ in range(hosts)]
-        threads = [threading.Thread(target=carry_out, args=each, daemon=True) for each in enumerate(crews)]
-        for thread in threads:
-            thread.start()
-        stop.reach(ask_all)
-        for thread in threads:
-            thread.join()
-    if found:
-        return found[min(found)]
-    raise next((e for e in failures.values() if isinstance(e, UserError)), failures[min(failures)])
-
-
-def _free_addresses(count: int) -> tuple[tuple[str, int], ...]:
-    with ExitStack() as stack:
-        doors = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return tuple(("127.0.0.1", door.getsockname()[1]) for door in doors)
-
-
-def _listener(progress: Callable[[Mapping[str, Any]], None] | None) -> Callable[[int, Any], None]:
+def listener(progress: Callable[[Mapping[str, Any]], None] | None) -> Callable[[int, Any], None]:
     lock = threading.Lock()
 
     def listen(_: int, event: Any) -> None:
@@ -148,35 +92,35 @@ def _listener(progress: Callable[[Mapping[str, Any]], None] | None) -> Callable[
     return listen
 
 
-def _job(
+def jobs(
     recipe: Recipe,
     plan: Plan,
-    addresses: tuple[tuple[str, int], ...],
+    origins: Mapping[str, str] | None,
     run_dir: Path | None,
     resume: str | Path | None,
     start: str | None,
-    least: int,
-    origins: dict[str, str],
     model: "Callable[[], nn.Module] | None",
     data: Any,
-) -> Callable[[int, str], HostsJob]:
-    """What the agent of each host is sent, by its number and name. Raises UserError."""
+    *,
+    hosts: int,
+    least: int,
+) -> Callable[[int, tuple[tuple[str, int], ...], str], HostsJob]:
+    """What the agent of each host is sent, by its number, the addresses of all as it sees them, and its name.
+
+    Raises UserError."""
     import cloudpickle
 
     from shoal.elastic.loop import run_elastic
-    from shoal.train.loop import Order
 
     check_hosts(recipe, plan, least)
-    folder = Run.find(resume).path if resume is not None else run_dir
-    if folder is None:
+    order = order_of(recipe, plan, origins, run_dir, resume, start, model, data, elastic=True)
+    if order.run_dir is None:
         raise UserError("several hosts need to know where the run is: add --run-dir DIR, the same folder on all hosts.")
-    folder = folder.absolute()
-    begins = start_of(start, resume, recipe.steps)
-    order = Order(recipe, plan, origins, folder, resume is not None, model, data, start=begins)
+    order = replace(order, run_dir=(folder := order.run_dir.absolute()))
     token = shared_token(folder)
-    told = [recipe.arithmetic_hash, plan.to_toml(), least, len(addresses), resume is not None, str(begins or "")]
+    told = [recipe.arithmetic_hash, plan.to_toml(), least, hosts, order.resume, str(order.start or "")]
 
-    def make(number: int, host: str) -> HostsJob:
+    def make(number: int, addresses: tuple[tuple[str, int], ...], host: str) -> HostsJob:
         return HostsJob(
             code=cloudpickle.dumps((run_elastic, (order,))),
             threads=recipe.threads,

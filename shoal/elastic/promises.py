@@ -8,6 +8,7 @@ import os
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from shoal.elastic import frames
 from shoal.elastic.consensus import Entry, Keep
@@ -35,20 +36,14 @@ class Promises:
 
     def _read(self, agents: int) -> int:
         """How many bytes of the file are whole lines."""
-        size = 0
-        with open(self._file, "rb", closefd=False) as lines:
-            for number, line in enumerate(lines):
-                text = line[9:-1]
-                if not line.endswith(b"\n") or line[:8] != b"%08x" % zlib.crc32(text):
-                    break
-                found = json.loads(text)
-                if number == 0 and found != [agents]:
-                    raise UserError(f"{str(self.path.parent)!r} is of {found[0]} agents, not of {agents}.")
-                if number:
-                    self.term, self.voted, before, entries = found
-                    self.log[before:] = [frames.read(entry) for entry in entries]
-                size += len(line)
-        return size
+        found = _whole_lines(self.path)
+        for number, (line, _) in enumerate(found):
+            if number == 0 and line != [agents]:
+                raise UserError(f"{str(self.path.parent)!r} is of {line[0]} agents, not of {agents}.")
+            if number:
+                self.term, self.voted, before, entries = line
+                self.log[before:] = [frames.read(entry) for entry in entries]
+        return found[-1][1] if found else 0
 
     def keep(self, keep: Keep) -> None:
         """On disk when this returns. Raises OSError."""
@@ -70,3 +65,25 @@ class Promises:
                 if not list(self.path.parent.glob("*.log")):  # the last one: what all share goes, too
                     (self.path.parent / "token").unlink(missing_ok=True)
                     self.path.parent.rmdir()
+
+
+def kept_lines(path: Path) -> list[Any]:
+    """What an agent has kept, line by line: first how many agents there are, then each change as it was written.
+
+    [] where there is no such file."""
+    try:
+        return [line for line, _ in _whole_lines(path)]
+    except OSError:
+        return []
+
+
+def _whole_lines(path: Path) -> list[tuple[Any, int]]:
+    """Each with the place in the file where it ends."""
+    found, end = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        text = line[9:-1]
+        if not line.endswith(b"\n") or line[:8] != b"%08x" % zlib.crc32(text):
+            break
+        end += len(line)
+        found.append((json.loads(text), end))
+    return found

@@ -50,16 +50,14 @@ def train(
     Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save and return a result with "interrupted", and so does what ``notice`` names;
     the same signal again ends at once.
     Raises UserError for bad input and RunFailed when a worker raised, died or hung."""
-    from shoal.train.loop import Order, run_recipe
+    from shoal.train.loop import run_recipe
 
     joins = launched_workers()
     plan = plan or Plan(mesh={"data": joins or 1})
     plan.owned(recipe.shards)  # refused before anything is spent
     check_trainable(plan, recipe)
-    folder = Run.find(resume).path if resume is not None else run_dir
-    begins = start_of(start, resume, recipe.steps)
-    plan, told = settled_states(plan, recipe, joined=joins is not None, foreign=model is not None)
-    order = Order(recipe, plan, {**(origins or {}), **told}, folder, resume is not None, model, data, start=begins)
+    order = order_of(recipe, plan, origins, run_dir, resume, start, model, data, joined=joins is not None)
+    plan = order.plan
     if plan.splits_model:
         from shoal.train.legality import check_split
 
@@ -94,7 +92,29 @@ def train(
     return result
 
 
-def start_of(start: str | None, resume: str | Path | None, steps: int) -> Path | None:
+def order_of(
+    recipe: Recipe,
+    plan: Plan,
+    origins: Mapping[str, str] | None,
+    run_dir: Path | None,
+    resume: str | Path | None,
+    start: str | None,
+    model: "Callable[[], nn.Module] | None",
+    data: Any,
+    *,
+    elastic: bool = False,
+    joined: bool = False,
+) -> "Order":
+    """What workers are told, from what a caller says: see `train`. Raises UserError where a run is not to be found."""
+    from shoal.train.loop import Order
+
+    folder = Run.find(resume).path if resume is not None else run_dir
+    begins = _start_of(start, resume, recipe.steps)
+    plan, told = settled_states(plan, recipe, elastic=elastic, joined=joined, foreign=model is not None)
+    return Order(recipe, plan, {**(origins or {}), **told}, folder, resume is not None, model, data, start=begins)
+
+
+def _start_of(start: str | None, resume: str | Path | None, steps: int) -> Path | None:
     """The checkpoint that a new run of ``steps`` (0: not known yet) begins with. Raises UserError."""
     if start is None:
         return None

@@ -6,6 +6,7 @@ import pytest
 
 from shoal.elastic.chaos import Survived
 from shoal.elastic.faults import Fault
+from shoal.elastic.host_faults import HostFault
 
 
 def test_train_elastic_calls_the_elastic_library_with_the_minimum(shoal, library):
@@ -62,7 +63,8 @@ def test_train_on_several_hosts_calls_the_library_with_the_addresses_or_plays_th
         calls.append({key: options.get(key) for key in ("agents", "number", "hosts", "least")})
         return {"interrupted": False}
 
-    library("shoal.elastic.hosts", train_on_hosts=noted, train_emulated=noted)
+    library("shoal.elastic.hosts", train_on_hosts=noted)
+    library("shoal.elastic.emulated", train_emulated=noted)
     assert shoal("train", "--elastic", "--workers", "3", "--agents", "a:1,b:2", "--agent", "1", "--json")[0] == 0
     assert shoal("train", "--elastic", "--workers", "3", "--emulate-hosts", "3", "--min-workers", "2", "--json")[0] == 0
     assert calls == [
@@ -134,3 +136,36 @@ def test_chaos_fails_when_a_bit_differs_and_shows_each_fault(shoal, library, equ
     assert ("weights NOT those" in out) == ("the first step that differs is 4" in out) == (not equal)
     code, out, _ = shoal("chaos", "--workers", "2", "--fault", "kill:step=5", "--json")
     assert json.loads(out.splitlines()[-1])["faults"][0]["noticed_s"] == 0.02
+
+
+def test_chaos_over_hosts_calls_the_library_with_faults_of_hosts(shoal, library):
+    asked = []
+
+    def rehearse(recipe, plan, faults, *, hosts, network, steps, **options):
+        asked.append((faults, hosts, network, steps))
+        told = {"steps": 12, "workers": 3, "hosts": 3, "goodput": 0.9, "notes": []}
+        return {"ok": True, "bits_equal": True, "told_once": True, **told, "faults": []}
+
+    library("shoal.elastic.chaos_hosts", rehearse_hosts=rehearse)
+    how = ("chaos", "--workers", "3", "--emulate-hosts", "3")
+    code, out, _ = shoal(*how, "--fault", "cut-in:host=1", "--network", "namespaces", "--steps", "50")
+    assert code == 0
+    assert asked == [([HostFault("cut-in", 1)], 3, "namespaces", 50)]
+    assert "3 workers of 3 hosts" in out
+    assert shoal(*how, "--kinds", "delay")[0] == 0
+    assert asked[1] == ([HostFault("delay", 0)], 3, "relay", 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--network", "relay"], "add --emulate-hosts 3"),
+        (["--emulate-hosts", "3", "--phases", "forward"], "leave it out with --emulate-hosts"),
+        (["--emulate-hosts", "3", "--kinds", "kill"], "did you mean 'kill-host'"),
+        (["--emulate-hosts", "3", "--fault", "kill:rank=1,step=5"], "did you mean 'kill-host'"),
+    ],
+)
+def test_faults_of_workers_and_of_hosts_are_not_mixed(shoal, flags, said):
+    code, _, err = shoal("chaos", "--workers", "3", *flags)
+    assert code == 2
+    assert said in err

@@ -12,7 +12,8 @@ from train.test_processes import until
 from shoal.comm.launch import Agent
 from shoal.elastic import roster
 from shoal.elastic.api import PRELOAD
-from shoal.elastic.hosts import _free_addresses, train_on_hosts
+from shoal.elastic.hosts import train_on_hosts
+from shoal.elastic.network import free_addresses
 from shoal.errors import RunFailed
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
@@ -27,7 +28,7 @@ class Hosts:
     def __init__(self, folder: Path, run: Recipe, data: Any, plan: Plan | None = None, hosts: int = HOSTS) -> None:
         self.folder, self.recipe, self.data = folder, run, data
         self.plan = plan or Plan(mesh={"data": hosts}, device="cpu")
-        self.addresses = [f"{host}:{port}" for host, port in _free_addresses(hosts)]
+        self.addresses = [f"{host}:{port}" for host, port in free_addresses(hosts)]
         self.agents: dict[int, Agent] = {}
         self.threads: list[threading.Thread] = []
         self.results: dict[int, dict[str, Any]] = {}

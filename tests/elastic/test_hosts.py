@@ -11,7 +11,8 @@ import pytest
 from elastic.agents_here import HOSTS, Hosts, alive
 from train.tiny_runs import recipe, splits
 
-from shoal.elastic.hosts import train_emulated, train_on_hosts
+from shoal.elastic.emulated import train_emulated
+from shoal.elastic.hosts import train_on_hosts
 from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Reporting

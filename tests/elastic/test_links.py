@@ -13,8 +13,9 @@ from shoal.elastic import fleet as f
 from shoal.elastic import frames, links
 from shoal.elastic import membership as m
 from shoal.elastic.council import Propose
-from shoal.elastic.hosts import _free_addresses, shared_token
+from shoal.elastic.hosts import shared_token
 from shoal.elastic.links import Differs, Heard, Linked, Links, NotLinked, Pair, Refused
+from shoal.elastic.network import free_addresses
 from shoal.elastic.promises import Promises
 from shoal.errors import UserError
 
@@ -35,7 +36,7 @@ def made() -> Iterator[Callable[..., list[Links]]]:
     def make(
         *, tokens: tuple[bytes, bytes] = (b"same", b"same"), jobs: tuple[str, str] = ("job", "job")
     ) -> list[Links]:
-        addresses = _free_addresses(2)
+        addresses = free_addresses(2)
         opened.extend(Links(n, addresses, tokens[n], jobs[n]) for n in range(2))
         return opened
 

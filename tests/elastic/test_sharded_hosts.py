@@ -28,7 +28,7 @@ def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
 
 RUNS: list[Any] = [
     pytest.param(("zero1", "resnet", 3), marks=pytest.mark.soak),
-    pytest.param(("zero2", "gpt", 6), marks=pytest.mark.slow),
+    pytest.param(("zero2", "gpt", 6), marks=pytest.mark.soak),
     pytest.param(("zero3", "gpt", 3), marks=pytest.mark.slow),
 ]
 
