@@ -4,10 +4,15 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from shoal.comm.launch import Agent
 
 # The gate gives the same verdict on the same change; the search for new examples goes on wherever people run the tests.
 settings.register_profile("gate", derandomize=True)
@@ -20,6 +25,20 @@ if "SHOAL_CACHE" not in os.environ:  # tests leave nothing in the home folder; p
     atexit.register(shutil.rmtree, os.environ["SHOAL_CACHE"], ignore_errors=True)
 # Compiled code is named by a hash of its sources, so that it may be shared by all test runs.
 os.environ.setdefault("SHOAL_NATIVE_CACHE", str(Path(__file__).parents[1] / "build" / "native"))
+
+
+@pytest.fixture(scope="session")
+def agent() -> "Iterator[Agent]":
+    """One agent for all tests of a session: a group of workers then costs a fork.
+
+    What workers use is imported once, in it: otherwise each of them would import it anew, and torch._dynamo alone,
+    which comes with the first optimiser or recorded model, takes more than a second."""
+    from shoal.comm.launch import Agent
+    from shoal.elastic.api import PRELOAD  # brings torch, for which the number of threads above is set
+
+    with Agent((*PRELOAD, "shoal.prove.trial", "torch.distributed.fsdp", "torch.distributed.tensor")) as agent:
+        agent.run(id, workers=1)  # it has imported everything, and has no file of a module open any more
+        yield agent
 
 
 @pytest.fixture(scope="session")

@@ -89,8 +89,8 @@ class SwappedMicroBatch:
     def plant(self):
         work = Worker._work
 
-        def swapped(worker, ledger, first, last):
-            found = list(work(worker, ledger, first, last))
+        def swapped(worker, ledger, first, last, shards):
+            found = list(work(worker, ledger, first, last, shards))
             at = [
                 i
                 for i, ((step, _, _), _, _) in enumerate(found)

@@ -53,8 +53,8 @@ class Skipped:
     def plant(self):
         work = Worker._work
 
-        def skipping(worker, ledger, first, last):
-            for (step, shard, micro), ids, epoch in work(worker, ledger, first, last):
+        def skipping(worker, ledger, first, last, shards):
+            for (step, shard, micro), ids, epoch in work(worker, ledger, first, last, shards):
                 if (worker.rank, step, shard) == (RANK, STEP - 1, worker.shards[-1]):
                     ids = ids.copy()
                     if self.instead is None:

@@ -1,6 +1,6 @@
-"""One agent for all tests of a session: a group of workers then costs a fork."""
+"""Groups of workers in the agent of the session."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
@@ -8,12 +8,6 @@ import pytest
 import torchrun_workers
 
 from shoal.comm.launch import Agent
-
-
-@pytest.fixture(scope="session")
-def agent() -> Iterator[Agent]:
-    with Agent() as agent:
-        yield agent
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def draw(initial: Initial, seed: int, name: str, shape: Sequence[int], kept: Kep
     """The first values of a tensor of this name and whole ``shape``, float32; of those places alone that are kept."""
     kept = kept or {}
     sizes = [sum(b - a for a, b in kept[dim]) if dim in kept else size for dim, size in enumerate(shape)]
-    out = torch.empty(sizes)
+    out = torch.empty(sizes, device="cpu")  # whatever the default is: a factory may be asked for its outline
     if isinstance(initial, Constant):
         return out.fill_(initial.value)
     if out.numel():

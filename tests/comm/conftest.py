@@ -1,5 +1,5 @@
 """Workers of one agent for all tests of this folder."""
 
-from worker_fixtures import agent, on_group, on_workers, under_torchrun
+from worker_fixtures import on_group, on_workers, under_torchrun
 
-__all__ = ["agent", "on_group", "on_workers", "under_torchrun"]
+__all__ = ["on_group", "on_workers", "under_torchrun"]

@@ -1,4 +1,4 @@
-"""One agent for all runs of a session, and runs that can be compared with an undisturbed one."""
+"""Elastic runs in the agent of the session, and runs that can be compared with an undisturbed one."""
 
 import os
 import re
@@ -11,19 +11,13 @@ import pytest
 from train import tiny_runs
 
 from shoal.comm.launch import Agent
-from shoal.elastic.api import PRELOAD, train_elastic
+from shoal.elastic.api import train_elastic
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
 from shoal.train.api import train
 
-
-@pytest.fixture(scope="session")
-def agent() -> Iterator[Agent]:
-    cloudpickle.register_pickle_by_value(tiny_runs)
-    with Agent(PRELOAD) as agent:
-        agent.run(id, workers=1)  # it has imported everything, and has no file of a module open any more
-        yield agent
+cloudpickle.register_pickle_by_value(tiny_runs)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """Workers of one agent for all tests of this folder."""
 
-from worker_fixtures import agent, on_workers
+from worker_fixtures import on_workers
 
-__all__ = ["agent", "on_workers"]
+__all__ = ["on_workers"]

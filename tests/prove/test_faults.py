@@ -17,15 +17,8 @@ from eight_faults import (
 from planted_faults import Factory
 from prove_subjects import RECIPES, data_of
 
-from shoal.comm.launch import Agent
-from shoal.prove.api import PRELOAD, prove
+from shoal.prove.api import prove
 from shoal.recipe.plan import Plan
-
-
-@pytest.fixture(scope="module")
-def agent():
-    with Agent(PRELOAD) as running:
-        yield running
 
 
 def over(rules=None, **mesh):

@@ -11,9 +11,8 @@ from planted_faults import STEP, Crash, Doubled, Factory, Forgotten, Skipped, To
 from prove_subjects import RECIPES, OneLayer, SometimesUsed, data_of, halves
 
 from shoal.cli.main import main
-from shoal.comm.launch import Agent
 from shoal.errors import UserError
-from shoal.prove.api import PRELOAD, prove
+from shoal.prove.api import prove
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import ModelSpec, OptimizerSpec, Recipe
 
@@ -29,12 +28,6 @@ def _apart(monkeypatch, tmp_path):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def agent():
-    with Agent(PRELOAD) as running:
-        yield running
 
 
 @pytest.fixture

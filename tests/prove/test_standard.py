@@ -8,19 +8,12 @@ import pytest
 from prove_subjects import RECIPES, SAMPLES, data_of
 
 from shoal.cli.main import main
-from shoal.comm.launch import Agent
 from shoal.errors import UserError
 from shoal.parallel.schedules.registry import MAKERS
-from shoal.prove.api import PRELOAD, check, fitting, prove, prove_standard
+from shoal.prove.api import check, fitting, prove, prove_standard
 from shoal.prove.plans import FAMILIES, families, label, of_families
 from shoal.prove.standard import KINDS, standard
 from shoal.recipe.plan import Plan
-
-
-@pytest.fixture(scope="module")
-def agent():
-    with Agent(PRELOAD) as running:
-        yield running
 
 
 def test_the_list_has_every_kind_of_model_and_of_plan():

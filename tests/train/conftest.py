@@ -1,6 +1,6 @@
-"""One agent for all runs of a session: a group of workers then costs a fork."""
+"""Runs in the agent of the session: a group of workers then costs a fork."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,9 @@ from train import tiny_runs
 from shoal.comm.launch import Agent
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
-from shoal.train.api import PRELOAD, train
+from shoal.train.api import train
 
-
-@pytest.fixture(scope="session")
-def agent() -> Iterator[Agent]:
-    cloudpickle.register_pickle_by_value(tiny_runs)
-    with Agent(PRELOAD) as agent:
-        yield agent
+cloudpickle.register_pickle_by_value(tiny_runs)
 
 
 @pytest.fixture

@@ -1,21 +1,12 @@
 """Groups of torch.distributed over gloo, in workers that cost a fork each."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import pytest
-
-from shoal.comm.launch import Agent
-
-
-@pytest.fixture(scope="session")
-def agent() -> Iterator[Agent]:
-    """What DDP and FSDP2 import on first use, workers have already: seconds, each time."""
-    with Agent(("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "shoal.train.loop")) as agent:
-        yield agent
 
 
 def _joined(group: Any, kind: str, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
