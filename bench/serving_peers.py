@@ -177,11 +177,13 @@ def measure(dtype: str, folder: Path, cwd: Path, args: argparse.Namespace, there
             stack.callback(peer.close)
         shares: dict[str, list[dict]] = {name: [] for name in arms}
         for name in turns(list(arms), args.rounds):
-            bare = control.run(args.seconds, BATCH)["a_second"]
+            bare = control.run(args.seconds, BATCH)
             told = load(arms[name], body, args.seconds)
-            shares[name].append({**told, "bare_a_second": bare, "share": told["ok_a_second"] / bare})
+            share, over = told["ok_a_second"] / bare["a_second"], told["cpu_ms"] - bare["cpu_ms"]
+            shares[name].append({**told, "bare": bare, "share": share, "cpu_ms_over_bare": over})
     return {
-        name: {key: statistics.median(one[key] for one in found) for key in found[0]} | {"rounds": found}
+        name: {key: statistics.median(one[key] for one in found) for key in found[0] if key != "bare"}
+        | {"rounds": found}
         for name, found in shares.items()
     }
 
@@ -239,7 +241,8 @@ def main() -> None:
             for name, found in told[dtype].items():
                 print(
                     f"{dtype} {name}: {found['ok_a_second']:.0f}/s, {found['share']:.0%} of bare, p50/p99 "
-                    f"{found['p50_ms']:.0f}/{found['p99_ms']:.0f} ms, {found['cpu_ms']:.2f} CPU ms a request",
+                    f"{found['p50_ms']:.0f}/{found['p99_ms']:.0f} ms, {found['cpu_ms']:.2f} CPU ms a request, "
+                    f"{found['cpu_ms_over_bare']:.2f} of it beyond the bare forward",
                     flush=True,
                 )
     told["load_after"] = os.getloadavg()[0]
