@@ -14,7 +14,7 @@ class Options:
     cache_bytes: int = 0  # for keys and values; 0: as much as ``running`` sequences of the whole context, at most 1 GiB
     running: int = 64  # sequences that hold cache at a time
     prompt_rows: int = 512  # tokens of prompts in a step where nobody waits for a next token
-    stretch: float = 1.4  # a step with prompts takes at most so many times as long as one without
+    stretch: float = 1.45  # a step with prompts takes at most so many times as long as one without
     precision: Literal["float32", "bfloat16"] = "float32"  # of the weights; sums are float32
     kernels: Literal["auto", "native", "torch"] = "auto"  # auto: native where the C++ parts are there and on a CPU
     threads: int = 1

@@ -15,7 +15,7 @@ class Pace:
 
     of_step: float  # whatever the rows: reading the weights
     of_decode: float  # a row whose logits are wanted
-    stretch: float = 1.4  # a step with prompts takes at most so many times as long as it would without
+    stretch: float = 1.45  # a step with prompts takes at most so many times as long as it would without
     most: int = 512  # rows of prompts in a step where nobody waits for a next token
 
     def prompt_rows(self, decodes: int) -> int:

@@ -228,25 +228,29 @@ class Scheduler:
         return True
 
     def _share_out(self, prompts: Sequence[Stream], allowed: int) -> list[Slice]:
-        """Rows for prompts: half for the first in the order, so that each gets its turn, and the others' by length, so
-        that short ones do not wait for a long one's end. What nobody else takes is the first's too.
+        """Rows for prompts, the one that needs the fewest first, so that short ones do not wait for a long one's end; a
+        quarter is kept for the first in the order, so that each gets its turn. What nobody else takes is the first's.
 
-        Who would compute the same block as somebody before it waits for it instead, and finds it in the next step."""
-        first = prompts[0]
+        Who would compute the same block as somebody before it waits for it instead, and finds it in a later step."""
+        for stream in prompts:
+            self._catch_up(stream)
+        left = {stream: len(stream.tokens) - stream.computed for stream in prompts}
+        first, room = prompts[0], allowed
+        kept = min(-(-allowed // 4), left[first])
         coming: set[bytes] = set()
         taken: dict[Stream, int] = {}
-        room = allowed if len(prompts) == 1 else -(-allowed // 2)
-        for stream in [first, *sorted(prompts[1:], key=lambda each: len(each.tokens) - each.computed)]:
-            self._catch_up(stream)
+        for stream in sorted(prompts, key=left.__getitem__):
+            kept = 0 if stream is first else kept
             ahead = stream.computed // BLOCK
             if ahead < len(stream.keys) and stream.keys[ahead] in coming:
                 continue
-            rows = min(len(stream.tokens) - stream.computed, room)
-            room = allowed - rows if stream is first else room - rows
+            rows = min(left[stream], room - kept)
             if rows:
                 taken[stream] = rows
-                coming.update(stream.keys[ahead : (stream.computed + rows) // BLOCK])
-        taken[first] += min(len(first.tokens) - first.computed - taken[first], room)
+                room -= rows
+                coming.update(stream.keys[ahead : -(-(stream.computed + rows) // BLOCK)])
+        if first in taken:
+            taken[first] += min(left[first] - taken[first], room)
         return [
             Slice(stream, stream.computed, rows, int(stream.computed + rows == len(stream.tokens)))
             for stream, rows in taken.items()

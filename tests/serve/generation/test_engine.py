@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 from serve.generation.tiny_gpt import prompts, tiny_gpt
+from torch import nn
 
 from shoal.errors import UserError
-from shoal.models.moe import MoE, MoEConfig
 from shoal.serve.engine import Begun, Failed, Figures, Item, Request, Result
 from shoal.serve.generation.engine import open_engine, prepare
 from shoal.serve.generation.messages import Ask, Outcome, Piece
@@ -245,8 +245,8 @@ def test_a_draft_that_is_not_there_is_found_before_the_fork():
 
 
 def test_a_model_that_is_no_gpt_and_an_option_that_is_none_are_refused_by_name():
-    with pytest.raises(UserError, match="not by a MoE"):
-        Told(MoE(MoEConfig(layers=1, heads=1, width=8, context=8, vocab=8)))
+    with pytest.raises(UserError, match="not by a Linear"):
+        Told(nn.Linear(2, 2))
     with pytest.raises(UserError, match="did you mean 'cache_bytes'"):
         options_from({"cache_byte": 1})
     with pytest.raises(UserError, match="precision"):

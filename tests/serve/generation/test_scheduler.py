@@ -170,7 +170,7 @@ def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one_which_goes_on_to
     for _ in range(6):
         simulation.step()
     assert {(number, 0) for number in range(5, 8)} <= set(simulation.ended)
-    assert long.computed - begun >= 6 * pace.prompt_rows(4) // 2
+    assert long.computed - begun >= 6 * -(-pace.prompt_rows(4) // 4)
 
 
 def test_a_fork_shares_full_blocks_and_copies_the_rest_of_the_last():
