@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.comm.tensors import Collectives
 from shoal.models.dropout import Dropout
@@ -66,10 +66,17 @@ def cut_tensors(model: nn.Module, splits: Mapping[str, Split], rank: int) -> Non
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         split = splits.get(name)
         if split is not None and tensor.shape[split.dim] == split.full:
-            part = split.take(tensor, rank).clone(memory_format=torch.contiguous_format)
+            part = _part(tensor, split, rank)
             # Autograd may have met the whole tensor and remember its shape; it forgets at a change of type.
             tensor.data = part.new_empty(0, dtype=torch.float16 if part.dtype == torch.float32 else torch.float32)
             tensor.data = part
+
+
+def _part(tensor: Tensor, split: Split, rank: int) -> Tensor:
+    if tensor.is_meta:  # a shape; `torch.cat` would import torch's compiler to find it
+        shape = [split.sizes[rank] if dim == split.dim else size for dim, size in enumerate(tensor.shape)]
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+    return split.take(tensor, rank).clone(memory_format=torch.contiguous_format)
 
 
 def _learn_first(model: nn.Module, slices: Slices) -> None:
