@@ -53,12 +53,12 @@ class DealtPlacement(Placement):
     def _accumulation(self, passes: tuple[int, ...]) -> Accumulation:
         return accumulation_of(nodes_of(self.leaves, passes), passes, len(self.kept))
 
-    def _operands(self, passes: Sequence[int]) -> list[list[Node]]:
+    def operands(self, passes: Sequence[int]) -> list[list[Node]]:
         both = zip(self._brings, self._computes, strict=True)
         return [[*brought, *nodes_of(leaves, passes)] for brought, leaves in both]
 
     def partials(self, passes: Sequence[int]) -> list[int]:
-        return [len(nodes) for nodes in self._operands(passes)]
+        return [len(nodes) for nodes in self.operands(passes)]
 
     def _adds(self, passes: tuple[int, ...]) -> list[Add]:
-        return completion_of([node for nodes in self._operands(passes) for node in nodes], passes)
+        return completion_of([node for nodes in self.operands(passes) for node in nodes], passes)

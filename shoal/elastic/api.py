@@ -102,11 +102,11 @@ def train_elastic(
 ) -> dict[str, Any]:
     """As `shoal.train`, with workers of this host that may be lost, added and taken away while it runs.
 
-    The weights are those of an undisturbed run, to the bit. A lost worker costs the step in flight; its place is taken
-    by a new one. Below ``least`` workers the run waits, with its state in memory. With ``rebalance`` shards move from
-    slow workers to others; without, slow ones are only named in the log. With ``autoscale``, a policy or the fewest and
-    the most workers for the usual one, their number follows what steps take: see `shoal.elastic.autoscale`.
-    ``faults`` happen to its workers on purpose: see `shoal.elastic.chaos`.
+    The weights are those of an undisturbed run, to the bit. A lost worker costs its shards of the step in flight, in
+    plans that keep the others'; its place is taken by a new one. Below ``least`` workers the run waits, with its state
+    in memory. With ``rebalance`` shards move from slow workers to others; without, slow ones are only named in the log.
+    With ``autoscale``, a policy or the fewest and the most workers for the usual one, their number follows what steps
+    take: see `shoal.elastic.autoscale`. ``faults`` happen to its workers on purpose: see `shoal.elastic.chaos`.
     Raises UserError for bad input and RunFailed when a worker raised, or when workers are lost again and again."""
     import cloudpickle
 

@@ -1,23 +1,26 @@
 """The decider under faults that a seed draws: a virtual clock, and workers that can die between any two of their words.
 
-A simulated worker does what a real one does, word by word: it posts its share of a step to every other one, waits for
-theirs, says that it is done, waits until all are, and updates. Each word leaves at a moment of its own and takes a time
-of its own; words between two workers keep their order, and a worker that dies has reached some of the others and not
-the rest. What a worker holds is the list of the steps that it has applied, each with the shards that went in: a step
-that was applied twice, or left out, or made of a shard twice, shows at once.
+A simulated worker does what a real one does, word by word: it offers what it has kept of a step that was cut short,
+computes its shards, posts them to every other one, waits for theirs, says that it is done, and updates when all are.
+Each word leaves at a moment of its own and takes a time of its own; words between two workers keep their order, and a
+worker that dies has reached some of the others and not the rest. What a worker holds is the list of the steps that it
+has applied, each with the shards that went in: one that was applied twice, or made of a shard twice, shows at once.
 """
 
 import heapq
 import random
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import NamedTuple
 
+from shoal.comm.dealt import DealtPlacement, deal
+from shoal.comm.exchange import Placement
+from shoal.comm.tree import Node
 from shoal.elastic import membership as m
-from shoal.elastic.pace import evenly
+from shoal.elastic.simulated_sums import Memory, Part, usual
+from shoal.elastic.simulated_worker import Applied, SimWorker, Word
 
 SENDING_S = (0.0, 0.0005)  # from the decision to say something to the moment when a word leaves
 WORD_S = (0.0001, 0.003)  # how long it is on its way
@@ -28,44 +31,9 @@ HANG_NOTICE_S = 2.0
 STOPPED_LOOK_S = 0.05  # how often a stopped worker's next move is tried again
 GIVES_UP_S = 300.0  # of virtual time without an end: the decider is stuck
 
-Applied = tuple[int, tuple[int, ...]]  # a step, and the shards that it was made of
-
 
 class Wrong(AssertionError):
     """An invariant does not hold; the message ends with the seed."""
-
-
-class Word(NamedTuple):
-    epoch: int
-    step: int
-    rank: int
-    what: str  # post, done
-    changes: bool
-
-
-@dataclass
-class SimWorker:
-    seat: int
-    state: list[Applied] | None = None
-    epoch: int = 0  # 0: in none
-    joined: int = 0  # the newest epoch that it has been in
-    form: m.Form | None = None
-    rank: int = -1
-    alive: bool = True
-    died_s: float = float("inf")
-    stopped: bool = False  # by a signal: it does nothing, and may be thawed
-    posts: set[int] = field(default_factory=set)  # ranks whose share of the step under way has come
-    dones: set[int] = field(default_factory=set)
-    early: list[Word] = field(default_factory=list)  # for a step or an epoch that it has not come to
-    widowed: set[int] = field(default_factory=set)  # epochs that another member has left
-    posted: bool = False
-    reduced: bool = False
-    changes: bool = False  # it saw, when it began the step, that others are to go on after it
-    change_seen: bool = False  # some worker did: all go by that
-
-    @property
-    def step(self) -> int:
-        return m.FRESH if self.state is None else len(self.state)
 
 
 @dataclass(frozen=True)
@@ -75,10 +43,13 @@ class Outcome:
     epochs: int
     lost: int
     seconds: float  # of virtual time
+    kept: int = 0  # shards of lost steps that were not computed again
 
 
 class Simulation:
     """One run under one schedule of faults. ``run`` raises Wrong when an invariant does not hold."""
+
+    by_shards = True  # a worker may be interrupted after each of its shards
 
     def __init__(self, seed: int, *, workers: int = 4, shards: int = 8, steps: int = 40) -> None:
         self.seed, self.shards, self.steps = seed, shards, steps
@@ -89,6 +60,9 @@ class Simulation:
         self.log: list[tuple[int, int]] = []  # (step, epoch), as told by the rank 0 of that epoch
         self.disk: list[Applied] = []  # the newest checkpoint
         self.epochs: list[int] = []
+        self.passes = (1,) * shards
+        self.memories: dict[int, Memory] = defaultdict(Memory)  # by epoch
+        self.kept = 0  # shards that were not computed again
         self.broken = self.asked = False
         self.ended = ""
         self.lost = 0
@@ -104,7 +78,7 @@ class Simulation:
                 self._wrong(f"nothing happens any more: {self.membership}")
             self._next()
         self._check_log()
-        return Outcome(self.seed, self.ended, len(self.epochs), self.lost, self.now)
+        return Outcome(self.seed, self.ended, len(self.epochs), self.lost, self.now, self.kept)
 
     def _next(self) -> None:
         self.now, _, act = heapq.heappop(self._queue)
@@ -275,9 +249,31 @@ class Simulation:
         if form.epoch in worker.widowed:
             self._leave(worker)
         else:
-            self._begin_step(worker)
+            self._offer(worker)
 
-    def _begin_step(self, worker: SimWorker) -> None:
+    def _kept(self, part: Part) -> list[Node]:
+        """What a survivor brings to the step."""
+        return part.kept()
+
+    def _offer(self, worker: SimWorker) -> None:
+        part, nodes = worker.part, []
+        if part is not None and part.step == worker.step:
+            nodes = self._kept(part)
+            if part.torn() & set(nodes):
+                self._wrong(f"seat {worker.seat} keeps sums of step {worker.step + 1} that others have added to")
+        worker.offering, worker.offers = True, {worker.rank: tuple(nodes)}
+        self._say(worker, "offer", tuple(nodes))
+        self._hear_early(worker)
+
+    def _hear_early(self, worker: SimWorker) -> None:
+        early, worker.early = worker.early, []
+        for word in early:
+            self._hear(worker.seat, word)
+
+    def _begin_step(self, worker: SimWorker, dealt: Placement | None = None) -> None:
+        assert worker.form is not None
+        placement = dealt or usual(len(worker.form.seats), worker.rank, self.shards)
+        worker.offering, worker.part = False, Part(worker.step, placement, self.memories[worker.epoch], self.passes)
         worker.posts, worker.dones = {worker.rank}, {worker.rank}
         worker.posted = worker.reduced = False
         worker.changes = worker.change_seen = self._asked_of(worker)
@@ -285,10 +281,14 @@ class Simulation:
             worker.posted = worker.reduced = True
             self._say(worker, "done")
         else:
-            self._in(COMPUTE_S, partial(self._computed, worker, worker.epoch, worker.step))
-        early, worker.early = worker.early, []
-        for word in early:
-            self._hear(worker.seat, word)
+            self._compute(worker)
+        self._hear_early(worker)
+
+    def _compute(self, worker: SimWorker) -> None:
+        """The next shard; afterwards it looks at what others say."""
+        assert worker.part is not None
+        takes = self.random.uniform(*COMPUTE_S) / (max(1, len(worker.part.placement.leaves)) if self.by_shards else 1)
+        self._at(takes, partial(self._computed, worker, worker.epoch, worker.step))
 
     def _computed(self, worker: SimWorker, epoch: int, step: int) -> None:
         if not worker.alive or (worker.epoch, worker.step) != (epoch, step):
@@ -296,13 +296,21 @@ class Simulation:
         if worker.stopped:
             self._at(STOPPED_LOOK_S, partial(self._computed, worker, epoch, step))
             return
+        part = worker.part
+        assert part is not None
+        part.done = min(part.done + 1, len(part.placement.leaves)) if self.by_shards else len(part.placement.leaves)
+        if part.done < len(part.placement.leaves):
+            self._compute(worker)
+            self._progress(worker)
+            return
         worker.posted = True
+        part.post()
         self._say(worker, "post")
 
-    def _say(self, worker: SimWorker, what: str) -> None:
+    def _say(self, worker: SimWorker, what: str, nodes: tuple[Node, ...] = ()) -> None:
         """To all others of the epoch; a death in between reaches some of them only."""
         assert worker.form is not None
-        word = Word(worker.epoch, worker.step, worker.rank, what, worker.changes)
+        word = Word(worker.epoch, worker.step, worker.rank, what, worker.changes, nodes)
         for seat in worker.form.seats:
             if seat != worker.seat:
                 sent = self.now + self.random.uniform(*SENDING_S)
@@ -322,7 +330,11 @@ class Simulation:
         worker = self.workers.get(seat)
         if worker is None or not worker.alive:
             return
-        if (word.epoch, word.step) == (worker.epoch, worker.step):
+        here = (word.epoch, word.step) == (worker.epoch, worker.step)
+        if here and word.what == "offer":
+            worker.offers[word.rank] = word.nodes
+            self._progress(worker)
+        elif here and not worker.offering:
             (worker.posts if word.what == "post" else worker.dones).add(word.rank)
             worker.change_seen |= word.changes and word.what == "post"
             self._progress(worker)
@@ -352,9 +364,21 @@ class Simulation:
             self._commit(worker)
         elif self._complete(worker) or self._broken_for(worker):
             self._leave(worker)
+        elif worker.offering and len(worker.offers) == len(worker.form.seats):
+            self._deal(worker)
         elif worker.posted and not worker.reduced and worker.posts == set(range(len(worker.form.seats))):
             worker.reduced = True
+            if worker.part is not None:
+                worker.part.memory.reduced.add(worker.step)
             self._say(worker, "done")
+
+    def _deal(self, worker: SimWorker) -> None:
+        """What nobody has kept is computed, by all evenly."""
+        brings, computes = deal([worker.offers[rank] for rank in sorted(worker.offers)], self.passes)
+        if worker.rank == 0:
+            self.kept += self.shards - sum(map(len, computes))
+        whole = brings[0] or computes[0]
+        self._begin_step(worker, DealtPlacement(brings, computes, worker.rank) if any(brings) and whole else None)
 
     def _commit(self, worker: SimWorker) -> None:
         assert worker.form is not None
@@ -363,10 +387,8 @@ class Simulation:
             self._finish(worker)
             return
         step = worker.step + 1
-        shards: list[int] = []
-        for size in evenly(len(worker.form.seats), self.shards):
-            shards += range(len(shards), len(shards) + size)
-        worker.state.append((step, tuple(shards)))
+        assert worker.part is not None
+        worker.state.append((step, worker.part.shards()))
         if worker.rank == 0:
             if step > max((s for s, _ in self.log), default=0):
                 self.log.append((step, worker.epoch))

@@ -53,6 +53,11 @@ def train(
     from shoal.train.loop import run_recipe
 
     joins = launched_workers()
+    if joins is not None and notice is not None:
+        raise UserError(
+            "--notice and --grace are carried out by the launcher of shoal's own workers, and torchrun is another one: "
+            "leave them out, or start the run without torchrun."
+        )
     plan = plan or Plan(mesh={"data": joins or 1})
     plan.owned(recipe.shards)  # refused before anything is spent
     check_trainable(plan, recipe)

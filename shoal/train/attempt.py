@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shoal.train import checkpoint
+from shoal.train.at_rest import Corrupt
 from shoal.train.checksum import Diverged
 from shoal.train.not_finite import NotFinite
 from shoal.train.step import Step
@@ -23,6 +24,11 @@ def carried_out(step: Step, once: Callable[[], None], worker: Worker, saved: Pat
         once()
     except Diverged as found:
         _doubt(found, worker, saved)
+        raise
+    except Corrupt:  # nobody else knows: what this worker has saved since its last update may hold it
+        if worker.rank == 0:
+            worker.close()
+            set_aside(saved, worker.step)
         raise
     except NotFinite as first:
         if not step.redoes:

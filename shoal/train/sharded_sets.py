@@ -1,9 +1,11 @@
 """Sharded states of all sets of gradients that a worker has: of a model, of each chunk of a pipeline, of experts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
 
 from shoal.comm.group import HostGroup
 from shoal.comm.shared_weights import SharedWeights
@@ -11,6 +13,7 @@ from shoal.comm.sliced_heap import SlicedHeapExchange
 from shoal.comm.slices import pieces_of
 from shoal.data.ledger import Ledger
 from shoal.parallel.held import Held, Share
+from shoal.train.at_rest import StatesAtRest
 from shoal.train.figures import StepFigures
 from shoal.train.gradients import Gradients
 from shoal.train.sharded_states import Sharded, sharing_of
@@ -65,6 +68,10 @@ class ShardedSets(Everywhere):
             for each in self.sets:
                 each.note_versions()
         self._told.append((number, figures, {}))
+
+    def states_of(self, trained: Mapping[str, nn.Parameter]) -> Callable[[], StatesAtRest]:
+        found = [each.states_of(trained) for each in self.sets]
+        return lambda: chain.from_iterable(states() for states in found)
 
     def held_bytes(self) -> dict[str, int]:
         """See `Sharded`: of all sets together."""

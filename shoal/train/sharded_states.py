@@ -4,7 +4,7 @@ docs/sharded_states.md says what each stage holds where. The bits are those of e
 optimisers that are allowed here treat each element by itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -20,6 +20,7 @@ from shoal.data.ledger import Ledger
 from shoal.errors import UserError
 from shoal.memory.optimizer_need import state_bytes
 from shoal.recipe.plan import Plan
+from shoal.train.at_rest import StatesAtRest
 from shoal.train.figures import StepFigures
 from shoal.train.gradients import Gradients
 from shoal.train.state_gathering import State, cut
@@ -156,6 +157,11 @@ class Sharded(Everywhere):
         """Of the states that the user's optimiser holds of these parameters."""
         for parameter in self.gradients.parameters:
             self.optimizer.state.pop(parameter, None)
+
+    def states_of(self, trained: Mapping[str, nn.Parameter]) -> Callable[[], StatesAtRest]:
+        """Of the own pieces, by the names of their parameters."""
+        names = [self.gradients.names[piece.slot] for piece in self.pieces]
+        return lambda: zip(names, self.own_states(), strict=True)
 
     def own_states(self) -> list[State]:
         """Of the own pieces, in their order."""

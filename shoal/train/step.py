@@ -236,10 +236,12 @@ class Step:
         trusted = not writes_gradients(self._update.optimizer)
         self.figures = figures = self._reduction.finish()
         self._check(figures)
+        self._update.rest.check(self._crew.group.rank, self.number)
         self._reduction.hang(figures.norm, self._crew.clip, keep_gradients=trusted)
         self._lap("exchange")
         self._report(Phase.updating)
         self._update.step(self.number, figures)
+        self._update.rest.keep(self.number)
         if self._alike and self._crew.group.world == 2:
             self._reduction.first.remember()
         if wait:

@@ -5,7 +5,7 @@ docs/parameter_server.md says what each scheme promises. `Worker` holds one `Upd
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from shoal.errors import UserError
 from shoal.parallel.held import Held
 from shoal.parallel.pipeline.engine import Pipeline
 from shoal.recipe.plan import Plan
+from shoal.train.at_rest import AtRest, StatesAtRest
 from shoal.train.figures import StepFigures
 from shoal.train.gradients import Gradients
 
@@ -35,6 +36,7 @@ class Update(Protocol):
 
     optimizer: torch.optim.Optimizer
     equal: bool  # all workers have the same weights before every step
+    rest: AtRest  # what nobody writes to between two updates
     watches: bool  # each worker knows what it has left of its slices of weights that are there once for all
 
     def check_readable(self) -> None:
@@ -114,11 +116,17 @@ def update_of(held: Held, sets: Sequence[Gradients], optimizer: torch.optim.Opti
         return Averaging(plan, group, gradients, optimizer)
     if plan.sync == "parameter-server":
         return (Stale if plan.staleness else Served)(held, gradients, optimizer)
+    trained = {name: each for some in sets for name, each in zip(some.names, some.parameters, strict=True)}
     if plan.shards_states:
         from shoal.train.sharded_sets import sharded
 
-        return sharded(held, sets, optimizer)
-    return Everywhere(optimizer, held.pipeline)
+        apart = sharded(held, sets, optimizer)
+        apart.rest = AtRest(apart.states_of(trained), {})
+        return apart
+    made = Everywhere(optimizer, held.pipeline)
+    if not plan.memory.changes_updates:  # what keeps states elsewhere moves them about between updates
+        made.rest = AtRest(made.states_of(trained), trained if group.world == 1 or held.pipeline is not None else {})
+    return made
 
 
 class Everywhere:
@@ -131,6 +139,12 @@ class Everywhere:
         self.optimizer, self._pipeline = optimizer, pipeline
         self._told: list[Told] = []
         self._ledger: Ledger | None = None
+        self.rest = AtRest(tuple, {})  # nothing is watched
+
+    def states_of(self, trained: Mapping[str, nn.Parameter]) -> Callable[[], StatesAtRest]:
+        """Of each of these parameters, what this worker's optimiser holds, by name, whenever it is asked."""
+        state = self.optimizer.state
+        return lambda: [(name, state[each]) for name, each in trained.items() if each in state]
 
     def begin(self, ledger: Ledger) -> None:
         self._ledger = ledger

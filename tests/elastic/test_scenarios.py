@@ -114,15 +114,15 @@ def check(calm: Run, run: Run, memory: set[str]) -> None:
     # the ledger
     ledger = Ledger(len(DATA.train), MADE.batch, MADE.shards, MADE.micro_batches, MADE.seed)
     account = ledger.verify(events)
-    assert account.wrong == ()
+    assert account.wrong == (), "the ledger and the log differ"
     assert account.steps == STEPS
     # a linear log
-    assert told_once(events, STEPS)
+    assert told_once(events, STEPS), "a step is told twice, or not at all"
     epochs = [event["membership"] for event in events if "membership" in event]
-    assert epochs == sorted(epochs)
+    assert epochs == sorted(epochs), "an older epoch comes after a newer one"
     # nothing left
     assert roster.read(run.path) == []
-    assert {path.name for path in run.path.iterdir()} <= FILES
+    assert {path.name for path in run.path.iterdir()} <= FILES, "a file is left"
     names = [path.name.removeprefix(DOUBTFUL) for path in run.checkpoints.iterdir()]
     assert not [name for name in names if not checkpoint.is_folder_name(name)]
     assert set(os.listdir("/dev/shm")) - memory == set()
@@ -154,13 +154,13 @@ def test_there_are_at_least_sixty_scenarios_and_a_dozen_of_them_are_always_playe
     assert set(OFTEN) <= set(CASES)
 
 
-PLANTED = (
-    "a changed weight",
-    "a sample too many",
-    "a step told twice",
-    "an epoch that comes back",
-    "a file that stays",
-)
+PLANTED = {  # and what the oracle that is to see it says
+    "a changed weight": "weights or optimiser differ",
+    "a sample too many": "the ledger and the log differ",
+    "a step told twice": "the ledger and the log differ",
+    "an epoch that comes back": "an older epoch comes after a newer one",
+    "a file that stays": "a file is left",
+}
 
 
 def test_each_oracle_sees_what_it_is_there_for(disturb, calm, tmp_path):
@@ -178,12 +178,13 @@ def test_each_oracle_sees_what_it_is_there_for(disturb, calm, tmp_path):
             lines = "".join(lines).replace('"samples": 16', '"samples": 17', 1).splitlines(keepends=True)
         elif planted == "a step told twice":
             lines.append(next(line for line in lines if '"event": "committed"' in line))
-        elif planted == "an old epoch":
+        elif planted == "an epoch that comes back":
             lines.append(next(line for line in lines if '"membership": 1' in line))
         else:
+            assert planted == "a file that stays"
             (run.path / ".workers.json.1234").write_text("")
         (run.path / "events.jsonl").write_text("".join(lines))
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=PLANTED[planted]):
             check(calm, run, memory)
 
 

@@ -26,15 +26,16 @@ def first_wrong(make: Callable[[int], Simulation], seeds: range = range(SCHEDULE
 
 def test_no_drawn_schedule_breaks_an_invariant_and_a_thousand_take_less_than_a_minute():
     begun = time.process_time()
-    ended, lost, epochs = Counter[str](), 0, 0
+    ended, lost, epochs, kept = Counter[str](), 0, 0, 0
     for seed in range(SCHEDULES):
         outcome = Simulation(seed).run()
         ended[outcome.ended] += 1
-        lost, epochs = lost + outcome.lost, epochs + outcome.epochs
+        lost, epochs, kept = lost + outcome.lost, epochs + outcome.epochs, kept + outcome.kept
     took = time.process_time() - begun
     assert ended == {"finished": SCHEDULES}, "faults are few enough that every run gets through"
     assert lost > SCHEDULES, "the schedules are rough"
     assert epochs > 2 * SCHEDULES
+    assert kept > SCHEDULES, "shards of lost steps are kept"
     assert SCHEDULES / took * 60 > 1000
 
 
@@ -125,6 +126,26 @@ def test_a_rank_0_that_does_not_look_what_has_been_told_is_found(monkeypatch):
     assert "the log has steps" in first_wrong(Simulation)
 
 
+class KeepsTornSums(Simulation):
+    """Sums that owners of slices may have added to in place."""
+
+    def _kept(self, part):
+        return sorted(set(part.kept()) | part.torn())
+
+
+class DoesNotListen(Simulation):
+    """Computes what is missing as if it were the only one that has kept anything."""
+
+    def _deal(self, worker):
+        worker.offers = {rank: nodes if rank == worker.rank else () for rank, nodes in worker.offers.items()}
+        super()._deal(worker)
+
+
+@pytest.mark.parametrize(("kind", "said"), [(KeepsTornSums, "that others have added to"), (DoesNotListen, "ends with")])
+def test_a_survivor_that_keeps_what_it_must_not_is_found(kind, said):
+    assert said in first_wrong(kind)
+
+
 @cache
 def samples(step: int, shard: int) -> tuple[tuple[int, int], ...]:
     """(epoch, id) of a shard's samples in a step of the simulated runs; of 101 in all, so that epochs end unevenly."""
@@ -156,7 +177,7 @@ def check_samples(seeds: range) -> int:
         outcome = made.run()
         lost += outcome.lost
         if outcome.ended != "finished":  # all new workers died, one after the other, before anybody could join
-            assert made.log == [], f"seed {seed}"
+            assert [step for step, _ in made.log] == list(range(1, len(made.log) + 1)), f"seed {seed}"
             continue
         wanted = [(step, tuple(range(made.shards))) for step in range(1, made.steps + 1)]
         assert samples_of(made.applied) == samples_of(wanted), f"seed {seed}"

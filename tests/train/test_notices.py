@@ -11,6 +11,7 @@ from train.tiny_runs import recipe, splits
 
 from shoal.errors import UserError
 from shoal.train import notices
+from shoal.train.api import train
 from shoal.train.notices import Drain, Notice, drains, grace_of
 
 DATA = splits("mlp", 101)
@@ -140,3 +141,12 @@ def test_another_signal_is_no_second_one_but_the_same_and_ctrl_c_are():
 def test_a_source_that_is_none_is_refused(source, grace):
     with pytest.raises(UserError, match=r"--notice|--grace"):
         Notice(source, grace)
+
+
+@pytest.mark.parametrize("notice", [Notice("/tmp/soon", 0.0), Notice("", 30.0)])
+def test_a_notice_is_refused_under_torchrun_before_anything_is_spent(notice, monkeypatch, tmp_path):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--notice and --grace"):
+        train(LONG, data=DATA, run_dir=tmp_path / "run", notice=notice)
+    assert not (tmp_path / "run").exists()
