@@ -1,6 +1,7 @@
 """Tokenisers: bytes, characters, and any tokenizer.json of the ``tokenizers`` library."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,11 @@ from shoal.errors import UserError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
+_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# How byte-level vocabularies write bytes: those that can be shown as themselves, the others from U+0100 on (GPT-2).
+_BYTES = {chr(byte): byte for byte in _SHOWN} | {
+    chr(256 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(_SHOWN)))
+}
 Spans = list[tuple[int, int]]  # (first, one past the last) character of each token
 
 
@@ -29,6 +35,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def raw(self, id: int) -> bytes:
+        """What a token stands for, in UTF-8; it may be a part of a character."""
 
     def spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
         """Of each text the ids, and the characters that each was made of."""
@@ -53,6 +62,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")  # padding and its kin lie above 255
+
+    def raw(self, id: int) -> bytes:
+        return bytes([id]) if id < 256 else b""
 
     def spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
         places = ([(i, i + 1) for i, c in enumerate(text) for _ in c.encode("utf-8")] for text in texts)
@@ -99,6 +111,9 @@ class CharTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.characters[i] for i in ids if i < self.vocab)
 
+    def raw(self, id: int) -> bytes:
+        return self.decode([id]).encode("utf-8")
+
     def spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
         return [(self.encode(text), [(i, i + 1) for i in range(len(text))]) for text in texts]
 
@@ -140,6 +155,14 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode([i for i in ids if i < self.vocab], skip_special_tokens=True))
+
+    def raw(self, id: int) -> bytes:
+        piece = self._backend.id_to_token(id) or ""
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # of a vocabulary that falls back to bytes
+            return bytes.fromhex(byte[1])
+        if "\N{REPLACEMENT CHARACTER}" in self.decode([id]) and all(character in _BYTES for character in piece):
+            return bytes(_BYTES[character] for character in piece)
+        return self.decode([id]).encode("utf-8", "replace")
 
     def spans(self, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)

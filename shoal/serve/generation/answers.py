@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal.data.tokenizer import Tokenizer
 from shoal.serve.generation.messages import Outcome, Piece, Scored
-from shoal.serve.generation.text import TextStream
+from shoal.serve.generation.text import UNFINISHED, TextStream
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Choice:
                 marks.append(self._mark(token, piece.scores[place], start))
             if self._stream.stopped:
                 break
-        reason = "stop" if self._stream.stopped else piece.reason
-        self.ended = bool(reason)
-        return Delta(self.index, self._stream.take(last=self.ended), marks, reason)
+        self.ended = bool(self._stream.stopped or piece.reason)
+        text = self._stream.take(last=self.ended)  # what was held back may hold a stop string
+        return Delta(self.index, text, marks, "stop" if self._stream.stopped else piece.reason)
 
     def _mark(self, token: int, scored: Scored, offset: int) -> Mark:
         likeliest = [(*self._shown(other), logprob) for other, logprob in scored.likeliest]
@@ -58,7 +58,7 @@ class Choice:
 
     def _shown(self, token: int) -> tuple[str, bytes]:
         text = self._tokenizer.decode([token])
-        return text, text.encode("utf-8", "replace")
+        return text, self._tokenizer.raw(token) if UNFINISHED in text else text.encode("utf-8", "replace")
 
 
 @dataclass
@@ -136,11 +136,16 @@ class Form:
         if self._chat:
             return {"content": [_chat_mark(mark) for mark in marks]}
         return {
-            "tokens": [mark.token for mark in marks],
+            "tokens": [_named(mark.token, mark.raw) for mark in marks],
             "token_logprobs": [mark.logprob for mark in marks],
-            "top_logprobs": [{text: logprob for text, _, logprob in mark.likeliest} for mark in marks],
+            "top_logprobs": [{_named(text, raw): logprob for text, raw, logprob in mark.likeliest} for mark in marks],
             "text_offset": [mark.offset for mark in marks],
         }
+
+
+def _named(text: str, raw: bytes) -> str:
+    """Of a token that is a part of a character only, its bytes, as OpenAI writes them: names must differ."""
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if UNFINISHED in text else text
 
 
 def _chat_mark(mark: Mark) -> dict[str, Any]:

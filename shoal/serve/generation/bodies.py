@@ -157,19 +157,19 @@ def ask_of(body: Body, tokens: list[int], ends: list[int], vocab: int, context: 
     if isinstance(body, CompletionBody):
         logprobs = -1 if body.logprobs is None else body.logprobs
         refused = {
-            "suffix": body.suffix not in (None, ""),
-            "best_of": body.best_of not in (None, 1, body.n),
-            "echo": bool(body.echo) and logprobs >= 0,  # of the prompt there are none
+            "suffix is not supported": body.suffix not in (None, ""),
+            "best_of above n is not supported": body.best_of not in (None, 1, body.n),
+            "echo goes without logprobs: the prompt has none here": bool(body.echo) and logprobs >= 0,
         }
     else:
         assert isinstance(body, ChatBody)
         logprobs = (body.top_logprobs or 0) if body.logprobs else -1
         refused = {
-            "top_logprobs": body.top_logprobs is not None and not body.logprobs,
+            "top_logprobs needs logprobs = true": body.top_logprobs is not None and not body.logprobs,
         }
-    for name, is_refused in refused.items():
+    for why, is_refused in refused.items():
         if is_refused:
-            raise HttpError(400, f"{name} is not supported here, or not together with the other fields", param=name)
+            raise HttpError(400, why, param=why.split()[0])
     beams = body.num_beams if (body.num_beams or 1) > 1 else 0
     if beams and (logprobs >= 0 or body.temperature or body.stop):
         raise HttpError(400, "beam search takes no logprobs, temperature or stop", param="num_beams")

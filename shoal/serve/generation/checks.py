@@ -21,10 +21,12 @@ def problem(ask: Ask, vocab: int, context: int) -> str:
         return f"bias and ends name tokens 0 to {vocab - 1}"
     if ask.most < 1:
         return f"at least one new token must be asked for, got {ask.most}"
+    if len(ask.tokens) >= context:
+        return f"the prompt's {len(ask.tokens)} tokens leave no room in the context of {context}: shorten it"
     if len(ask.tokens) + ask.most > context:
         return (
             f"the prompt's {len(ask.tokens)} tokens and {ask.most} new ones do not fit the context of {context}: "
-            f"ask for at most {max(0, context - len(ask.tokens))} new ones"
+            f"ask for at most {context - len(ask.tokens)} new ones"
         )
     for name, low, high in (
         ("temperature", 0.0, 100.0),

@@ -92,6 +92,38 @@ def test_the_answer_ends_before_a_stop_string_and_the_rest_is_not_computed(clien
     assert stop not in text_of(client.completions.create(**asked, max_tokens=60, stop=stop, stream=True))
 
 
+def test_a_text_ends_before_a_stop_string_wherever_tokens_and_characters_are_cut(client):
+    """Tokens are bytes and pairs of them here: characters of several bytes come in parts."""
+    asked = {"model": "tiny", "prompt": "world", "max_tokens": 40, "extra_body": {"ignore_eos": True}}
+    tried = 0
+    for seed in range(4):
+        full = client.completions.create(**asked, seed=seed).choices[0].text
+        wide = [at for at, character in enumerate(full) if ord(character) > 127]
+        for at in [0, len(full) - 1, *wide[:2]]:
+            for stop in (full[at], full[max(0, at - 2) : at + 1], [full[at : at + 3], "never said"]):
+                words = [stop] if isinstance(stop, str) else stop
+                ends = min(found for word in words if (found := full.find(word)) >= 0)
+                whole = client.completions.create(**asked, seed=seed, stop=stop).choices[0]
+                assert (whole.text, whole.finish_reason) == (full[:ends], "stop")
+                *_, last = chunks = list(client.completions.create(**asked, seed=seed, stop=stop, stream=True))
+                assert (text_of(chunks), last.choices[0].finish_reason) == (whole.text, "stop")
+                tried += bool(wide)
+    assert tried > 20
+
+
+def test_a_token_that_is_a_part_of_a_character_is_told_by_its_bytes(client):
+    asked = {"model": "tiny", "max_tokens": 60, "temperature": 1.5, "seed": 1, "extra_body": {"ignore_eos": True}}
+    said = client.chat.completions.create(
+        **asked, messages=[{"role": "user", "content": "a"}], logprobs=True, top_logprobs=3
+    ).choices[0]
+    raw = b"".join(bytes(each.bytes) for each in said.logprobs.content)
+    assert raw.decode(errors="replace") == said.message.content
+    assert b"\xef\xbf\xbd" not in raw, "the mark in its place is nobody's token"
+    scores = client.completions.create(**asked, prompt="a", logprobs=5).choices[0].logprobs
+    assert any(token.startswith("bytes:\\x") for token in scores.tokens)
+    assert all(len(each) == 5 or "" in each for each in scores.top_logprobs), "names differ"
+
+
 def test_log_probabilities_come_in_the_shape_of_both_endpoints(client):
     one = client.completions.create(model="tiny", prompt="hello", max_tokens=5, temperature=0, logprobs=3)
     told = one.choices[0].logprobs
