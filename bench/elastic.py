@@ -4,7 +4,7 @@ nothing fails; torchrun's restart of the same job beside it.
     python bench/elastic.py [--faults 30] [--goodput-s 120] [--rounds 6] [--restarts 3] [--only crash,calm,...]
     python bench/elastic.py --only slices,stage,server [--quick]     # under 3 minutes on an idle machine
     python bench/elastic.py --only "calm slices,calm stage,calm server"
-    python bench/elastic.py --only hosts           # about 5 minutes
+    python bench/elastic.py --only hosts           # about 8 minutes on an idle machine
 
 `crash`: 4 workers, one after the other is killed by SIGKILL at a moment of the clock, every third time rank 0; from the
 signal to the event `recovered`, which the agent writes when it hears that a survivor has committed a step. `goodput`:

@@ -141,8 +141,8 @@ def _bounds(args: Namespace) -> tuple[int, int] | None:
 def _notice(args: Namespace) -> "Notice":
     from shoal.train.notices import Notice
 
-    if args.agents is not None or args.emulate_hosts is not None:
-        raise UserError("--notice and --grace are for runs of one host: on several, send SIGTERM where one goes away.")
+    if args.emulate_hosts is not None:
+        raise UserError("--notice and --grace are of one host: leave them out where this machine plays several.")
     return Notice(args.notice, args.grace)
 
 

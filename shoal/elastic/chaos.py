@@ -14,7 +14,7 @@ from shoal.errors import UserError, unknown_name
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
-from shoal.train.api import train
+from shoal.train.api import order_of, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,16 +110,17 @@ def rehearse(
         calm = train(recipe, plan, run_dir=Path(place) / "undisturbed", **common)
         rough = train_elastic(recipe, plan, least=least, faults=faults, run_dir=Path(place) / "disturbed", **common)
         before, events = Run(Path(calm["run_dir"])).events(), Run(Path(rough["run_dir"])).events()
-    survived = [_survived(fault, events) for fault in faults]
-    differs = first_difference(before, events)
-    equal = calm["weights_sha256"] == rough["weights_sha256"] and differs is None
+        survived = [_survived(fault, events) for fault in faults]
+        differs = first_difference(before, events)
+        equal = calm["weights_sha256"] == rough["weights_sha256"] and differs is None
+        notes = [] if equal else [explained(differs, faults, events), *of_the_user(crew, recipe, plan, model, data)]
     once = told_once(events, steps)
     return {
         "ok": equal and once and all(s.recovered_s is not None for s in survived if s.happened),
         "bits_equal": equal,
         "differs_at": differs,
         "told_once": once,
-        "notes": [] if equal else [explained(differs, faults, events)],
+        "notes": notes,
         "steps": steps,
         "workers": plan.workers,
         "goodput": lasted_s(before) / lasted_s(events),
@@ -127,6 +128,15 @@ def rehearse(
         "weights_sha256": {"undisturbed": calm["weights_sha256"], "disturbed": rough["weights_sha256"]},
         "run_dir": str(folder) if folder else None,
     }
+
+
+def of_the_user(crew: Agent, recipe: Recipe, plan: Plan, model: Any, data: Any) -> list[str]:
+    """What of the user's own code is seen to give two answers to one question."""
+    from shoal.elastic.resumable import not_resumable
+
+    order = order_of(recipe, plan, None, None, None, None, model, data)
+    found: list[str] = crew.run(not_resumable, (order,), workers=1, threads=recipe.threads)[0]
+    return found
 
 
 # --- what the logs say ----------------------------------------------------------------------------------------------

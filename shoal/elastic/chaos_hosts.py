@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.comm.launch import Agent
 from shoal.elastic import roster
-from shoal.elastic.chaos import Survived, explained, first_difference, lasted_s, told_once
+from shoal.elastic.api import PRELOAD
+from shoal.elastic.chaos import Survived, explained, first_difference, lasted_s, of_the_user, told_once
 from shoal.elastic.emulated import EmulatedHosts, check_number, train_emulated
 from shoal.elastic.host_faults import LEADER, LINKS, SLOW, HostFault, usual_host_faults
 from shoal.elastic.hosts import check_hosts, jobs
@@ -83,13 +85,17 @@ def rehearse_hosts(
     differs = first_difference(before, events)
     equal = calm["weights_sha256"] == result["weights_sha256"] and differs is None
     once = told_once(events, steps)
-    happened = [replace(f, step=rough.acted[n][1]) for n, f in enumerate(faults) if n in rough.acted]
+    notes: list[str] = []
+    if not equal:
+        happened = [replace(f, step=rough.acted[n][1]) for n, f in enumerate(faults) if n in rough.acted]
+        with Agent(PRELOAD) as crew:
+            notes = [explained(differs, happened, events), *of_the_user(crew, recipe, plan, model, data)]
     return {
         "ok": equal and once and all(s.recovered_s is not None for s in survived if s.happened),
         "bits_equal": equal,
         "differs_at": differs,
         "told_once": once,
-        "notes": [] if equal else [explained(differs, happened, events)],
+        "notes": notes,
         "steps": steps,
         "workers": plan.workers,
         "hosts": hosts,

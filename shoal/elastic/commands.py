@@ -7,7 +7,7 @@ from typing import Any
 
 from shoal.elastic import roster
 from shoal.elastic.replan import MOST_SERVERS
-from shoal.errors import RunFailed, UserError
+from shoal.errors import RunFailed, UserError, unknown_name
 from shoal.run.run import Run
 from shoal.train.notices import needed_s
 
@@ -55,17 +55,30 @@ def resize(target: str | Path, workers: int = 0, *, servers: int = 0, wait_s: fl
 
 
 def drain(
-    target: str | Path, *, rank: int | None = None, grace_s: float = 0.0, wait_s: float = 300.0
+    target: str | Path, *, rank: int | None = None, host: str = "", grace_s: float = 0.0, wait_s: float = 300.0
 ) -> dict[str, Any]:
-    """End a running run after the step in flight, saved; or let one worker leave it. No step is lost.
+    """End a running run after the step in flight, saved; or let one worker leave it, or all of one host. No step is
+    lost. A host that has left trains again when its agent is started anew.
 
     Returns step, seconds, needed_s (what it was expected to take) and, where a ``grace_s`` is given, whether it does.
     Raises UserError when nobody trains the run or there is no such rank, RunFailed when it does not come about."""
     run = Run.find(target)
     before = _trained(run)
-    needed = needed_s(run.events(), whole=rank is None)
+    hosts = sorted({entry.host for entry in before})
+    if host and (host not in hosts or len(hosts) < 2):
+        if len(hosts) < 2:
+            raise UserError(f"--host {host}: the run is on one host: leave --host out to end it.")
+        raise unknown_name("host", host, hosts, "--host")
+    needed = needed_s(run.events(), whole=rank is None and not host)
     asked, begun = time.time(), time.monotonic()
-    if rank is None:
+    if host:
+        roster.wish(run.path, drain=f"{roster.HOST}{host}")
+
+        def empty() -> Mapping[str, Any] | None:
+            return None if any(entry.host == host for entry in roster.read(run.path)) else {}
+
+        _waited(run, empty, wait_s, f"host {host} leaving")
+    elif rank is None:
         roster.wish(run.path, drain="all")
         _waited(run, lambda: None if roster.read(run.path) else {}, wait_s, "an end", ends=True)
     else:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.elastic import membership as m
+from shoal.elastic import roster
 
 Life = tuple[int, int]  # agent, life
 
@@ -41,7 +42,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class Wished:
-    """Somebody asks for another number of workers, or for an end: see shoal.elastic.roster."""
+    """Somebody asks for another number of workers, for an end, or for a host to go: see shoal.elastic.roster."""
 
     number: int
     workers: int
@@ -111,6 +112,7 @@ class Host:
     life: int
     name: str
     heard: int = 0  # the number of the last thing that it said
+    leaves: bool = False  # it is to go: its workers are drained, and no new one is made there
 
 
 @dataclass
@@ -211,6 +213,8 @@ class Fleet:
         members = self.membership.members
         if wished.drain == "all":
             return [Stop()]
+        if wished.drain.startswith(roster.HOST):
+            return self._drain(wished.drain.removeprefix(roster.HOST), wished.why, now)
         if wished.drain.isdigit() and int(wished.drain) < len(members):
             seat = members[int(wished.drain)]
             why = wished.why or f"{self.who(seat)} was asked to leave"
@@ -225,7 +229,24 @@ class Fleet:
 
     @property
     def _room(self) -> int:
-        return len(self.hosts) * -(-self.asked // self.agents)
+        return sum(not host.leaves for host in self.hosts.values()) * -(-self.asked // self.agents)
+
+    def _drain(self, who: str, why: str, now: float) -> list[Instruction]:
+        """A host that is to go, by its name or its agent's number, is empty after the step in flight. When its agent
+        has been started anew it takes its part again."""
+        agent = next((agent for agent in sorted(self.hosts) if who in (str(agent), self.name(agent))), None)
+        if agent is None or self.hosts[agent].leaves:
+            return []
+        host = self.hosts[agent]
+        host.leaves = True
+        seats = self.membership.seats
+        here = [n for n, home in self.homes.items() if home == (agent, host.life) and n in seats]
+        out: list[Instruction] = []
+        for number in here:
+            why = why or f"{self.name(agent)} was asked to go"
+            out += self.membership.on(m.Drain(number, why), now)
+        self.membership.wanted = max(self.least, min(self.asked, self._room))
+        return out
 
     def _fit(self, why: str, now: float) -> list[Instruction]:
         """As many workers as are asked for and as have room."""
@@ -266,7 +287,7 @@ class Fleet:
     def _place(self) -> Life | None:
         """The host with the fewest workers takes the next one."""
         seats = self.membership.seats
-        lives = {(agent, host.life): 0 for agent, host in sorted(self.hosts.items())}
+        lives = {(agent, host.life): 0 for agent, host in sorted(self.hosts.items()) if not host.leaves}
         for number, home in self.homes.items():
             if home in lives and number in seats and seats[number].at is not m.At.gone:
                 lives[home] += 1

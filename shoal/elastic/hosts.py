@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.comm.launch import Agent
+from shoal.elastic import roster
 from shoal.elastic.api import PRELOAD, check_elastic
 from shoal.elastic.crew_of_hosts import HostsJob
 from shoal.elastic.links import address_of
@@ -20,7 +21,7 @@ from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.train.api import order_of
-from shoal.train.notices import drains
+from shoal.train.notices import Notice, drains
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,13 +61,15 @@ def train_on_hosts(
     model: "Callable[[], nn.Module] | None" = None,
     data: Any = None,
     agent: Agent | None = None,
+    notice: Notice | None = None,
 ) -> dict[str, Any]:
     """As `shoal.elastic.api.train_elastic`, on several hosts: called on each, with its ``number`` among the ``agents``.
 
     ``agents`` are addresses, host:port, the same list everywhere; ``plan.workers`` is how many train on all hosts
     together. The run directory must be the same folder on all hosts. Any agent may end, and its workers with it: the
     run goes on with the same bits as long as more than half of those that count are left, and the same call on that
-    host joins it again. Raises UserError for bad input, and RunFailed when a worker raised or this agent has ended."""
+    host joins it again. What ``notice`` names is of this host alone: its workers leave, the others go on. A signal ends
+    the run, saved. Raises UserError for bad input, and RunFailed when a worker raised or this agent has ended."""
     if not 2 <= len(agents) <= MOST_HOSTS:
         raise UserError(f"--agents: {len(agents)} addresses: give 2 to {MOST_HOSTS}, better an odd number.")
     if not 0 <= number < len(agents):
@@ -76,8 +79,20 @@ def train_on_hosts(
         raise UserError("--agents: an address is there twice.")
     asked = (recipe, plan, origins, run_dir, resume, start, model, data)
     job = jobs(*asked, hosts=len(addresses), least=least)(number, addresses, host)
-    with nullcontext(agent) if agent else Agent(PRELOAD) as crew, drains() as stop:
-        result: dict[str, Any] = crew.carry_out(job, 1, listen=listener(progress), on_start=stop.reach)[0]
+    with nullcontext(agent) if agent else Agent(PRELOAD) as crew, drains(notice) as stop:
+
+        def tell(event: Mapping[str, Any]) -> None:
+            stop.heard(event)
+            if progress:
+                progress(event)
+
+        def leave() -> None:
+            roster.wish(job.run_dir, drain=f"{roster.HOST}{number}")
+
+        def reach(ask: Callable[[], None]) -> None:
+            stop.reach(ask, leave)
+
+        result: dict[str, Any] = crew.carry_out(job, 1, listen=listener(tell), on_start=reach)[0]
     return result
 
 

@@ -244,11 +244,13 @@ class HostsSimulation(Simulation):
         kinds = (self._kill_agent, self._freeze, self._cut, self._cut, self._flap, self._kill_one, self._stop_one)
         for _ in range(self.random.randrange(2, 8)):
             at += self.random.choice((self.random.uniform(0, 0.05), self.random.uniform(0, 2.5)))
-            self._at(at, self.random.choice((*kinds, self._resize)))
+            self._at(at, self.random.choice((*kinds, self._resize, self._drain_host)))
 
     def _kill_agent(self) -> None:
         """Its workers end with it; a new process takes its place later."""
-        agent = self.random.choice(list(self.agents.values()))
+        self._end_agent(self.random.choice(list(self.agents.values())))
+
+    def _end_agent(self, agent: SimAgent) -> None:
         if agent.alive:
             agent.alive, agent.frozen, agent.died_s = False, False, self.now
             agent.waiting.clear()
@@ -302,6 +304,15 @@ class HostsSimulation(Simulation):
         for way in ways:
             for act in self._held.pop(way, []):
                 act()
+
+    def _drain_host(self) -> None:
+        """A notice comes to one; its agent ends some time later, in time or not, and another one comes."""
+        agent = self.random.choice(list(self.agents.values()))
+        if agent.alive and not agent.frozen:
+            self._wish += 1
+            wished = f.Wished(self._wish, 0, f"host:{agent.number}", "notice was given")
+            self._carry(agent, agent.council.want(wished, self._clock(agent)))
+            self._in((0.2, 3.0), partial(self._end_agent, agent))
 
     def _resize(self) -> None:
         agent = self.random.choice(list(self.agents.values()))

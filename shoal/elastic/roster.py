@@ -11,6 +11,7 @@ from typing import Any
 from shoal.errors import UserError
 
 WORKERS, WANTED = "workers.json", "wanted.json"
+HOST = "host:"
 LARGEST = 1 << 20  # bytes of a file that is read back
 
 
@@ -32,7 +33,7 @@ class Wanted:
     number: int
     workers: int = 0  # 0: leave it
     servers: int = 0
-    drain: str = ""  # a rank, or "all": the run ends after the step in flight, saved
+    drain: str = ""  # a rank; HOST and a host's name or number; or "all": the run ends after the step in flight, saved
     why: str = ""
 
 

@@ -84,13 +84,15 @@ class Drain:
         self.asked = False
         self._notice, self._say = notice, say
         self._ask: Callable[[], None] | None = None
+        self._leave: Callable[[], None] | None = None
         self._seen: set[int] = set()  # signals
         self._events: list[Mapping[str, Any]] = []
         self._ends = threading.Event()
 
-    def reach(self, ask: Callable[[], None]) -> None:
-        """From now on there are workers, and ``ask`` asks them."""
-        self._ask = ask
+    def reach(self, ask: Callable[[], None], leave: Callable[[], None] | None = None) -> None:
+        """From now on there are workers, and ``ask`` asks them. ``leave``: of several hosts, what is done on a notice
+        to this one, which the others go on without."""
+        self._ask, self._leave = ask, leave
 
     def heard(self, event: Mapping[str, Any]) -> None:
         """Of the run: what an estimate is made from."""
@@ -107,9 +109,15 @@ class Drain:
         """Until there is a notice, or the run has ended."""
         while not self._ends.wait(LOOK_S):
             text = self._notice.look() if self._ask is not None else None
-            if text is not None:
-                self._drain(self._notice.source, grace_of(text, time.time()) or self._notice.grace_s)
-                return
+            if text is None:
+                continue
+            grace_s = grace_of(text, time.time()) or self._notice.grace_s
+            if self._leave is None:
+                self._drain(self._notice.source, grace_s)
+            else:
+                self._say(f"{self._notice.source}: this host leaves after this step{self._whether(grace_s)}")
+                self._leave()
+            return
 
     def end(self) -> None:
         self._ends.set()

@@ -169,3 +169,18 @@ def test_faults_of_workers_and_of_hosts_are_not_mixed(shoal, flags, said):
     code, _, err = shoal("chaos", "--workers", "3", *flags)
     assert code == 2
     assert said in err
+
+
+def test_drain_of_one_host_says_who_has_left(shoal, library):
+    asked = []
+
+    def drain(run, *, rank, host, grace_s, wait_s):
+        asked.append((run, rank, host))
+        return {"step": 12, "seconds": 0.5, "needed_s": 2.0}
+
+    library("shoal.elastic.commands", drain=drain)
+    assert "b has left, after step 12" in shoal("drain", "runs/a", "--host", "b")[1]
+    assert asked == [("runs/a", None, "b")]
+    code, _, err = shoal("drain", "runs/a", "--host", "b", "--rank", "1")
+    assert code == 2
+    assert "give one of them" in err

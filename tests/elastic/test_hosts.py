@@ -11,6 +11,7 @@ import pytest
 from elastic.agents_here import HOSTS, Hosts, alive
 from train.tiny_runs import recipe, splits
 
+from shoal.elastic.commands import drain
 from shoal.elastic.emulated import train_emulated
 from shoal.elastic.hosts import train_on_hosts
 from shoal.errors import UserError
@@ -49,6 +50,13 @@ def test_agents_that_are_stopped_killed_and_started_anew_cost_no_bit_and_no_old_
     hosts.restart(other)
     hosts.trains_on({0, 1, 2}, "its return")
 
+    drain(hosts.folder, host=f"host-{stopped}")
+    hosts.trains_on({leader, other}, "a notice to a host")
+    hosts.kill(stopped)
+    hosts.restart(stopped)
+    hosts.trains_on({0, 1, 2}, "its return, without a loss")
+
+    leader = hosts.leader()
     hosts.kill(leader)
     left = {0, 1, 2} - {leader}
     hosts.trains_on(left, "the death of the leader")
