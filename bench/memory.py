@@ -26,7 +26,7 @@ from turns import turns
 
 from shoal.comm.launch import Agent
 from shoal.memory.gauge import gauge_for
-from shoal.memory.rehearsal import rehearse
+from shoal.memory.rehearsal import passes_of, rehearse
 from shoal.models.registry import build, task_for
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
@@ -64,9 +64,8 @@ class Arm:
             yield self.worker.weights_sha256 if step.number <= 2 else ""
 
     def peak(self, gauge) -> int:
-        return rehearse(
-            self.net, lambda: self.task.loss(self.net, Synthetic("gpt").fetch(np.arange(self.batch), 0))[0], gauge
-        )
+        batch = Synthetic("gpt").fetch(np.arange(self.batch), 0)
+        return rehearse(self.net, passes_of(lambda: self.task.loss(self.net, batch)[0]), gauge)
 
 
 def budget_for(group, spec: ModelSpec, batch: int, share: float) -> MemoryPlan:

@@ -1,6 +1,9 @@
 """What is checked before a schedule is launched. Every complaint is one line: worker, action, repair."""
 
+import gc
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from shoal.errors import UserError
@@ -24,10 +27,11 @@ def verify(schedule: Schedule, most_in_flight: float | None = None) -> Verified:
 
     ``most_in_flight`` bounds the activations of any worker, those kept for weight gradients among them; None bounds
     nothing. Raises UserError with the first thing wrong."""
-    verify_passes(schedule)
-    program = lower(schedule)
-    verify_program(schedule, program)
-    peaks = peak_activations(schedule)
+    with _uncollected():
+        verify_passes(schedule)
+        program = lower(schedule)
+        verify_program(schedule, program)
+        peaks = peak_activations(schedule)
     for worker, peak in enumerate(peaks):
         if most_in_flight is not None and peak.together > most_in_flight:
             raise UserError(
@@ -35,6 +39,18 @@ def verify(schedule: Schedule, most_in_flight: float | None = None) -> Verified:
                 f"{most_in_flight:g} are allowed: move backward passes forward, or allow {peak.together:g}."
             )
     return Verified(program, peaks)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looking for circles among hundreds of thousands of tuples, which have none."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def verify_passes(schedule: Schedule) -> None:

@@ -1,5 +1,6 @@
 """What is wrong with a schedule is found before anything is launched, and named in one line."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -216,3 +217,17 @@ def blocking_span(program, link: float) -> float:
                 moved = True
     assert [len(row) for row in program] == at
     return max(clock)
+
+
+def test_a_refusal_leaves_the_collector_of_circles_as_it_was():
+    made = make_schedule("1f1b", 2, 2)
+    for enable in (gc.enable, gc.disable):
+        enable()
+        before = gc.isenabled()
+        try:
+            verify(made)
+            with pytest.raises(UserError):
+                verify(replace(made, actions=made.actions[::-1]))
+            assert gc.isenabled() == before
+        finally:
+            gc.enable()
