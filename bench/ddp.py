@@ -1,7 +1,7 @@
 """Plain DistributedDataParallel over no communication, the shm backend and gloo, and Shoal's exact data parallelism.
 
-Shoal runs twice: as `shoal train` does on one host (what ``states = "auto"`` comes to), and with whole states, as a loop
-of your own does unless it asks for more.
+Shoal runs twice: as `shoal train` does on one host (what ``states = "auto"`` comes to), and with whole states, as a
+loop of your own does unless it asks for more.
 
     python bench/ddp.py [--rounds 15] [--runs 3] [--quick]
 

@@ -16,6 +16,7 @@ from shoal.comm.backend.in_python.sums import combine
 
 LARGEST_CHUNK, SMALLEST_CHUNK = 1 << 20, 64 << 10  # bytes that a rank shows at a time
 MOST_BYTES = 64 << 20  # of a group's memory, as long as chunks need not be smaller than the smallest
+KEPT_VIEWS = 64  # sizes of short messages that are ready
 ALIGNMENT = 64  # bytes between the pieces of a chunk are a multiple of it, so that every type may begin there
 
 
@@ -54,6 +55,7 @@ class Chunks:
         whole = torch.frombuffer(self._memory, dtype=torch.uint8).view(self.world + 1, 2, self._chunk)
         self._shown = [list(whole[:-1, half]) for half in range(2)]  # [half][rank]
         self._sums = list(whole[-1])
+        self._views: dict[tuple[int, torch.dtype, int], list[Tensor]] = {}
         self._half = 0
         self._operation = 0
 
@@ -106,8 +108,11 @@ class Chunks:
 
     def all_reduce(self, data: Tensor, reduction: str, words: str, limit_s: float) -> None:
         """In place."""
-        flat, kind = bytes_of(data), data.dtype
         several = self.world > 2
+        if data.nbytes <= (SMALLEST_CHUNK // 2 if several else self._chunk):
+            self._all_reduce_at_once(data, reduction, words, limit_s)
+            return
+        flat, kind = bytes_of(data), data.dtype
 
         def show(own: Tensor, begin: int) -> None:
             piece = flat[begin : begin + self._chunk]
@@ -116,7 +121,7 @@ class Chunks:
         def take(chunks: Sequence[Tensor], begin: int) -> None:
             piece = flat[begin : begin + self._chunk]
             parts = [chunk[: len(piece)].view(kind) for chunk in chunks]
-            if not several or len(piece) <= SMALLEST_CHUNK // 2:
+            if not several or len(piece) <= SMALLEST_CHUNK // 2:  # as in `_all_reduce_at_once`
                 combine(parts, piece.view(kind), reduction)
                 return
             # each adds up its part of the chunk, once for all
@@ -129,6 +134,25 @@ class Chunks:
             piece.copy_(sums)
 
         self._rounds(words, "all_reduce", len(flat), limit_s, len(flat), self._chunk, show, take)
+
+    def _all_reduce_at_once(self, data: Tensor, reduction: str, words: str, limit_s: float) -> None:
+        """Of what a chunk holds, where one adding up costs less than another meeting."""
+        own = data.data.view(-1)
+        self._half ^= 1
+        shown = self._typed(self._half, data.dtype, data.nbytes)
+        shown[self.place].copy_(own)
+        self.meet("all_reduce", words, data.nbytes, limit_s)
+        combine(shown, own, reduction)
+
+    def _typed(self, half: int, dtype: torch.dtype, nbytes: int) -> list[Tensor]:
+        """The first bytes of all ranks' chunks. Views are kept: making them takes as long as a short message."""
+        found = self._views.get((half, dtype, nbytes))
+        if found is None:
+            if len(self._views) >= KEPT_VIEWS:
+                self._views.clear()
+            found = [chunk[:nbytes].view(dtype) for chunk in self._shown[half]]
+            self._views[half, dtype, nbytes] = found
+        return found
 
     def reduce(self, data: Tensor, root: int, reduction: str, words: str, limit_s: float) -> None:
         """In place on the root; the others keep what they have."""

@@ -17,6 +17,7 @@ _HEAD = struct.Struct("<BxxxIIQ")  # kind, bytes of the words, bytes of what goe
 _SAID, _ABORTED, _LEFT = range(3)
 LARGEST = 1 << 20  # bytes of one message
 SOON_S = 0.5  # until a process that has hung up counts as alive: its death is told a moment later
+_AT_ONCE = 1 << 16  # bytes that are taken in in one go
 _SURE_S = 1.0  # a caller of `abort` waits this long for its turn to speak
 
 Clock = time.monotonic
@@ -114,6 +115,9 @@ class Lines:
                 self._tell(rank, message, begun + limit)
         missing = {rank for rank, inbox in self._inbox.items() if not inbox}
         since = begun
+        for rank in sorted(missing):  # who came first has spoken: that is seen without asking who may be heard
+            if self._take_in(rank) and self._inbox[rank]:
+                missing.discard(rank)
         while missing:
             if self.why_aborted:
                 raise Failure(f"{self.described()}: {self.why_aborted}")
@@ -122,10 +126,14 @@ class Lines:
             left = begun + limit - Clock()
             if left <= 0:
                 self._fail(f"timed out after {limit:.3g} s waiting for {'; '.join(map(self._where, sorted(missing)))}")
-            ready = {self._rank_of[file] for file, _ in self._poll.poll(left * 1000) if file != self._wake}
+            ready: dict[int, bool] = {}  # rank -> whether its death is told
+            for file, _ in self._poll.poll(left * 1000):
+                if file != self._wake:
+                    rank = self._rank_of[file]
+                    ready[rank] = ready.get(rank, False) or file == self._watches.get(rank)
             now = Clock()
-            for rank in ready:
-                self._listen(rank)
+            for rank, dead in ready.items():
+                self._listen(rank, dead)
                 if rank in missing and self._inbox[rank]:
                     missing.discard(rank)
                     self.waited_s[rank] += now - since
@@ -146,20 +154,24 @@ class Lines:
             except OSError:
                 return
 
-    def _listen(self, rank: int) -> None:
-        """Take in what a rank has said, and whether it has gone."""
-        buffer, ended = self._buffers[rank], False
+    def _take_in(self, rank: int) -> bool:
+        """What a rank has said by now; False when it has hung up."""
+        chunk = b""
         try:
-            while chunk := self._sockets[rank].recv(1 << 16):
-                buffer += chunk
-            ended = True
+            chunk = self._sockets[rank].recv(_AT_ONCE)
         except BlockingIOError:
-            pass
+            return True
         except OSError:
-            ended = True
-        self._split(rank, buffer)
-        if rank not in self._gone and (ended or self._is_dead(rank, 0.0)):
-            dead = self._is_dead(rank, SOON_S if ended else 0.0)
+            return False
+        self._buffers[rank] += chunk
+        self._split(rank, self._buffers[rank])
+        return self._take_in(rank) if len(chunk) == _AT_ONCE else bool(chunk)
+
+    def _listen(self, rank: int, dead: bool) -> None:
+        """Take in what a rank has said, and whether it has gone."""
+        ended = not self._take_in(rank)
+        if rank not in self._gone and (ended or dead):
+            dead = dead or self._is_dead(rank, SOON_S)
             what = f"rank {rank} (pid {self._pids[rank]}) died" if dead else f"rank {rank} has left the group"
             self._gone[rank] = what + self._last_words(rank)
         if rank in self._gone:
