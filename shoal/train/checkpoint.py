@@ -229,7 +229,8 @@ def _chunk_problem(file: Path, number: int, manifest: Manifest, stored: StoredFi
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint; all of its bytes are checked against the manifest before any is used.
 
-    The tensors are views of one buffer for each file. Raises CheckpointError naming the first file that is wrong."""
+    The tensors are views of the files, mapped: what nobody reads takes no memory. They may be written to, which stays
+    in this process. Raises CheckpointError naming the first file that is wrong."""
     manifest = read_manifest(path)
     for stored in manifest.files:
         if problem := _size_problem(path / stored.name, stored):
@@ -237,10 +238,10 @@ def load(path: Path) -> Checkpoint:
     buffers: dict[str, Tensor] = {}
     for stored in manifest.files:
         file = path / stored.name
-        buffer = buffers[stored.name] = torch.empty(stored.bytes, dtype=torch.uint8)
         try:
-            for number in broken_chunks(file, stored, manifest.chunk_bytes, buffer.numpy().data):
+            for number in broken_chunks(file, stored, manifest.chunk_bytes):
                 raise CheckpointError(_chunk_problem(file, number, manifest, stored))
+            buffers[stored.name] = torch.from_file(str(file), shared=False, size=stored.bytes, dtype=torch.uint8)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
     tensors = {

@@ -49,16 +49,14 @@ def _write_all(file: int, data: memoryview) -> None:
         data = data[os.write(file, data) :]
 
 
-def broken_chunks(path: Path, stored: StoredFile, chunk_bytes: int, into: memoryview | None = None) -> Iterator[int]:
-    """Numbers of the chunks whose bytes are not those that were written. Raises OSError.
-
-    ``into`` (stored.bytes long) receives the file's bytes, so that what is used is what was checked."""
-    scratch = memoryview(bytearray(min(chunk_bytes, stored.bytes))) if into is None else into
+def broken_chunks(path: Path, stored: StoredFile, chunk_bytes: int) -> Iterator[int]:
+    """Numbers of the chunks whose bytes are not those that were written. Raises OSError."""
+    scratch = memoryview(bytearray(min(chunk_bytes, stored.bytes)))
     with path.open("rb", buffering=0) as file:
         for number, said in enumerate(stored.sha256):
             start = number * chunk_bytes
             size = min(chunk_bytes, stored.bytes - start)
-            view = scratch[:size] if into is None else into[start : start + size]
+            view = scratch[:size]
             got = 0
             while got < size and (count := file.readinto(view[got:])):
                 got += count
