@@ -188,6 +188,7 @@ def summary(result: Mapping[str, Any], sample: str | None = None) -> str:
     following |= {
         "report": "a page with curves and where the time went",
         "eval": "the task's figures on held-out data",
+        "serve": "over HTTP, with a page to try it",
         "inspect": "show and verify the checkpoints",
     }
     lines += [f"  {f'shoal {verb} {shlex.quote(run)}':<{len(run) + 24}} {why}" for verb, why in following.items()]
