@@ -244,6 +244,11 @@ class DistributedExchange:
         self._arrived = torch.zeros(len(layout.buckets) * sum(counts) * largest, dtype=dtype, device=device)
         self._result = torch.zeros(layout.elements, dtype=dtype, device=device)
 
+    @property
+    def beside_bytes(self) -> int:
+        """What it holds besides partial sums: what comes in of others', and the result."""
+        return self._arrived.nbytes + self._result.nbytes
+
     def _room(self, bucket: int) -> torch.Tensor:
         """Where a bucket's slices from all workers arrive, flat."""
         return self._arrived[bucket * (len(self._arrived) // len(self.layout.buckets)) :]

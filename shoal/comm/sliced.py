@@ -59,6 +59,10 @@ class SlicedExchange(DistributedExchange):
         self._state_from = state[0].start if state and has_state else layout.elements
         self._state = torch.zeros(layout.elements - self._state_from, dtype=dtype, device=device)
 
+    @property
+    def beside_bytes(self) -> int:
+        return sum(each.nbytes for each in (self._own, self._state, *self._rooms))
+
     def _room(self, bucket: int) -> Tensor:
         """See DistributedExchange. When all are taken, wait until the oldest bucket has come in; but not in a step in
         which a peer has more passes: it may be waiting for this worker to take part in gathers of parameters."""

@@ -41,8 +41,11 @@ def set_up(
         )
     store = _store(plan, meter, device_of(module), tell, say)
     wrapped = []
+    at_once = [*found][-1:] if blocks is None and not plan.blocks and not store.moves else []
     for number, (name, child) in enumerate(found.items()):
         recomputed = plan.recompute != "every" or number % plan.recompute_every == 0
+        if plan.recompute == "full" and name in at_once:
+            continue  # its backward pass is the first: all that it keeps would be there again at once
         if recomputed or store.moves:
             wrapped.append(Block(name, child, store))
             if plan.recompute == "selective":

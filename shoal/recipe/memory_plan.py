@@ -42,7 +42,8 @@ def size_text(count: int) -> str:
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     recompute: Literal["none", "every", "full", "selective"] = "none"
-    # activations that the forward pass drops and the backward pass computes again (Chen et al., 2016)
+    # activations that the forward pass drops and the backward pass computes again (Chen et al., 2016); full: of all
+    # blocks that are found but the last, whose activations are used at once
     recompute_every: int = 2  # every: of so many blocks, one is recomputed
     recompute_operations: tuple[str, ...] = CHEAP  # selective: kinds of operations whose results are dropped
     blocks: tuple[str, ...] = ()  # modules that are recomputed as one, or patterns of them; () finds them

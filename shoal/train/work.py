@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from shoal.comm.exchange import HeapExchange
 from shoal.data.ledger import Ledger
 from shoal.data.source import Batch, Source
 from shoal.memory.budget import Need, weight_bytes
@@ -48,7 +49,7 @@ class Work:
         optimizer: torch.optim.Optimizer,
         source: Source,
         ledger: Ledger,
-        shards: range,
+        shards: Sequence[int],
         loss: BatchLoss,
         *,
         steps_ahead: int,
@@ -113,7 +114,7 @@ class Work:
             ready = ready + self.passes if pipeline.readers else 1  # several chunks may read one: it waits for them
         return Need(
             weights=weights + sum(buffer.nbytes for buffer in self.module.buffers()),  # and those of the step's begin
-            gradients=sum(each.sums_bytes((self.micro_batches,) * each.leaves) for each in self.sets),
+            gradients=sum(each.sums_bytes((self.micro_batches,) * each.leaves) + _beside(each) for each in self.sets),
             optimizer=states + pieces,
             checkpoint=self._whole(weights + states) if self.saves and device.type == "cpu" else 0,
             data=sum(tensor.nbytes for tensor in batch.values()) * ready + SLACK_BYTES,
@@ -124,3 +125,12 @@ class Work:
         """Of bytes that go with this worker's parameters, those of the whole model, of which a checkpoint is a copy."""
         here = sum(parameter.numel() for parameter in self.module.parameters())
         return own * self.held.elements // max(1, here) if self.split else own
+
+
+def _beside(gradients: Gradients) -> int:
+    """Bytes that an exchange holds beside sums where workers share no memory."""
+    if isinstance(gradients.exchange, HeapExchange):
+        return 0
+    from shoal.comm.distributed import DistributedExchange
+
+    return gradients.exchange.beside_bytes if isinstance(gradients.exchange, DistributedExchange) else 0

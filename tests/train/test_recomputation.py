@@ -8,7 +8,9 @@ from train.tiny_runs import recipe, splits
 import shoal
 from shoal.errors import RunFailed, UserError
 from shoal.memory.apply import set_up
+from shoal.memory.gauge import gauge_for
 from shoal.memory.meter import storage_of
+from shoal.memory.rehearsal import passes_of, rehearse
 from shoal.models.registry import build
 from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
@@ -50,9 +52,36 @@ def kept_bytes(memory: MemoryPlan) -> int:
 
 
 def test_recomputation_keeps_less_the_more_is_recomputed():
-    none, some, every = (kept_bytes(m) for m in (MemoryPlan(), WAYS["selective"], WAYS["full"]))
+    each = MemoryPlan(recompute="every", recompute_every=1)
+    none, some, full, every = (kept_bytes(m) for m in (MemoryPlan(), WAYS["selective"], WAYS["full"], each))
     assert every < some < none
     assert every < 0.4 * none
+    assert every < full < none
+
+
+def test_the_last_block_is_not_computed_again_because_nothing_is_gained_by_it():
+    """Its backward pass is the first. Said by name, or by `every`, it is."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    for memory, blocks in (
+        (WAYS["full"], ["0", "1"]),
+        (MemoryPlan(recompute="full", blocks=("?",)), ["0", "1", "2"]),
+        (MemoryPlan(recompute="every", recompute_every=1), ["0", "1", "2"]),
+    ):
+        wrapped = set_up(model, memory)
+        assert [block.name for block in wrapped] == blocks
+        for block in wrapped:
+            block.unwrap()
+    whole, each = (peak_of(memory) for memory in (WAYS["full"], MemoryPlan(recompute="every", recompute_every=1)))
+    assert whole <= 1.02 * each
+
+
+def peak_of(memory: MemoryPlan) -> int:
+    """Of a pass there and back."""
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(),
+                                                      torch.nn.Linear(256, 64)) for _ in range(4)))  # fmt: skip
+    set_up(model, memory)
+    x = torch.randn(2048, 64)
+    return rehearse(model, passes_of(lambda: model(x).sum()), gauge_for(torch.device("cpu")))
 
 
 def test_a_block_that_does_not_compute_the_same_again_is_named():
