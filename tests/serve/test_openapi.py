@@ -5,28 +5,33 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 from serve.conftest import ADMIN, Asking
 from serve.generation.tiny_gpt import save_gpt
 
 import shoal
 from shoal.models.bert import Head
 
+# What covers every field's edges takes most of the time, and is for `make soak`.
+SHORT = ("--phases", "examples,fuzzing", "--max-examples", "8")
+WHOLE = ("--phases", "examples,coverage,fuzzing", "--max-examples", "10")
+DEPTHS = pytest.mark.parametrize(
+    "depth", [SHORT, pytest.param(WHOLE, marks=pytest.mark.soak)], ids=["in short", "whole"]
+)
 MODEL_DECIDES = "positive_data_acceptance"  # which shapes, tokens and pairs of fields fit, no schema can say
 
 
 def schemathesis(description: str, tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
-    always = ["--checks", "all", "--seed", "1", "--no-color", "--continue-on-failure", "--max-examples", "10"]
-    phases = ["--phases", "examples,coverage,fuzzing", "--warnings", "off"]
+    always = ["--checks", "all", "--seed", "1", "--no-color", "--continue-on-failure", "--warnings", "off"]
     return subprocess.run(
-        [*program, description, *always, *phases, *options],
+        [*program, description, *always, *options],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
@@ -37,35 +42,35 @@ def keeps_its_word(url: str, tmp_path: Path, *options: str) -> None:
     assert done.returncode == 0, done.stdout
     made = re.search(r"(\d+) generated", done.stdout)
     assert made
-    assert int(made[1]) > 50
+    assert int(made[1]) > (10 if SHORT[1] in options else 50)
     assert Asking(url).get("/health/ready")[0] == 200
 
 
+@DEPTHS
 def test_of_texts_no_request_made_from_the_description_is_answered_otherwise_than_it_says(
-    folders: Callable[[Head], Path], tmp_path: Path
+    folders: Callable[[Head], Path], tmp_path: Path, depth: Sequence[str]
 ) -> None:
     with shoal.serve(folders("encoder"), admin_keys=(ADMIN,)) as server:
-        keeps_its_word(server.url, tmp_path)
+        keeps_its_word(server.url, tmp_path, *depth)
 
 
+@pytest.mark.soak
 def test_of_questions_likewise(folders: Callable[[Head], Path], tmp_path: Path) -> None:
     with shoal.serve(folders("question-answering")) as server:
-        keeps_its_word(server.url, tmp_path)
+        keeps_its_word(server.url, tmp_path, *WHOLE)
 
 
-def test_of_tensors_likewise_as_far_as_a_description_can_say(scripted: Asking, tmp_path: Path) -> None:
-    keeps_its_word(scripted.url, tmp_path, "--exclude-checks", MODEL_DECIDES)
+@DEPTHS
+def test_of_tensors_likewise_as_far_as_a_description_can_say(
+    scripted: Asking, tmp_path: Path, depth: Sequence[str]
+) -> None:
+    keeps_its_word(scripted.url, tmp_path, "--exclude-checks", MODEL_DECIDES, *depth)
 
 
-def test_of_generated_text_likewise(tmp_path: Path) -> None:
+@DEPTHS
+def test_of_generated_text_likewise(tmp_path: Path, depth: Sequence[str]) -> None:
     with shoal.serve(str(save_gpt(tmp_path / "tiny"))) as server:
-        few = [
-            "--phases",
-            "examples,fuzzing",
-            "--max-examples",
-            "30",
-        ]  # what covers every field's edges takes as long as all other tasks
-        keeps_its_word(server.url, tmp_path, "--exclude-checks", MODEL_DECIDES, *few)
+        keeps_its_word(server.url, tmp_path, "--exclude-checks", MODEL_DECIDES, *depth)
 
 
 def test_a_description_that_promises_too_much_is_found_out(scripted: Asking, tmp_path: Path) -> None:
