@@ -34,6 +34,7 @@ from shoal.train.optimizers import make_optimizer
 from shoal.train.precision import autocast, measure_precision
 from shoal.train.sampling import sample_text
 from shoal.train.schedules import learning_rate
+from shoal.train.states_choice import told_states
 from shoal.train.step import Step
 from shoal.train.worker import Worker
 
@@ -159,8 +160,7 @@ class Loop:
         self.steps = recipe.steps or recipe.epochs * -(-len(splits.train) // recipe.batch)
         self.log = run.open_log() if worker.rank == 0 else None
         self.board = TensorBoardLog(run.path / "tensorboard") if recipe.report.tensorboard and self.log else None
-        self.best = math.inf
-        self.samples = 0
+        self.best, self.samples = math.inf, 0
         self.untold: dict[int, dict[str, Any]] = {}  # of committed steps that not all workers have done
         self.loss = math.nan
         self.figures: dict[str, float] = {}
@@ -252,14 +252,10 @@ class Loop:
             steps=self.steps,
             transport=worker.transport,
             **({"memory": worker.memory.started} if worker.memory.started else {}),
-            **({"states": f"{worker.plan.states} ({why})"} if (why := self._why_states()) else {}),
+            **told_states(worker.plan, self.order.origins),
             **({"split": worker.held.split()} if worker.plan.splits_model else {}),
             **({"lossy": worker.plan.lossy} if worker.plan.lossy else {}),
         )
-
-    def _why_states(self) -> str:
-        """Where the kind of states came from, when slices are what workers hold."""
-        return self.order.origins.get("states", "given") if self.worker.plan.shards_states else ""
 
     def _resume(self) -> None:
         found = self.worker.resume(self.run.checkpoints)

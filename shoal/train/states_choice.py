@@ -3,6 +3,7 @@
 On one host, workers who each update their slices of one copy of the weights (ZeRO-1) do less than workers who all
 update everything, with the same bits (docs/sharded_states.md). Pure: nothing is measured."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from shoal.comm.server.optimizer import ELEMENTWISE
@@ -26,6 +27,11 @@ def settled_states(
     if against:
         return replace(plan, states="replicated"), {"states": f"{CHOSEN}{against}"}
     return replace(plan, states="zero1"), {"states": f"{CHOSEN}{plan.workers} workers of one host share weights"}
+
+
+def told_states(plan: Plan, origins: Mapping[str, str]) -> dict[str, str]:
+    """For the event `started`, when slices are what workers hold: of which kind, and where that came from."""
+    return {"states": f"{plan.states} ({origins.get('states', 'given')})"} if plan.shards_states else {}
 
 
 def _against(plan: Plan, recipe: Recipe, *, elastic: bool, joined: bool, foreign: bool) -> str:
