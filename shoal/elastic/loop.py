@@ -316,6 +316,9 @@ class ElasticLoop(Loop):
         if self.copies is not None:
             self.copies.send(worker.step, written)
             self.copies.take(worker.step)
+        elif not worker.plan.server_processes:  # these mirror by themselves
+            worker.settle()
+            worker.group.gather(b"")  # nobody begins a step before this one is whole: a loss costs one, not two
 
     def _stand(self) -> dict[str, Any]:
         return {
