@@ -14,6 +14,7 @@ from typing import Any
 
 from shoal.comm.agent import STOP, Ended, Said, killer_of
 from shoal.comm.heap import anonymous_file, heap_file
+from shoal.comm.socket_pairs import SocketPairs
 from shoal.comm.status import StatusBoard
 from shoal.elastic import membership as m
 from shoal.elastic import roster
@@ -409,21 +410,14 @@ class ElasticCrew:
         heap = heap_file()
         arenas = [self.processes[s].arena[0] for s in form.seats if s in self.processes and self.processes[s].arena]
         shared = arenas if len(arenas) == count else []
-        pairs = {(a, b): socket.socketpair() for a in range(count) for b in range(a + 1, count)}
-        for rank, seat in enumerate(form.seats):
-            if seat in self.processes:
-                server = rank - self.formation.workers
-                self.processes[seat].name = f"rank {rank}" if server < 0 else f"server {server}"
-            mine = [
-                pairs[min(rank, other), max(rank, other)][0 if rank < other else 1].fileno()
-                for other in range(count)
-                if other != rank
-            ]
-            order = {**self._terms(form, rank), "run": str(self.record.run_dir or ""), "arenas": bool(shared)}
-            self.processes.order(seat, order, [heap, self.mirror, *shared, *mine])
-        for left, right in pairs.values():
-            left.close()
-            right.close()
+        with SocketPairs(range(count)) as pairs:
+            for rank, seat in enumerate(form.seats):
+                if seat in self.processes:
+                    server = rank - self.formation.workers
+                    self.processes[seat].name = f"rank {rank}" if server < 0 else f"server {server}"
+                mine = [pairs.end(rank, other).fileno() for other in range(count) if other != rank]
+                order = {**self._terms(form, rank), "run": str(self.record.run_dir or ""), "arenas": bool(shared)}
+                self.processes.order(seat, order, [heap, self.mirror, *shared, *mine])
         os.close(heap)
         self._write_roster()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from shoal.comm.agent import Ended, Said
 from shoal.comm.heap import heap_file
+from shoal.comm.socket_pairs import SocketPairs
 from shoal.elastic import fleet as f
 from shoal.elastic import frames, roster
 from shoal.elastic import membership as m
@@ -318,28 +319,25 @@ class CrewOfHosts(ElasticCrew):
         epoch.ordered = True
         epoch.missing.clear()
         heap, own = heap_file(), sorted(epoch.own)
-        near = {(a, b): socket.socketpair() for a in own for b in own if a < b}
         several = len(own) < len(epoch.form.seats)
         made_arenas = [a for s in epoch.own.values() if s in self.processes for a in self.processes[s].arena[:1]]
         arenas = made_arenas if not several and len(made_arenas) == len(own) else []
         dead, other_end = socket.socketpair()
         other_end.close()
         run = str(self.job.run_dir) if self.council.fleet.made else ""
-        for rank in own:
-            sockets = []
-            for other in range(len(epoch.form.seats)):
-                if other in epoch.own and other != rank:
-                    sockets.append(near[min(rank, other), max(rank, other)][0 if rank < other else 1])
-                elif other != rank:
-                    pair = Pair(epoch.form.epoch, min(rank, other), max(rank, other))
-                    sockets.append(epoch.far.get(pair, dead))
-            terms = {"run": run, "arenas": bool(arenas), "wired": several, "homes": epoch.homes}
-            order = {**self._terms(epoch.form, rank), **terms}
-            files = [heap, self.mirror, *arenas, *(each.fileno() for each in sockets)]
-            self.processes.order(epoch.own[rank], order, files)
-        for left, right in near.values():
-            left.close()
-            right.close()
+        with SocketPairs(own) as near:
+            for rank in own:
+                others = [other for other in range(len(epoch.form.seats)) if other != rank]
+                sockets = [
+                    near.end(rank, other)
+                    if other in epoch.own
+                    else epoch.far.get(Pair(epoch.form.epoch, min(rank, other), max(rank, other)), dead)
+                    for other in others
+                ]
+                terms = {"run": run, "arenas": bool(arenas), "wired": several, "homes": epoch.homes}
+                order = {**self._terms(epoch.form, rank), **terms}
+                files = [heap, self.mirror, *arenas, *(each.fileno() for each in sockets)]
+                self.processes.order(epoch.own[rank], order, files)
         dead.close()
         os.close(heap)
 

@@ -190,9 +190,10 @@ class Relay:
             asked.select(limit)
 
     def _look(self) -> None:
-        """Doors follow those behind them, but for those that a cut lies before."""
+        """Closed doors follow those behind them, but for those that a cut lies before. Whoever is behind an open one is
+        not asked: that would take up the few strangers that an agent has time for."""
         for door in self._doors.values():
-            if not self._is_cut(door.way) and not self._is_cut(door.way[::-1]):
+            if not door.open and not self._is_cut(door.way) and not self._is_cut(door.way[::-1]):
                 self._follow(door)
 
     def _follow(self, door: _Door) -> None:
