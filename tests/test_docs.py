@@ -3,12 +3,17 @@
 import difflib
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from shoal.comm.launch import Agent
 from shoal.run.run import Run
 from shoal.train.checkpoint import newest as load_newest
 
@@ -25,6 +30,25 @@ def run(program: Path, *arguments: str) -> str:
     done = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def said_by(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[[str], str]:
+    """What the program of a page prints: run in this process, with the agent of all tests for its launches. That a
+    program runs by itself is shown for the README's; what workers print goes past it."""
+    modules = [import_module(f"shoal.{name}.api") for name in ("train", "prove")]
+    for module in (import_module("shoal.comm.launch"), *modules):
+        monkeypatch.setattr(module, "Agent", lambda preload=(): nullcontext(agent))
+
+    def run_page(page: str) -> str:
+        program = tmp_path / "program.py"
+        program.write_text("\n".join(blocks(page, "python")))
+        runpy.run_path(str(program), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_page
 
 
 def test_the_readme_program_gives_the_same_hash_on_one_process_and_on_two(tmp_path: Path) -> None:
@@ -59,28 +83,20 @@ def test_the_recording_on_the_page_about_communication_counts_what_the_step_did(
     assert "0.131 MB" in said
 
 
-def test_the_page_about_layouts_shows_what_its_program_prints(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text("\n".join(blocks("docs/layouts.md", "python")))
-    assert run(program) == blocks("docs/layouts.md", "text")[0]
+def test_the_page_about_layouts_shows_what_its_program_prints(said_by: Callable[[str], str]) -> None:
+    assert said_by("docs/layouts.md") == blocks("docs/layouts.md", "text")[0]
 
 
-def test_the_page_about_pipelines_shows_what_its_program_prints(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text("\n".join(blocks("docs/pipeline.md", "python")))
-    assert run(program) == blocks("docs/pipeline.md", "text")[0]
+def test_the_page_about_pipelines_shows_what_its_program_prints(said_by: Callable[[str], str]) -> None:
+    assert said_by("docs/pipeline.md") == blocks("docs/pipeline.md", "text")[0]
 
 
-def test_the_page_about_sharded_states_shows_what_its_program_prints(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text("\n".join(blocks("docs/sharded_states.md", "python")))
-    assert run(program) == blocks("docs/sharded_states.md", "text")[0]
+def test_the_page_about_sharded_states_shows_what_its_program_prints(said_by: Callable[[str], str]) -> None:
+    assert said_by("docs/sharded_states.md") == blocks("docs/sharded_states.md", "text")[0]
 
 
-def test_the_page_about_proofs_shows_what_its_program_prints(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text("\n".join(blocks("docs/prove.md", "python")))
-    assert run(program) == blocks("docs/prove.md", "text")[0]
+def test_the_page_about_proofs_shows_what_its_program_prints(said_by: Callable[[str], str]) -> None:
+    assert said_by("docs/prove.md") == blocks("docs/prove.md", "text")[0]
 
 
 def test_the_page_about_serving_runs_as_printed(tmp_path: Path) -> None:
@@ -95,10 +111,8 @@ def test_every_file_that_a_page_points_at_is_there() -> None:
             assert (page.parent / target).exists(), f"{page.name} points at {target}"
 
 
-def test_the_page_about_splitting_shows_equal_hashes_for_pipelines(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text("\n".join(blocks("docs/splitting.md", "python")))
-    rows = [line.split()[:2] for line in run(program).splitlines()]
+def test_the_page_about_splitting_shows_equal_hashes_for_pipelines(said_by: Callable[[str], str]) -> None:
+    rows = [line.split()[:2] for line in said_by("docs/splitting.md").splitlines()]
     assert len(rows) == 4
     assert len({loss for loss, _ in rows}) == 1
     assert rows[0][1] == rows[1][1] == rows[2][1] != rows[3][1]
