@@ -31,7 +31,7 @@ from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.first_batch import subject_of
 from shoal.train.held_parts import HeldParts
-from shoal.train.loop import Loop, Order, made_model, open_splits, settled, worker_of
+from shoal.train.loop import Loop, Order, made_model, model_to_place, open_splits, settled, worker_of
 from shoal.train.not_finite import NotFinite
 from shoal.train.optimizers import make_optimizer
 from shoal.train.step import Step
@@ -151,9 +151,9 @@ class _Life:
         recipe, writers = self.order.recipe, self.worker._writers
         self.worker = worker = worker_of(group, plan, recipe)
         worker._writers = writers
-        made = made_model(self.order, self.splits)
+        made, first = model_to_place(replace(self.order, plan=plan), self.splits)
         task = task_for(recipe.model, self.splits.train.facts)
-        subject = subject_of(recipe, self.splits, task, worker.device) if plan.splits_model else None
+        subject = subject_of(recipe, self.splits, task, worker.device, first) if plan.splits_model else None
         self.model = worker.model(made, compile=recipe.model.compile, subject=subject)
         self.task = worker.held.task or task
         worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
