@@ -13,6 +13,10 @@ class Verb(ModuleType):
         function = getattr(import_module(f"{self.__name__}.api"), self.__name__.rpartition(".")[2])
         return function(*arguments, **options)
 
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        """By name, as picklers of functions do with modules: functions that name `shoal.train` are sent to workers."""
+        return import_module, (self.__name__,)
+
 
 def make_verb(package: str) -> None:
     """Called by the package's own ``__init__``, with its name."""

@@ -6,7 +6,7 @@ from shoal.cli.exit_codes import DONE
 from shoal.cli.output import json_line
 from shoal.errors import UserError
 
-HELP = "end a running run after the step in flight, saved; or let one worker leave it, or one host"
+HELP = "end a running run after the step in flight, saved; or one worker or host of it"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

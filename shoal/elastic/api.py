@@ -90,7 +90,7 @@ def train_elastic(
     rebalance: bool = False,
     autoscale: Autoscale | tuple[int, int] | None = None,
     origins: Mapping[str, str] | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | Path | None = None,
     resume: str | Path | None = None,
     start: str | None = None,
     progress: Callable[[Mapping[str, Any]], None] | None = None,

@@ -4,6 +4,7 @@ A *way* leads from one host to another one; the way back is another one. `Relay`
 between two agents, and between two workers of theirs, goes through it. `shoal.elastic.namespaces` has real ones.
 """
 
+import errno
 import random
 import selectors
 import socket
@@ -112,10 +113,7 @@ class Relay:
         for a in range(hosts):
             for b in range(hosts):
                 if a != b:
-                    made = socket.socket()
-                    made.bind(("127.0.0.1", 0))
-                    made.setblocking(False)
-                    self._doors[a, b] = _Door((a, b), made)
+                    self._doors[a, b] = _Door((a, b), _bound())
         self._looked_s = 0.0
         self._ends = False
         self._thread = threading.Thread(target=self._run, name="shoal-relay", daemon=True)
@@ -281,6 +279,23 @@ class Relay:
     def _drop(streams: tuple[_Stream, _Stream]) -> None:
         for stream in streams:
             stream.source.close()
+
+
+def _bound() -> socket.socket:
+    """At a free port that is asked for by its number: the system takes one that it chose itself back when the socket
+    stops listening, and a door that is opened again would be elsewhere."""
+    while True:
+        made = socket.socket()
+        made.setblocking(False)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of before may still end at it
+        try:
+            made.bind(free_addresses(1)[0])
+        except OSError as error:
+            made.close()
+            if error.errno != errno.EADDRINUSE:  # somebody else was faster
+                raise
+        else:
+            return made
 
 
 def make_network(kind: str, hosts: int, *, shapes: bool) -> Network:

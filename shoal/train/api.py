@@ -32,7 +32,7 @@ def train(
     plan: Plan | None = None,
     *,
     origins: Mapping[str, str] | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | Path | None = None,
     resume: str | Path | None = None,
     start: str | None = None,
     progress: Callable[[Event], None] | None = None,
@@ -101,7 +101,7 @@ def order_of(
     recipe: Recipe,
     plan: Plan,
     origins: Mapping[str, str] | None,
-    run_dir: Path | None,
+    run_dir: str | Path | None,
     resume: str | Path | None,
     start: str | None,
     model: "Callable[[], nn.Module] | None",
@@ -113,7 +113,8 @@ def order_of(
     """What workers are told, from what a caller says: see `train`. Raises UserError where a run is not to be found."""
     from shoal.train.loop import Order
 
-    folder = Run.find(resume).path if resume is not None else run_dir
+    folder = Path(run_dir) if run_dir is not None else None
+    folder = Run.find(resume).path if resume is not None else folder
     begins = _start_of(start, resume, recipe.steps)
     plan, told = settled_states(plan, recipe, elastic=elastic, joined=joined, foreign=model is not None)
     return Order(recipe, plan, {**(origins or {}), **told}, folder, resume is not None, model, data, start=begins)

@@ -108,7 +108,8 @@ def test_no_connection_is_made_over_a_cut(relay, door):
             said_to(door)
 
 
-def test_a_door_that_nobody_is_behind_is_closed_and_opens_again(relay):
+def test_a_door_that_nobody_is_behind_is_closed_and_opens_again_where_it_was(relay):
+    place = relay.addresses(0)[1]
     until(lambda: not reachable(relay), "a closed door")
     with socket.create_server(relay.addresses(1)[1]) as door:
         near, far = connected(relay, door)
@@ -118,6 +119,7 @@ def test_a_door_that_nobody_is_behind_is_closed_and_opens_again(relay):
     near.close()
     with socket.create_server(relay.addresses(1)[1]):
         until(lambda: reachable(relay), "an open door")
+    assert relay.addresses(0)[1] == place
 
 
 def may_make_namespaces() -> bool:

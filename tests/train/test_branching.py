@@ -52,7 +52,7 @@ def test_a_recipe_with_another_order_of_samples_is_refused(run, original):
 
 
 def test_a_branch_can_be_resumed_and_branched_from_again(run, original, tmp_path):
-    half = run(replace(WHOLE, steps=8), data=DATA, start=f"{original['run_dir']}@4", run_dir=tmp_path / "branch")
+    half = run(replace(WHOLE, steps=8), data=DATA, start=f"{original['run_dir']}@4", run_dir=str(tmp_path / "branch"))
     end = run(WHOLE, data=DATA, resume=half["run_dir"])
     assert end["weights_sha256"] == original["weights_sha256"]
     again = run(WHOLE, data=DATA, start=f"{half['run_dir']}@8")
