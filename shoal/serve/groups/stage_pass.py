@@ -20,7 +20,9 @@ AHEAD = 1  # full batches that may be under way beside one at each stage
 
 
 class StagePass:
-    """A process's stage. What a stage raises goes on in the place of its values, so that all stay in step."""
+    """A process's stage. What a stage raises goes on in the place of its values, so that all stay in step.
+
+    What one slice of a stage raises alone leaves others in the middle of a sum: then the group ends, and says why."""
 
     def __init__(self, split: SplitModel, seat: Seat, facts: Mapping[str, Any]) -> None:
         self.split, self.seat, self.facts = split, seat, facts
@@ -28,9 +30,24 @@ class StagePass:
 
     @torch.inference_mode()
     def compute(self, variant: Names | None, came: Made, arguments: Mapping[str, Any]) -> Made:
-        """From what the stage before has made, and the arguments of the model that this stage reads."""
+        """From what the stage before has made, and the arguments of the model that this stage reads.
+
+        Raises RunFailed when this slice alone has failed, and OutOfStep or PeerLost when another one has."""
         if "error" in came:
             return came
+        made = self._computed(variant, came, arguments)
+        if self.seat.collectives is None:
+            return made
+        own = made.get("error", "")
+        try:
+            failed = int(self.seat.collectives.all_reduce(torch.tensor([bool(own)], dtype=torch.int64)))
+        except (OutOfStep, PeerLost) as error:
+            if own:
+                raise RunFailed(f"slice {self.seat.slice} of stage {self.seat.stage} alone: {own}") from error
+            raise
+        return made if own or not failed else {"error": "another slice of the stage has failed"}
+
+    def _computed(self, variant: Names | None, came: Made, arguments: Mapping[str, Any]) -> Made:
         try:
             with self.seat.inside():
                 chunk = self.split.chunk(self.seat.stage, variant)

@@ -198,6 +198,35 @@ def test_a_fault_in_a_later_stage_harms_no_other_request_of_its_batch() -> None:
     os.close(opened)
 
 
+@pytest.mark.parametrize("all_fail", [False, True], ids=["one slice", "all slices"])
+def test_a_slice_that_fails_alone_ends_its_group_at_once_with_its_error(all_fail: bool, capfd: Any) -> None:
+    """Without a word the others would wait for its part of a sum. What all slices raise is the request's, as ever."""
+    model, facts, asked = prepared(encoder)
+    faults, plant = os.pipe()
+    os.set_blocking(faults, False)
+
+    def fail(module: nn.Module, arguments: Any) -> None:
+        try:
+            taken = os.read(faults, 1)
+        except BlockingIOError:
+            return
+        raise ValueError(f"a fault of the model {taken!r}")
+
+    model.register_forward_pre_hook(fail)
+    with forked(model, facts, {"tensor": 2}) as group:
+        group.predict(asked[0])
+        os.write(plant, b"xx" if all_fail else b"x")
+        arrays = {name: array(value) for name, value in asked[0].items()}
+        number = group.send(Inputs(1, asked[0]["tokens"].shape[1], arrays))
+        told = [message for message in iter(group.hear, None) if not isinstance(message, Begun)] if not all_fail else []
+        if all_fail:
+            assert "a fault of the model" in group.answers([number])[number].why  # type: ignore[union-attr]
+    assert told == []
+    assert ("alone: ValueError: a fault of the model" in capfd.readouterr().out) is not all_fail
+    os.close(faults)
+    os.close(plant)
+
+
 @pytest.mark.parametrize(
     ("mesh", "why"),
     [
