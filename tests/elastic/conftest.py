@@ -20,6 +20,12 @@ from shoal.train.api import train
 cloudpickle.register_pickle_by_value(tiny_runs)
 
 
+@pytest.fixture(autouse=True)
+def sent_whole(request: pytest.FixtureRequest) -> None:
+    """Models of a test's own go to workers, who cannot import the test's module."""
+    cloudpickle.register_pickle_by_value(request.module)
+
+
 @pytest.fixture(scope="session")
 def undisturbed(agent: Agent, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """weights_sha256 of a recipe, trained by one worker that nothing happens to."""

@@ -113,6 +113,8 @@ def test_a_model_that_keeps_something_to_itself_is_found_out(agent):
     assert not found["ok"]
     assert not found["bits_equal"]
     assert found["differs_at"] >= 4
-    (note,) = found["notes"]
+    note, named = found["notes"]
     assert "kept by each worker for itself" in note
+    assert "the model gives another loss" in named
+    assert "'passes' of the model was 0 and is 2" in named
     assert found["told_once"], "it is the model that is wrong, not the run"
