@@ -55,7 +55,7 @@ class Wide:
 def over(
     schedule: str = "1f1b",
     chunks: int = 1,
-    states: Literal["replicated", "zero1", "zero2", "zero3"] = "replicated",
+    states: Literal["auto", "zero1", "zero2", "zero3"] = "auto",
     **mesh: int,
 ) -> Plan:
     return Plan(mesh=mesh, states=states, device="cpu", pipeline=PipelinePlan(schedule=schedule, chunks=chunks))

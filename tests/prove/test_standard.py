@@ -29,7 +29,7 @@ def test_the_list_has_every_kind_of_model_and_of_plan():
     )
     assert {family for plan in plans for family in families(plan)} == set(FAMILIES)
     assert {plan.pipeline.schedule for plan in plans if plan.axes.size("pipe") > 1} == set(MAKERS)
-    assert {plan.states for plan in plans} == {"replicated", "zero1", "zero2", "zero3"}
+    assert {plan.states for plan in plans} == {"auto", "zero1", "zero2", "zero3"}
     assert {plan.workers for plan in plans} >= {1, 2, 3, 4, 5, 8}
     assert max(plan.workers for plan in plans) == 8
     for case in cases:

@@ -7,11 +7,14 @@ from typing import Any
 import cloudpickle
 import pytest
 from train import tiny_runs
+from worker_fixtures import on_workers
 
 from shoal.comm.launch import Agent
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.train.api import train
+
+__all__ = ["on_workers"]
 
 cloudpickle.register_pickle_by_value(tiny_runs)
 

@@ -46,10 +46,10 @@ def _flipping(group, order, rank, what):
     ],
     ids=["state of a lone worker", "parameter of a lone worker", "replicated state", "sharded state"],
 )
-def test_a_flipped_bit_ends_the_run_before_it_is_used(agent, tmp_path, plan, rank, what):
+def test_a_flipped_bit_ends_the_run_before_it_is_used(on_workers, tmp_path, plan, rank, what):
     order = Order(MADE, plan, run_dir=tmp_path / "run", data=DATA)
     with pytest.raises(RunFailed, match=rf"rank {rank}: bits of .* have changed between the updates of steps 3 and 4"):
-        agent.run(_flipping, (order, rank, what), workers=plan.workers, hang_after_s=60)
+        on_workers(plan.workers, _flipping, order, rank, what, hang_after_s=60)
     if rank == 0:  # what was saved after the flip may hold it
         steps = [found.step for found in checkpoint.listing(tmp_path / "run" / "checkpoints") if not found.problem]
         assert max(steps) == 2
