@@ -246,7 +246,7 @@ def calm(folder: Path, rounds: int, plan: Plan | None = None) -> dict[str, Any]:
             run = train if arm == "plain" else train_elastic
             run(
                 wanted,
-                plan or Plan(mesh={"data": WORKERS}),
+                plan or Plan(mesh={"data": WORKERS}, states="replicated"),
                 run_dir=Path(tempfile.mkdtemp(dir=folder)) / f"calm{number}",
                 progress=listen,
                 agent=agent,
