@@ -17,6 +17,7 @@ FACTS = {"vocab": 512, "context": 16}
 OPTIONS = {"layers": 4, "heads": 8, "width": 512}
 SPECS = {
     "gpt": ModelSpec(kind="gpt", options=OPTIONS),
+    "deep gpt": ModelSpec(kind="gpt", options={**OPTIONS, "layers": 8}),
     "moe": ModelSpec(kind="moe", options={**OPTIONS, "layers": 2, "experts": 4}),
 }
 
@@ -59,11 +60,12 @@ def build_whole(spec: ModelSpec) -> torch.nn.Module:
 
 CASES = {
     "gpt over tensors": ("gpt", {"tensor": 4}),
-    "gpt in stages": ("gpt", {"pipe": 4}),
-    "gpt in stages over tensors": ("gpt", {"pipe": 2, "tensor": 2}),
+    "gpt in stages": ("deep gpt", {"pipe": 4}),
+    "gpt in stages over tensors": ("deep gpt", {"pipe": 2, "tensor": 2}),
     "moe over experts": ("moe", {"expert": 4}),
 }
 ROOM = 16 << 20  # activations, and the largest tensor that one operation needs whole
+BLOCKS = 50 << 20  # two of a pipeline, with gradients: measured one by one, at times in memory that is not used again
 
 
 @pytest.mark.parametrize(
@@ -71,9 +73,10 @@ ROOM = 16 << 20  # activations, and the largest tensor that one operation needs 
 )
 def test_building_takes_what_is_held_and_one_operation_more(on_workers, case):
     kind, mesh = CASES[case]
+    room = ROOM + BLOCKS * ("pipe" in mesh)
     for grown, held, whole in on_workers(Plan(mesh=mesh).workers, placed, kind, mesh, False):
         assert held < 0.6 * whole
-        assert grown < held + ROOM < whole, (grown, held, whole)
+        assert grown < held + room < whole, (grown, held, whole)
 
 
 def test_the_measure_finds_a_worker_that_builds_the_whole(on_workers):
