@@ -40,13 +40,7 @@ class Fault:
     @staticmethod
     def parse(text: str) -> "Fault":
         """From "kill:rank=1,step=5,phase=backward". Raises UserError."""
-        kind, _, rest = text.partition(":")
-        if kind not in KINDS:
-            raise unknown_name("kind of fault", kind, KINDS, f"{text!r}")
-        values = dict(part.partition("=")[::2] for part in rest.split(",") if part)
-        for key in values:
-            if key not in ("rank", "step", "phase"):
-                raise unknown_name("key", key, ("rank", "step", "phase"), f"{text!r}")
+        kind, values = parts(text, KINDS, ("rank", "step", "phase"))
         phase = values.get("phase", "forward")
         if not is_phase(phase):
             raise unknown_name("phase", phase, PHASES, f"{text!r}")
@@ -54,6 +48,18 @@ class Fault:
         if not all(number.isdigit() for number in numbers):
             raise UserError(f"fault {text!r}: write it as kill:rank=1,step=5,phase=backward.")
         return Fault(kind, int(numbers[0]), int(numbers[1]), phase)
+
+
+def parts(text: str, kinds: Sequence[str], keys: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The kind and the values of a fault, written as "kind:key=value,key=value". Raises UserError."""
+    kind, _, rest = text.partition(":")
+    if kind not in kinds:
+        raise unknown_name("kind of fault", kind, kinds, f"{text!r}")
+    values = dict(part.partition("=")[::2] for part in rest.split(",") if part)
+    for key in values:
+        if key not in keys:
+            raise unknown_name("key", key, keys, f"{text!r}")
+    return kind, values
 
 
 def is_phase(name: str) -> bool:

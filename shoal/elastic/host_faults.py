@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from shoal.elastic.faults import parts
 from shoal.elastic.network import Trouble
 from shoal.errors import UserError, unknown_name
 
@@ -35,13 +36,7 @@ class HostFault:
     @staticmethod
     def parse(text: str) -> "HostFault":
         """From "cut-out:host=1,step=5", "kill-host:host=leader". Raises UserError."""
-        kind, _, rest = text.partition(":")
-        if kind not in HOST_KINDS:
-            raise unknown_name("kind of fault", kind, HOST_KINDS, f"{text!r}")
-        values = dict(part.partition("=")[::2] for part in rest.split(",") if part)
-        for key in values:
-            if key not in ("host", "step"):
-                raise unknown_name("key", key, ("host", "step"), f"{text!r}")
+        kind, values = parts(text, HOST_KINDS, ("host", "step"))
         host, step = values.get("host", "0"), values.get("step", "0")
         if not (host.isdigit() or host == "leader") or not step.isdigit():
             raise UserError(f"fault {text!r}: write it as cut-out:host=1,step=5, or kill-host:host=leader.")

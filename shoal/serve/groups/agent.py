@@ -1,7 +1,6 @@
 """The parent of a version's processes on a rank above 0: loads the model, and forks one for each of its groups."""
 
 import os
-import select
 import signal
 import socket
 import sys
@@ -17,6 +16,7 @@ from shoal.serve.control import Start
 from shoal.serve.frames import encode
 from shoal.serve.groups.agents import Cannot, End, Ended, Form, FromAgent, Hello, digest, join, to_agents
 from shoal.serve.groups.broker import Leave
+from shoal.serve.groups.hearing import ends_of_children, heard
 
 
 def main() -> None:
@@ -79,43 +79,20 @@ class _Agent:
 
     def follow(self, parent: socket.socket) -> Leave | None:
         """None when the parent is lost. No process is left then."""
-        wake, woken = os.pipe()
-        os.set_blocking(wake, False)
-        os.set_blocking(woken, False)
-        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
         try:
-            return self._listen(parent, wake)
-        finally:
-            self._kill(list(self._children))
-
-    def _listen(self, parent: socket.socket, wake: int) -> Leave | None:
-        reader = to_agents()
-        poll = select.poll()
-        poll.register(parent, select.POLLIN)
-        poll.register(wake, select.POLLIN)
-        while True:
-            ready = {file for file, _ in poll.poll()}
-            if wake in ready:
-                with suppress(BlockingIOError):
-                    os.read(wake, 4096)
-                self._reap(parent)
-            if parent.fileno() not in ready:
-                continue
-            try:
-                data = parent.recv(1 << 16)
-            except OSError:
-                data = b""
-            if not data:
-                return None
-            for message in reader.feed(data):
+            for message in heard(parent, to_agents(), ends_of_children()):
                 match message:
+                    case None:
+                        self._reap(parent)
                     case Form():
                         self._fork(message, parent)
                     case End():
                         self._kill([pid for pid, number in self._children.items() if number == message.number])
                     case Leave():
                         return message
+            return None
+        finally:
+            self._kill(list(self._children))
 
     def _fork(self, form: Form, parent: socket.socket) -> None:
         from shoal.serve.replica import run_replica, take_seat

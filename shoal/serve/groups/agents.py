@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shoal.serve.frames import FrameError, FrameReader, encode
+from shoal.serve.frames import FrameReader, encode
 from shoal.serve.groups.broker import Leave
+from shoal.serve.groups.hearing import received
 
 if TYPE_CHECKING:
     from shoal.comm.distributed import DistributedGroup
@@ -112,11 +113,7 @@ class Agents:
                 self._read(each)
 
     def _read(self, connection: socket.socket) -> None:
-        try:
-            data = connection.recv(1 << 16)
-            messages = self._readers[connection].feed(data)
-        except (OSError, FrameError):
-            data, messages = b"", []
+        messages, lost = received(connection, self._readers[connection])
         for message in messages:
             match message:
                 case Hello():
@@ -125,7 +122,7 @@ class Agents:
                     self._refused(f"rank {message.rank}: {message.why}")
                 case Ended():
                     self._lost(message.number)
-        if not data:
+        if lost:
             self._hang_up(connection)
 
     def _greet(self, connection: socket.socket, hello: Hello) -> None:

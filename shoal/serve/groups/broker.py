@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from shoal.errors import RunFailed
-from shoal.serve.frames import FrameError, FrameReader, encode
+from shoal.serve.frames import FrameReader, encode
+from shoal.serve.groups.hearing import received
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -168,11 +169,7 @@ class Broker:
         self._settle()
 
     def _read(self, connection: socket.socket) -> None:
-        try:
-            data = connection.recv(1 << 16)
-            messages = self._readers[connection].feed(data)
-        except (OSError, FrameError):
-            data, messages = b"", []
+        messages, lost = received(connection, self._readers[connection])
         for message in messages:
             match message:
                 case Host():
@@ -183,7 +180,7 @@ class Broker:
                     self._tell(self._hosts, message)
                 case Ending():
                     self._parents.pop(connection, None)
-        if not data:
+        if lost:
             del self._readers[connection]
             self._hosts.discard(connection)
             self._parents.pop(connection, None)

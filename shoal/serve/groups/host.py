@@ -1,8 +1,6 @@
 """``shoal serve`` on a rank above 0: starts an agent for each parent of rank 0, and again when one dies."""
 
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +13,7 @@ from shoal.errors import RunFailed
 from shoal.serve.control import Start
 from shoal.serve.frames import encode
 from shoal.serve.groups.broker import AGAIN_S, Host, Leave, Load, broker_address, to_hosts
+from shoal.serve.groups.hearing import ends_of_children, heard
 from shoal.serve.options import ServeOptions
 
 PATIENCE_S = 300.0  # for rank 0 to begin, or to come back
@@ -35,18 +34,12 @@ class _Host:
     def __init__(self, options: ServeOptions) -> None:
         self._options, self._rank = options, int(os.environ["RANK"])
         self._agents: dict[subprocess.Popen[str], Load] = {}
-        o = self._options
-        self._first = Load(0, o.target, o.task, o.dtype, o.name)
-        self._loading: subprocess.Popen[str] | None = (
-            None  # loads what this host was started with; wanted by nobody yet
-        )
+        self._first = Load(0, options.target, options.task, options.dtype, options.name)
+        # loads what this host was started with; wanted by nobody yet
+        self._loading: subprocess.Popen[str] | None = None
 
     def run(self) -> int:
-        wake, woken = os.pipe()
-        os.set_blocking(wake, False)
-        os.set_blocking(woken, False)
-        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        wake = ends_of_children()
         self._loading = self._spawn(self._first)
         while True:
             with self._connected() as broker:
@@ -70,31 +63,16 @@ class _Host:
     def _follow(self, broker: socket.socket, wake: int) -> int | None:
         """How this host ends; None when the broker is lost."""
         broker.settimeout(None)
-        reader = to_hosts()
-        poll = select.poll()
-        poll.register(broker, select.POLLIN)
-        poll.register(wake, select.POLLIN)
-        while True:
-            ready = {file for file, _ in poll.poll()}
-            if wake in ready:
-                with suppress(BlockingIOError):
-                    os.read(wake, 4096)
-                if self._reap():
-                    return REFUSED
-            if broker.fileno() not in ready:
-                continue
-            try:
-                data = broker.recv(1 << 16)
-            except OSError:
-                data = b""
-            if not data:
-                return None
-            for message in reader.feed(data):
-                match message:
-                    case Load():
-                        self._start(message)
-                    case Leave():
-                        return 0
+        for message in heard(broker, to_hosts(), wake):
+            match message:
+                case None:
+                    if self._reap():
+                        return REFUSED
+                case Load():
+                    self._start(message)
+                case Leave():
+                    return 0
+        return None
 
     def _start(self, load: Load) -> None:
         if load in self._agents.values():

@@ -119,23 +119,24 @@ class HttpServer:
                 return route
             begin = self._direct.get(route)
             return route(self.service, request) if begin is None else begin(request, held, to)
-        except HttpError:
-            raise
-        except RecursionError:
-            raise HttpError(400, "the body is nested too deeply") from None
         except Exception as error:
-            raise self.failed(error) from None
+            raise self._told(error) from None
 
     async def respond(self, begun: Awaitable[HttpResponse | HttpStream]) -> HttpResponse | HttpStream:
         """What comes of it. Raises as `begin` does."""
         try:
             return await begun
-        except HttpError:
-            raise
-        except RecursionError:
-            raise HttpError(400, "the body is nested too deeply") from None
         except Exception as error:
-            raise self.failed(error) from None
+            raise self._told(error) from None
+
+    def _told(self, error: Exception) -> HttpError:
+        """What a client hears of what a route has raised."""
+        match error:
+            case HttpError():
+                return error
+            case RecursionError():
+                return HttpError(400, "the body is nested too deeply")
+        return self.failed(error)
 
     async def answer(self, request: HttpRequest) -> HttpResponse | HttpStream:
         """For those who ask within a task that holds (``Service.hold``). Raises as `begin` does."""
