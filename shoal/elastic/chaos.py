@@ -111,22 +111,37 @@ def rehearse(
         rough = train_elastic(recipe, plan, least=least, faults=faults, run_dir=Path(place) / "disturbed", **common)
         before, events = Run(Path(calm["run_dir"])).events(), Run(Path(rough["run_dir"])).events()
         survived = [_survived(fault, events) for fault in faults]
-        differs = first_difference(before, events)
-        equal = calm["weights_sha256"] == rough["weights_sha256"] and differs is None
-        notes = [] if equal else [explained(differs, faults, events), *of_the_user(crew, recipe, plan, model, data)]
-    once = told_once(events, steps)
+        found = judged((calm, rough), (before, events), survived, steps)
+        if not found["bits_equal"]:
+            why = explained(found["differs_at"], faults, events)
+            found["notes"] = [why, *of_the_user(crew, recipe, plan, model, data)]
+    return found | {
+        "workers": plan.workers,
+        "goodput": lasted_s(before) / lasted_s(events),
+        "run_dir": str(folder) if folder else None,
+    }
+
+
+def judged(
+    results: tuple[Mapping[str, Any], Mapping[str, Any]],
+    logs: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]],
+    survived: Sequence[Survived],
+    steps: int,
+) -> dict[str, Any]:
+    """What a rehearsal finds, from results and events of the undisturbed run and of the other one."""
+    calm, rough = (result["weights_sha256"] for result in results)
+    differs = first_difference(*logs)
+    equal = calm == rough and differs is None
+    once = told_once(logs[1], steps)
     return {
         "ok": equal and once and all(s.recovered_s is not None for s in survived if s.happened),
         "bits_equal": equal,
         "differs_at": differs,
         "told_once": once,
-        "notes": notes,
+        "notes": [],
         "steps": steps,
-        "workers": plan.workers,
-        "goodput": lasted_s(before) / lasted_s(events),
         "faults": survived,
-        "weights_sha256": {"undisturbed": calm["weights_sha256"], "disturbed": rough["weights_sha256"]},
-        "run_dir": str(folder) if folder else None,
+        "weights_sha256": {"undisturbed": calm, "disturbed": rough},
     }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.comm.launch import Agent
 from shoal.elastic import roster
 from shoal.elastic.api import PRELOAD
-from shoal.elastic.chaos import Survived, explained, first_difference, lasted_s, of_the_user, told_once
+from shoal.elastic.chaos import Survived, explained, judged, lasted_s, of_the_user
 from shoal.elastic.emulated import EmulatedHosts, check_number, train_emulated
 from shoal.elastic.host_faults import LEADER, LINKS, SLOW, HostFault, usual_host_faults
 from shoal.elastic.hosts import check_hosts, jobs
@@ -82,27 +82,17 @@ def rehearse_hosts(
         result = rough.train(recipe, plan, least, mine)
         before, events = Run(Path(calm["run_dir"])).events(), Run(Path(result["run_dir"])).events()
     survived = [_survived(fault, rough.acted.get(number), events) for number, fault in enumerate(faults)]
-    differs = first_difference(before, events)
-    equal = calm["weights_sha256"] == result["weights_sha256"] and differs is None
-    once = told_once(events, steps)
-    notes: list[str] = []
-    if not equal:
+    found = judged((calm, result), (before, events), survived, steps)
+    if not found["bits_equal"]:
         happened = [replace(f, step=rough.acted[n][1]) for n, f in enumerate(faults) if n in rough.acted]
         with Agent(PRELOAD) as crew:
-            notes = [explained(differs, happened, events), *of_the_user(crew, recipe, plan, model, data)]
-    return {
-        "ok": equal and once and all(s.recovered_s is not None for s in survived if s.happened),
-        "bits_equal": equal,
-        "differs_at": differs,
-        "told_once": once,
-        "notes": notes,
-        "steps": steps,
+            why = explained(found["differs_at"], happened, events)
+            found["notes"] = [why, *of_the_user(crew, recipe, plan, model, data)]
+    return found | {
         "workers": plan.workers,
         "hosts": hosts,
         "network": network,
         "goodput": took * steps / lasted_s(events),
-        "faults": survived,
-        "weights_sha256": {"undisturbed": calm["weights_sha256"], "disturbed": result["weights_sha256"]},
         "run_dir": str(folder) if folder else None,
     }
 
