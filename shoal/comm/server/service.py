@@ -59,6 +59,11 @@ class Service:
         except Exception as error:  # whatever a message can bring about is its sender's trouble, not the others'
             return [self._refusal(worker, f"{type(error).__name__}: {error}")]
 
+    @property
+    def ready(self) -> bool:
+        """It has all weights and states: workers are let in."""
+        return self._ready
+
     def leave(self, worker: int) -> Out:
         """A worker has gone, with or without a word."""
         self._arrived.pop(worker, None)

@@ -58,7 +58,8 @@ def serve(
     updated: Callable[[Service], None] = lambda service: None,
     first: Callable[[], int] = lambda: 0,
 ) -> None:
-    """The life of a server process: until its last worker has gone. ``mesh`` has a socket to each worker.
+    """The life of a server process: until its last worker has gone, or any before it is set up. ``mesh`` has a socket
+    to each worker.
 
     ``updated`` is called after each update, before any worker hears of it; ``first`` is what the first step is
     called."""
@@ -92,6 +93,8 @@ def serve(
                         updated(service)
                     answer(out)
             except PeerLost:
+                if not service.ready:
+                    return  # perhaps nobody sets it up any more: the others hear that it has gone, and do not wait
                 here.discard(worker)
                 answer(service.leave(worker))
         if here:
