@@ -111,7 +111,7 @@ def test_servers_are_added_and_taken_away_while_the_run_trains(disturb, undistur
     assert run.steps == list(range(1, 61))
 
 
-@pytest.mark.soak  # two runs of ten stood still until the agent ended one more worker, after 120 s: to be found out
+@pytest.mark.slow
 def test_servers_and_workers_die_in_a_row_and_during_recovery(disturb, undisturbed):
     faults = [
         Fault("kill", 3, 4, "updating"),
