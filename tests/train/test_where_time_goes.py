@@ -119,7 +119,9 @@ def test_workers_on_parameter_servers_tell_of_themselves_too(run, staleness):
     assert (c.workers, c.servers, c.algorithm) == (2, 1, "server")
     assert set(c.flows) == {("push", "shared memory"), ("pull", "shared memory")}
     gradient = 4 * next(event["parameters"] for event in events if event["event"] == "started")
-    assert all(of.sent_bytes >= gradient for of in c.flows["push", "shared memory"])  # which the servers read
+    # The servers read at least this. A worker that was ahead when counting began may be level when it ends.
+    pushes = c.steps - staleness
+    assert all(of.sent_bytes * c.steps >= gradient * pushes * 0.999 for of in c.flows["push", "shared memory"])
     assert c.measured.shared
     assert all(of.exposed_s > 0 for of in c.by_worker)
     assert all(busy > 0 for busy in c.busy)
