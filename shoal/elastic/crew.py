@@ -21,10 +21,10 @@ from shoal.elastic import roster
 from shoal.elastic.faults import happened
 from shoal.elastic.forks import Forks
 from shoal.elastic.kernel import look
-from shoal.elastic.pace import Pace, evenly
+from shoal.elastic.pace import Pace
 from shoal.elastic.process import Program
 from shoal.elastic.record import Record
-from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS, Formation, depth_for, servers_for
+from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS, Formation, formation_for
 from shoal.elastic.seat import DRAINS, ROWS
 from shoal.elastic.waste import Waste
 from shoal.elastic.watch import Watch
@@ -68,7 +68,6 @@ class ElasticCrew:
         self.watch = Watch(job.hang_after_s)
         self.pace, self.waste = Pace(), Waste((), 0, 0.0)
         self.formation = Formation(())
-        self.deepest = 1  # stages that the model can be cut into
         self.failure: Ended | None = None
         self.ended_s: float | None = None  # when the run got its result
         self.noticed: set[int] = set()  # faults of a rehearsal
@@ -188,8 +187,7 @@ class ElasticCrew:
             case "opened":
                 self._decide(m.Opened(seat))
             case "ready":
-                self.deepest = said.value
-                self._decide(m.Ready(seat))
+                self._decide(m.Ready(seat, said.value))
             case "left":
                 self._decide(m.Left(seat, *said.value))
             case "went":
@@ -401,12 +399,9 @@ class ElasticCrew:
         count = len(form.seats)
         self.pace.changed()
         self.waste = Waste(form.seats, max(form.steps), time.monotonic())
-        servers = servers_for(count, self.servers)
-        depth = depth_for(count - servers, self.job.depth, self.job.shards, self.deepest)
-        even = evenly((count - servers) // depth, self.job.shards)
-        relieves = self.job.rebalance and len(even) == count
-        shares = self.pace.deal(form.seats, self.job.shards) if relieves else even
-        self.formation = Formation(shares, depth, servers)
+        self.formation = self._formation(count)
+        if self.job.rebalance and len(self.formation.shares) == count:
+            self.formation = Formation(self.pace.deal(form.seats, self.job.shards))
         heap = heap_file()
         arenas = [self.processes[s].arena[0] for s in form.seats if s in self.processes and self.processes[s].arena]
         shared = arenas if len(arenas) == count else []
@@ -420,6 +415,10 @@ class ElasticCrew:
                 self.processes.order(seat, order, [heap, self.mirror, *shared, *mine])
         os.close(heap)
         self._write_roster()
+
+    def _formation(self, processes: int) -> Formation:
+        wanted, deepest = (self.servers, self.job.depth), self.membership.deepest
+        return formation_for(processes, *wanted, shards=self.job.shards, deepest=deepest)
 
     def _terms(self, form: m.Form, rank: int) -> dict[str, Any]:
         """Of an epoch, as its member with this rank is told."""

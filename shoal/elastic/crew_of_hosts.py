@@ -24,9 +24,7 @@ from shoal.elastic.council import Output as Decided
 from shoal.elastic.crew import END_S, ElasticCrew, ElasticJob
 from shoal.elastic.epoch_links import EpochLinks, shut
 from shoal.elastic.links import Differs, Heard, Linked, Links, NotLinked, Pair, Refused
-from shoal.elastic.pace import evenly
 from shoal.elastic.promises import Promises
-from shoal.elastic.replan import Formation
 from shoal.elastic.seat import ROWS
 from shoal.errors import UserError
 from shoal.run.events import read_events
@@ -75,7 +73,8 @@ class CrewOfHosts(ElasticCrew):
         numbers = tuple(range(len(job.addresses)))
         kept = self.promises
         raft = Agent(job.number, numbers, own, term=kept.term, voted=kept.voted, log=list(kept.log))
-        fleet = f.Fleet(len(numbers), job.workers, job.least, job.shards)
+        asked = self.membership
+        fleet = f.Fleet(len(numbers), asked.wanted, asked.least, asked.most)
         self.council = Council(raft, fleet, own, self.host, wish=roster.wanted_of(job.run_dir).number)
         self.membership = fleet.membership
         self.epoch: EpochLinks | None = None
@@ -273,7 +272,7 @@ class CrewOfHosts(ElasticCrew):
         self.board.call_broken(False)
         self.board.ask_change(False)
         self.pace.changed()
-        self.formation = Formation(evenly(len(form.seats), self.job.shards))
+        self.formation = self._formation(len(form.seats))
         if self.epoch:
             self.epoch.hang_up()
         own = {rank: seat for rank, seat in enumerate(form.seats) if seat in self.processes}

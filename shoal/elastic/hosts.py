@@ -38,9 +38,10 @@ def check_hosts(recipe: Recipe, plan: Plan, least: int) -> None:
             f"plan: states = {plan.states!r} between hosts brings parameters in by hooks on blocks, which a compiled "
             f"model does not keep: leave model.compile out."
         )
-    if plan.splits_model or plan.sync != "exact":
-        what = "a mesh with more than axis 'data'" if plan.sync == "exact" else f"sync = {plan.sync!r}"
-        raise UserError(f"plan: {what} is elastic on one host only: leave it out, or --agents and --emulate-hosts.")
+    if plan.sync != "exact":
+        raise UserError(
+            f"plan: sync = {plan.sync!r} is elastic on one host only: leave it out, or --agents and --emulate-hosts."
+        )
     if plan.device not in ("", "auto", "cpu"):
         raise UserError(f"plan: device = {plan.device!r}: elastic workers of several hosts train on processors so far.")
 
@@ -142,6 +143,8 @@ def jobs(
             workers=plan.workers,
             least=least,
             shards=recipe.shards,
+            depth=plan.axes.size("pipe"),
+            servers=plan.server_processes,
             hang_after_s=plan.hang_after_s,
             number=number,
             addresses=addresses,

@@ -30,9 +30,10 @@ class Opened:
 
 @dataclass(frozen=True)
 class Ready:
-    """A new worker has built its model and can join."""
+    """A new worker has built its model, which can be cut into so many stages, and can join."""
 
     seat: int
+    deepest: int = 1
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ class Membership:
     seats: dict[int, Seat] = field(default_factory=dict)
     members: tuple[int, ...] = ()  # of the epoch, by rank, the lost ones too
     step: int = 0  # the newest that is known to be committed
+    deepest: int = 1  # stages that the model can be cut into
     _next: int = 0
     _opened: bool = False
     _broken: bool = False
@@ -259,8 +261,8 @@ class Membership:
 
     def _on_seat(self, event: Event, seat: Seat, now: float, out: list[Instruction]) -> None:
         match event:
-            case Ready():
-                seat.at = At.idle
+            case Ready(_, deepest):
+                seat.at, self.deepest = At.idle, deepest
             case Left(_, step, due):
                 if seat.at is At.active:
                     self._left(seat, step, due, now, out)

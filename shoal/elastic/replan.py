@@ -6,6 +6,7 @@ workers are left than the plan has stages does each hold more of the model."""
 
 from dataclasses import dataclass, replace
 
+from shoal.elastic.pace import evenly
 from shoal.recipe.pipeline_plan import PipelinePlan
 from shoal.recipe.plan import Plan
 
@@ -38,6 +39,13 @@ def depth_for(workers: int, wanted: int, shards: int, deepest: int) -> int:
     fits = [d for d in range(1, workers + 1) if workers % d == 0 and workers // d <= shards]
     deeper = [d for d in fits if wanted <= d <= max(wanted, deepest)]
     return min(deeper) if deeper else max((d for d in fits if d < wanted), default=min(fits, default=1))
+
+
+def formation_for(processes: int, servers: int, depth: int, *, shards: int, deepest: int) -> Formation:
+    """Of so many processes, where ``servers`` and ``depth`` are wanted: the shards are dealt out evenly."""
+    serving = servers_for(processes, servers)
+    stages = depth_for(processes - serving, depth, shards, deepest)
+    return Formation(evenly((processes - serving) // stages, shards), stages, serving)
 
 
 def servers_for(processes: int, wanted: int) -> int:

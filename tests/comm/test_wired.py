@@ -16,6 +16,7 @@ from shoal.comm.group import HostGroup
 from shoal.comm.heap import Heap, heap_file
 from shoal.comm.layout import flat_layout
 from shoal.comm.mesh import Mesh, PeerLost
+from shoal.comm.stages import make_messages, sockets
 from shoal.comm.status import Reporter
 from shoal.comm.transport import make_exchange
 from shoal.comm.wired import WiredGroup
@@ -153,3 +154,38 @@ def test_what_it_does_not_carry_is_refused():
         return "refused"
 
     assert together([range(4), range(4, 8)], fast) == ["refused"] * 2
+
+
+def test_what_a_stage_says_to_one_of_another_host_arrives_as_it_was_in_pieces_too(monkeypatch):
+    monkeypatch.setattr(sockets, "PART", 10_000)
+    values = {
+        "large": torch.arange(50_000.0).view(100, 500).t(),
+        "none": torch.empty(0, 3),
+        "mask": torch.ones(3, dtype=torch.bool),
+        "words": (1, None, "a"),
+    }
+
+    def both_ways(group: WiredGroup, asked: Terms) -> list[dict[str, Any]]:
+        messages = make_messages(group, torch.device("cpu"))
+        for number in range(3):  # before anybody asks for anything
+            messages.send(1 - group.rank, (number, group.rank), values)
+        found = [messages.receive(1 - group.rank, (number, 1 - group.rank)) for number in (1, 0, 2)]
+        messages.settle()
+        return found
+
+    for rank in together([range(4), range(4, 8)], both_ways):
+        for got in rank:
+            assert got.pop("words") == values["words"]
+            for name, tensor in got.items():
+                assert torch.equal(tensor, values[name])
+                assert tensor.stride() == values[name].stride(), "kernels choose their way by it"
+
+
+def test_a_stage_that_waits_for_one_that_has_gone_is_told_at_once():
+    def one_leaves(group: WiredGroup, asked: Terms) -> dict[str, Any]:
+        messages = make_messages(group, torch.device("cpu"))
+        if group.rank == 1:
+            raise PeerLost("on purpose")
+        return messages.receive(1, (0,))
+
+    assert all(isinstance(each, PeerLost) for each in together([range(4), range(4, 8)], one_leaves))

@@ -92,5 +92,5 @@ def test_what_cannot_be_on_several_hosts_is_refused_before_anything_is_spent(tmp
     with pytest.raises(UserError, match="--emulate-hosts 1: use 2 to"):
         train_emulated(LONG, plan, hosts=1, **place)
     with pytest.raises(UserError, match="elastic on one host only"):
-        train_emulated(LONG, Plan(mesh={"pipe": 2}), hosts=3, **place)
+        train_emulated(LONG, Plan(mesh={"data": 2}, sync="parameter-server"), hosts=3, **place)
     assert not (tmp_path / "run").exists()

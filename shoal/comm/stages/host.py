@@ -15,57 +15,42 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from shoal.comm.mesh import PeerLost
-from shoal.comm.stages.form import Head, Place, pack, raw, region_of, unpack
-from shoal.comm.stages.messages import RECEIVE, SEND, Key, Unasked
+from shoal.comm.stages.form import Head, Place
+from shoal.comm.stages.messages import Key
+from shoal.comm.stages.sockets import SocketMessages
 
 if TYPE_CHECKING:
     from shoal.comm.group import HostGroup
 
-_WORDS, _PART, _FREED = 1, 2, 3  # kinds of message on the sockets
-_NUMBERS = struct.Struct("<QQ")  # number of the message, bytes of its head
+_FREED = 3  # a kind of message, beside those of `SocketMessages`
 _NUMBER = struct.Struct("<Q")
 SMALL = 1 << 16  # bytes: less is copied with the words
-PART = 16 << 20  # bytes: longer messages go over the socket in pieces of this size
 
 
-class HostMessages:
+class HostMessages(SocketMessages):
     """See StageMessages."""
 
     def __init__(self, group: "HostGroup") -> None:
-        everybody = [tuple(range(group.world))]
-        self._mesh, self._freed_mesh = group.split(everybody).mesh, group.split(everybody).mesh
-        self._arenas, self._rank = group.arenas, group.rank
-        self._clock = group.counters.clock
-        self._sends = group.counters.tally(SEND, "shared memory")
-        self._receives = group.counters.tally(RECEIVE, "shared memory")
-        self._sent, self._heard, self._told, self._taken = ([0] * group.world for _ in range(4))
+        super().__init__(group, "shared memory")
+        self._freed_mesh = group.split([tuple(range(group.world))]).mesh
+        self._arenas = group.arenas
+        self._told, self._taken = [0] * group.world, [0] * group.world
         self._lent: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # (to, message) -> what the receiver still reads
         self._freed: deque[tuple[int, int]] = deque()  # (origin, message) whose sender is still to be told
-        self._unasked = Unasked()
-        self.waited_s = 0.0
 
     def send(self, to: int, key: Key, values: Mapping[str, Any]) -> None:
         self._tidy()
-        packed = pack(values)
-        placed = [self._placed(region) for region in packed.regions]
-        head = Head(key, packed.words, packed.views, tuple(place for place, _ in placed)).encode()
-        number = self._sent[to]
-        self._sent[to] += 1
-        lent = tuple(region for place, region in placed if place is not None)
-        if lent:
-            self._lent[to, number] = lent
-        body = b"".join(raw(region).numpy().tobytes() for place, region in placed if place is None)
-        message = _NUMBERS.pack(number, len(head)) + head
-        if len(message) + len(body) <= PART:
-            message += body
-            body = b""
-        self._mesh.send(to, _WORDS, number, message)
-        for start in range(0, len(body), PART):
-            self._mesh.send(to, _PART, number, body[start : start + PART])
-        self._sends.call(sent=len(message) + len(body) + sum(region.nbytes for region in lent))
+        super().send(to, key, values)
+
+    def receive(self, origin: int, key: Key) -> dict[str, Any]:
+        self._tidy()
+        return super().receive(origin, key)
+
+    def take(self, origin: int, key: Key) -> dict[str, Any] | None:
+        self._tidy()
+        return super().take(origin, key)
 
     def _placed(self, region: Tensor) -> tuple[Place, Tensor]:
-        """Where others can read a region, and what must live on for that."""
         if region.nbytes < SMALL:
             return None, region
         found = self._arenas.find(region)
@@ -75,53 +60,17 @@ class HostMessages:
             copy = region.clone()
         return self._arenas.find(copy), copy
 
-    def receive(self, origin: int, key: Key) -> dict[str, Any]:
-        self._tidy()
-        return self._unasked.until(origin, key, self._next)
+    def _lend(self, to: int, number: int, regions: tuple[Tensor, ...]) -> None:
+        if regions:
+            self._lent[to, number] = regions
 
-    def take(self, origin: int, key: Key) -> dict[str, Any] | None:
-        """As `receive`, without waiting: None when it has not come yet. Raises PeerLost."""
-        self._tidy()
-        found = self._unasked.kept(origin, key)
-        while found is None and (message := self._mesh.take(origin, _WORDS, self._heard[origin])) is not None:
-            got, values = self._opened(origin, message)
-            if got == key:
-                return values
-            self._unasked.keep(origin, got, values)
-        return found
-
-    def _next(self, origin: int) -> tuple[Key, dict[str, Any]]:
-        expected = self._heard[origin]
-        message = self._mesh.take(origin, _WORDS, expected)
-        if message is None:
-            asked = self._clock()
-            message = self._mesh.receive(origin, _WORDS, expected)
-            stood = self._clock() - asked
-            self._receives.wait(origin, stood)
-            self.waited_s += stood
-        return self._opened(origin, message)
-
-    def _opened(self, origin: int, message: bytes) -> tuple[Key, dict[str, Any]]:
-        self._heard[origin] += 1
-        number, length = _NUMBERS.unpack_from(message)
-        start = _NUMBERS.size + length
-        head = Head.decode(memoryview(message)[_NUMBERS.size : start])
-        inline = sum(view.nbytes for view, place in zip(head.views, head.places, strict=True) if place is None)
-        body = bytearray(memoryview(message)[start:])
-        while len(body) < inline:
-            body += self._mesh.receive(origin, _PART, number)
-        lease = _Lease(self._freed, origin, number) if any(head.places) else None
-        tensors, at = [], 0
-        for view, place in zip(head.views, head.places, strict=True):
-            if place is None:
-                tensors.append(view.of(region_of(view, memoryview(body)[at:])))
-                at += view.nbytes
-            else:
-                assert lease is not None
-                tensors.append(view.of(self._arenas.lent(*place, view.elements, view.torch_dtype, lease.let_go())))
-        lent = sum(view.nbytes for view, place in zip(head.views, head.places, strict=True) if place is not None)
-        self._receives.call(received=len(message) + lent + max(0, inline - (len(message) - start)))
-        return head.key, unpack(head.words, tensors)
+    def _borrowed(self, origin: int, number: int, head: Head) -> dict[int, Tensor]:
+        lease = _Lease(self._freed, origin, number)
+        return {
+            at: self._arenas.lent(*place, view.elements, view.torch_dtype, lease.let_go())
+            for at, (view, place) in enumerate(zip(head.views, head.places, strict=True))
+            if place is not None
+        }
 
     def _tidy(self) -> None:
         """Tell senders what is no longer read, and let go of what receivers no longer read."""
@@ -138,7 +87,7 @@ class HostMessages:
 
     def settle(self) -> None:
         self._tidy()
-        self._unasked.check_none()
+        super().settle()
 
 
 class _Lease:

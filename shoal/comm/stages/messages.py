@@ -80,6 +80,11 @@ def make_messages(group: "Group", device: "torch.device", *, ahead: int = 0) -> 
         return HostMessages(group)
     from shoal.comm.distributed import DistributedGroup
     from shoal.comm.stages.distributed import DistributedMessages
+    from shoal.comm.stages.sockets import SocketMessages
+    from shoal.comm.wired import WiredGroup
+
+    if isinstance(group, WiredGroup):
+        return SocketMessages(group)
 
     if not isinstance(group, DistributedGroup):
         raise UserError(f"no messages between stages go over a {type(group).__name__}.")

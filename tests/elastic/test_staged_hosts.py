@@ -1,0 +1,58 @@
+"""Stages of a pipeline on several hosts: a host is lost whole, and its stages are made again from their copies."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from elastic.agents_here import Hosts
+from train.tiny_runs import recipe, splits
+
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import Reporting
+
+IMAGES, WORDS = splits("cnn", 101), splits("gpt", 101)
+REPORT = Reporting(evaluate_every=10**9, checkpoint_every=10**9, sample=False)
+DATA: dict[str, Any] = {"resnet": IMAGES, "gpt": WORDS}
+STEPS = 10**6
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    kind, mesh = request.param
+    plan = Plan(mesh=mesh, device="cpu")
+    made = Hosts(tmp_path / "run", recipe(kind, steps=STEPS, report=REPORT), DATA[kind], plan)
+    yield made
+    made.close()
+
+
+RUNS: list[Any] = [
+    pytest.param(("gpt", {"pipe": 3}), marks=pytest.mark.slow),  # a tensor that two stages use, dropout
+    pytest.param(("resnet", {"data": 2, "pipe": 3}), marks=pytest.mark.soak),  # buffers
+]
+
+
+@pytest.mark.parametrize("hosts", RUNS, indirect=True, ids=["gpt", "resnet"])
+def test_stages_of_a_host_and_then_of_the_leaders_are_made_again_from_copies(hosts, undisturbed):
+    for number in range(3):
+        hosts.start(number)
+    hosts.trains_on({0, 1, 2}, "the beginning")
+    leader = hosts.leader()
+    other, third = (number for number in range(3) if number != leader)
+
+    hosts.kill(other)
+    hosts.trains_on({leader, third}, "the death of an agent: fewer stages")
+    hosts.restart(other)
+    hosts.trains_on({0, 1, 2}, "its return, with empty memory")
+    leader = hosts.leader()
+    hosts.kill(leader)
+    hosts.trains_on({0, 1, 2} - {leader}, "the death of the leader")
+    weights = hosts.drain()
+
+    steps = [e["step"] for e in hosts.of("committed")]
+    assert steps == list(range(1, len(steps) + 1)), "every step is told once, in order"
+    assert not hosts.of("resumed"), "what was lost came from peers, not from the disk: there is no checkpoint"
+    assert len(hosts.of("recovered")) == 2
+    assert all(e["redone"] <= 1 for e in hosts.of("recovered"))
+    kind = hosts.recipe.model.kind
+    assert weights == undisturbed(recipe(kind, steps=len(steps), report=REPORT), data=DATA[kind])
