@@ -198,6 +198,7 @@ class DistributedExchange:
     take other ways. With NCCL, times are those of the host's thread."""
 
     shared_result = sliced_result = False
+    keeps_sums = True
     operations: tuple[str, ...] = ("reduce-scatter", "all-gather", "facts")
 
     def __init__(self, group: LanedGroup, terms: Terms) -> None:

@@ -102,6 +102,7 @@ class Exchange(Protocol):
     partials: Sequence[torch.Tensor]  # this worker's flat buffers [elements] for the step, those of `placement`
     shared_result: bool  # True: the result is other workers' memory too, and must not be written
     sliced_result: bool  # True: of the gradients each worker has its slices only, and `result_of` is for buffers
+    keeps_sums: bool  # the partial sums are there from finish to the next begin, but for what was added in place
     account: Account  # what this worker's steps cost
 
     @property
@@ -146,6 +147,7 @@ class HeapExchange:
 
     shared_result = True
     sliced_result = False
+    keeps_sums = True
 
     def __init__(self, group: "HostGroup", terms: Terms) -> None:
         self.layout, self._placement, self._denominators = terms.layout, terms.placement, terms.denominators

@@ -17,7 +17,7 @@ from shoal.comm.exchange import Terms, cuts, denominator
 from shoal.comm.finishing import block_squares, finish_flat
 from shoal.comm.lanes import Lane, LanedGroup
 from shoal.comm.layout import BLOCK
-from shoal.comm.pages import Pages, resident_bytes
+from shoal.comm.pages import Pages, now_and_then, resident_bytes
 from shoal.comm.slices import Piece, Sharing, owned_ranges, pieces_of
 
 ROOMS = 4  # buckets that may be coming in at once
@@ -27,10 +27,13 @@ class SlicedExchange(DistributedExchange):
     """See shoal.comm.exchange. ``piece`` gives what `result_of` does not."""
 
     sliced_result = True
+    keeps_sums = False
 
     def __init__(self, group: LanedGroup, terms: Terms, sharing: Sharing) -> None:
         self.sharing = sharing
         self.before_finish: Callable[[], None] = lambda: None
+        self.gauged = False  # the memory of partial sums is to be measured before it is given back
+        self._most = 0
         super().__init__(group, terms)
         self._even = True  # all workers have as many passes in this step
         self._twins = group.split(sharing.twins())
@@ -61,7 +64,18 @@ class SlicedExchange(DistributedExchange):
 
     @property
     def beside_bytes(self) -> int:
-        return sum(each.nbytes for each in (self._own, self._state, *self._rooms))
+        """Of what a step holds beside partial sums, at the most."""
+        uneven = len(set(map(len, self._placement.ownership))) > 1
+        buckets = len(self.layout.buckets)
+        rooms = self._room_elements * (buckets if uneven else min(ROOMS, buckets))
+        return self._own.nbytes + self._state.nbytes + rooms * self._like.itemsize
+
+    def _partials_there(self) -> int:
+        return sum(resident_bytes(pages.tensor) for pages in self._pages)
+
+    def most_sums(self) -> int:
+        """The most memory of this worker's partial sums in this step: pages, which torch does not count."""
+        return max(self._most, self._partials_there())
 
     def _room(self, bucket: int) -> Tensor:
         """See DistributedExchange. When all are taken, wait until the oldest bucket has come in; but not in a step in
@@ -80,7 +94,7 @@ class SlicedExchange(DistributedExchange):
 
     def begin(self, passes: tuple[int, ...]) -> None:
         super().begin(passes)
-        self.passes = passes
+        self.passes, self._most = passes, 0
         del self._rooms[ROOMS:]
         self._even = len({self.most_passes([rank]) for rank in range(self._group.world)}) == 1
 
@@ -117,6 +131,8 @@ class SlicedExchange(DistributedExchange):
             self._start_gather(self._all_squares.view(-1), self._squares, self._results)
         self._operands[index] = []
         self._rooms.append(self._used.pop(index))
+        if self.gauged and now_and_then(index, len(self.layout.buckets)):
+            self._most = max(self._most, self._partials_there())
         for pages in self._pages:
             pages.release(bucket.start, bucket.stop)
 
@@ -153,10 +169,9 @@ class SlicedExchange(DistributedExchange):
 
     def held_bytes(self) -> dict[str, int]:
         """After finish: the own slices of the result; what partial sums still hold, and what has come in."""
-        partials = sum(resident_bytes(pages.tensor) for pages in self._pages)
         return {
             "gradients": self._own.nbytes,
-            "partial sums": partials,
+            "partial sums": self._partials_there(),
             "coming in": sum(room.nbytes for room in self._rooms),
         }
 

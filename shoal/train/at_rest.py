@@ -7,7 +7,7 @@ states are watched in every step; of larger ones a part in turn, each at least o
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal.errors import RunFailed
 from shoal.train.checksum import parameter_checksum
@@ -36,10 +36,11 @@ class _Sight(NamedTuple):
 
 
 class AtRest:
-    """Of one worker. ``states``: its parameters' names and states; ``parameters``: those that are watched too."""
+    """Of one worker. ``states``: its parameters' names and states; ``parameters``, or parts of these: those that are
+    watched too, by name."""
 
-    def __init__(self, states: Callable[[], StatesAtRest], parameters: Mapping[str, nn.Parameter]) -> None:
-        self._states, self._parameters = states, parameters
+    def __init__(self, states: Callable[[], StatesAtRest], parameters: Iterable[tuple[str, Tensor]] = ()) -> None:
+        self._states, self._parameters = states, list(parameters)
         self._seen: list[_Sight] = []
 
     def _all(self) -> Iterator[tuple[str, Tensor]]:
@@ -47,7 +48,7 @@ class AtRest:
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     yield f"the optimiser's {key!r} of parameter {name!r}", value
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._parameters:
             yield f"parameter {name!r}", parameter.detach()
 
     def keep(self, step: int) -> None:

@@ -15,18 +15,10 @@ from shoal.errors import UserError
 from shoal.train.checksum import parameter_checksum
 from shoal.train.figures import CHANGE, CHECKSUM, FIRED, STOP, TOUCHED, WAITED, StepFigures, figures_of
 from shoal.train.kept import CutShort, Kept, Sums
-from shoal.train.trained import Trained
+from shoal.train.noise import PassSquares
+from shoal.train.trained import UNSHARED, Trained, storage_users
 
 ExchangeFactory = Callable[[Layout, int, Callable[[torch.Tensor], tuple[float, float]], torch.dtype], Exchange]
-
-
-def _users(tensor: torch.Tensor) -> int:
-    """How many hold the tensor's memory, this call among them."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count
-
-
-_ALONE = _users(torch.empty(1))
 
 
 class Gradients:
@@ -43,8 +35,9 @@ class Gradients:
         make_exchange: ExchangeFactory,
         *,
         copies: int = 1,
+        measures: bool = False,
     ) -> None:
-        """``copies``: how many workers make passes of each leaf, each for a part of it."""
+        """``copies``: how many workers make passes of each leaf, each for a part of it. ``measures``: see `noise`."""
         self._placement = self._usual = placement
         self.leaves, self._copies, self.dtype = leaves, copies, trained.dtype
         self.names = list(trained.parameters)
@@ -52,7 +45,8 @@ class Gradients:
         self._state = [trained.real(buffer) for buffer in trained.buffers.values()]
         self.layout = trained.layout
         facts = FIRED + len(self.parameters) + 2 * leaves
-        self.exchange = make_exchange(self.layout, facts, self._denominators, trained.dtype)
+        self.noise = PassSquares(facts, leaves, measures=measures)  # how noisy passes are
+        self.exchange = make_exchange(self.layout, facts + self.noise.width, self._denominators, trained.dtype)
         self._buckets_of = [self.layout.buckets_of(slot) for slot in range(len(self.layout.slots))]
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))  # type: ignore[no-untyped-call]
@@ -79,6 +73,7 @@ class Gradients:
         self._left: float | None = None  # the checksum of the parameters as the last update left them
         self.watched: Sequence[torch.Tensor] = self.parameters  # of which checksums are taken
         self.spoilt: list[tuple[int, str]] = []  # (leaf, parameter), of a careful step
+        self.remembers = True  # the parameters stay as an update leaves them until the next one
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -87,7 +82,6 @@ class Gradients:
         passes: tuple[int, ...],
         *,
         stop: bool,
-        checksum: float,
         change: bool = False,
         votes: bool = False,
         careful: bool = False,
@@ -97,7 +91,7 @@ class Gradients:
         ``votes``: the checksum is taken when the last pass has used the parameters: whatever has changed them up to
         then is found in this step. ``careful``: look at the gradient of each pass for what is not finite."""
         self._passes, self._votes, self._careful, self.spoilt = passes, votes, careful, []
-        if votes and self._left is None and len(self.exchange.all_facts) == 2:
+        if votes and self.remembers and self._left is None and len(self.exchange.all_facts) == 2:
             self.remember()
         self._begun_state = [b.clone() for b in self._state]
         self._program = self._placement.accumulation(passes)
@@ -117,7 +111,7 @@ class Gradients:
         self._leaf = -1
         facts = self.exchange.facts
         facts.zero_()
-        facts[STOP], facts[CHANGE], facts[CHECKSUM] = float(stop), float(change), checksum
+        facts[STOP], facts[CHANGE] = float(stop), float(change)
         for parameter in self.parameters:
             parameter.grad = None
         if self._brought is not None:
@@ -140,7 +134,7 @@ class Gradients:
         for number, (node, sums) in enumerate(zip(kept.nodes, kept.sums, strict=True)):
             for views, held in zip((*self._views, *self._state_views), sums, strict=True):
                 views[number].copy_(held)
-            for first in (base, base + self.leaves):
+            for first in (base, base + self.leaves, *self.noise.starts):
                 told = slice(first + node.start, first + node.stop)
                 self.exchange.facts[told] = kept.facts[told]
 
@@ -193,6 +187,7 @@ class Gradients:
         self.exchange.facts[WAITED] = waited_s
         self.exchange.facts[base + leaf] += value
         self.exchange.facts[base + self.leaves + leaf] += count
+        self.noise.opens(leaf, count)
         self._claim()
         self._now = self._program.passes[self._done]
         self._done += 1
@@ -204,6 +199,7 @@ class Gradients:
         for index, fired in enumerate(self._fired):
             if not fired:
                 self._absent(index)
+        self.noise.fold(self.exchange.facts)
         self._now = None
         if self._last or self._lost is not None:
             self._post_ready()
@@ -242,6 +238,7 @@ class Gradients:
         if gradient.is_sparse:
             raise UserError(f"parameter {self.names[index]!r} has a sparse gradient: use a dense one (sparse=False).")
         self._used[index] = True
+        self.noise.saw(gradient)
         if self._careful and not bool(gradient.isfinite().all()):
             self.spoilt.append((self._opened, self.names[index]))
         with torch.no_grad():
@@ -267,7 +264,7 @@ class Gradients:
     def _adopt(self, index: int, buffer: int, gradient: torch.Tensor) -> None:
         """Let a gradient that comes first stay where it is and be the buffer, where that can be: a copy saved."""
         view = self._views[index][0]
-        if gradient.dtype != view.dtype or gradient.stride() != view.stride() or _users(gradient) > _ALONE:
+        if gradient.dtype != view.dtype or gradient.stride() != view.stride() or storage_users(gradient) > UNSHARED:
             return
         if buffer >= len(self.exchange.partials) or self.exchange.adopt(buffer, index, gradient):
             self._at[index][buffer] = gradient
@@ -308,6 +305,7 @@ class Gradients:
             if self._posted == len(self._open) - 1:
                 used = self.exchange.facts[FIRED : FIRED + len(self._used)]
                 used.copy_(torch.tensor(self._used, dtype=torch.float64))
+                self.noise.fold(self.exchange.facts)
                 self._vote()
             self.exchange.post()
             self._posted += 1
@@ -328,11 +326,12 @@ class Gradients:
     def origins(self, group: Group) -> set[int]:
         """After `reduce`, before `hang`: the ranks whose own partial sums hold what is not finite. Called by all.
 
-        A sum that another one has been added to, which is not finite, says nothing of its own worker."""
+        A sum that another one has been added to, which is not finite, says nothing of its own worker, nor does one
+        whose memory has been given back."""
         mine = [
             each
             for each in range(len(self.exchange.partials))
-            if not all(bool(views[each].isfinite().all()) for views in self._at)
+            if self.exchange.keeps_sums and not all(bool(views[each].isfinite().all()) for views in self._at)
         ]
         rows = [json.loads(row) for row in group.gather(json.dumps(mine).encode())]
         operands = [(rank, each) for rank, count in enumerate(self._placement.partials(self._passes))
@@ -437,7 +436,7 @@ class Gradients:
         return ""
 
     def _denominators(self, facts: torch.Tensor) -> tuple[float, float]:
-        counts = facts[:, FIRED + len(self.parameters) + self.leaves :]
+        counts = facts[:, FIRED + len(self.parameters) + self.leaves :][:, : self.leaves]
         return max(float(counts.sum()), 1.0), float(self._copies * sum(1 for passes in self._passes if passes))
 
     def figures(

@@ -20,7 +20,7 @@ from shoal.comm.slices import Piece, pieces_of
 from shoal.train.gradients import Gradients
 
 _HEAD = struct.Struct("<BII")  # what was asked for; how many sums of squares follow; bytes of the account behind them
-STOP, CHANGE = 1, 2  # what a worker may be asked for: see `StepFigures`
+STOP, CHANGE, WRONG = 1, 2, 4  # what a worker may be asked for (see `StepFigures`), or know of a step
 
 
 class Norm(Protocol):

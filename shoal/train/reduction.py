@@ -1,5 +1,6 @@
 """All gradients of a worker: a set for each group of workers that sums them, one norm, one clipping over all."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,14 +9,14 @@ import torch
 
 from shoal.comm.accounting.split_account import SplitAccount
 from shoal.comm.accounting.telling import Teller
-from shoal.comm.layout import blocks_held, flat_layout
+from shoal.comm.layout import ALIGNMENT, blocks_held, flat_layout
 from shoal.errors import UserError
+from shoal.memory.quantised import BLOCK as QUANTISED_BLOCK
 from shoal.parallel.held import Held, Share
 from shoal.recipe.plan import Plan
-from shoal.train.checksum import parameter_checksum
 from shoal.train.figures import StepFigures
 from shoal.train.gradients import Gradients
-from shoal.train.norm import CHANGE, STOP, Norm, NormAlone, NormOverParts, NormOverStages
+from shoal.train.norm import CHANGE, STOP, WRONG, Norm, NormAlone, NormOverParts, NormOverStages
 from shoal.train.synchrony import exchange_of, placement_of
 from shoal.train.trained import Trained
 
@@ -23,18 +24,29 @@ from shoal.train.trained import Trained
 class Reduction:
     """A pass goes through `enter_leaf`, a forward pass, `leave_leaf` after the leaf's last one, and `backward`."""
 
-    def __init__(self, held: Held, ownership: Sequence[range], micro_batches: int, device: torch.device) -> None:
-        """``ownership``: the shards of each replica."""
-        self.held = held
+    def __init__(
+        self,
+        held: Held,
+        ownership: Sequence[range],
+        micro_batches: int,
+        device: torch.device,
+        *,
+        measures: bool = False,
+    ) -> None:
+        """``ownership``: the shards of each replica. ``measures``: how noisy gradients are, of plans that keep models
+        whole."""
+        self.held, self._measures = held, measures
         self._buffers = {name: b for name, b in held.module.named_buffers() if b.numel()}
         shards = ownership[-1].stop
         self._row = _Row.of(held, ownership) if held.experts else None
         self.sets = [self._set(share, ownership, shards, micro_batches, device) for share in held.shares]
+        self._experts = [g for g, o in zip(self.sets, held.shares, strict=True) if self._row and self._of_experts(o)]
         self._of_chunk = {s.chunk: [g for g, o in zip(self.sets, held.shares, strict=True) if o.chunk == s.chunk]
                           for s in held.shares}  # fmt: skip
         self._teller = Teller(self.first.exchange.account.form)
         self._split = self._account() if held.plan.splits_model else None
         self._norm = self._make_norm()
+        self.wrong = False  # after `finish`, on all workers alike: see there
 
     @property
     def first(self) -> Gradients:
@@ -64,6 +76,7 @@ class Reduction:
             leaves,
             lambda *a: exchange_of(plan, share.group, placement, most, device, shapes, *a),
             copies=copies,
+            measures=self._measures,
         )
 
     @staticmethod
@@ -77,7 +90,8 @@ class Reduction:
             return NormAlone()
         group, ranks = held.group, [share.group.rank for share in held.shares]
         if held.plan.sums_in_order:
-            blocks = [blocks_held(held.ready_sizes, held.places(each.names)) for each in self.sets]
+            alignment = _alignment(held.plan)
+            blocks = [blocks_held(held.ready_sizes, held.places(each.names), alignment) for each in self.sets]
             return NormOverStages(group, self.sets, blocks, ranks, self._split)
         counted = [[held.counts(name, share) for name in each.names]
                    for each, share in zip(self.sets, held.shares, strict=True)]  # fmt: skip
@@ -94,15 +108,13 @@ class Reduction:
 
     # --- one step ---------------------------------------------------------------------------------------------
 
-    def begin(
-        self, passes: tuple[int, ...], *, stop: bool, change: bool, check: bool, votes: bool, careful: bool
-    ) -> None:
-        """``check``: compare the parameters of workers that hold the same ones as they are now; ``votes``: as they are
-        after the last pass. ``careful``: find the shard of a gradient that is not finite."""
+    def begin(self, passes: tuple[int, ...], *, stop: bool, change: bool, votes: bool, careful: bool) -> None:
+        """``votes``: compare the parameters of workers that hold the same ones, as they are after the last pass.
+        ``careful``: find the shard of a gradient that is not finite."""
+        self.wrong = False
         for gradients, share in zip(self.sets, self.held.shares, strict=True):
-            checksum = parameter_checksum(share.parameters.values()) if check else 0.0
             own = self._row.passes(passes) if self._row is not None and self._of_experts(share) else passes
-            gradients.begin(own, stop=stop, change=change, checksum=checksum, votes=votes, careful=careful)
+            gradients.begin(own, stop=stop, change=change, votes=votes and share.group.world > 1, careful=careful)
         if self._split is not None:
             self._split.begin()
 
@@ -120,15 +132,18 @@ class Reduction:
         """One backward pass, ``run``, of a loss of ``value``, a sum over ``count`` targets."""
         opened = self._of_chunk[chunk]
         opened[0].open(leaf, value, count, waited_s=waited_s)
-        for experts in opened[1:]:
-            assert self._row is not None
-            experts.open(self._row.leaf, 0.0, self._row.count(count), waited_s=waited_s)
+        for others in opened[1:]:
+            if others in self._experts:
+                assert self._row is not None
+                others.open(self._row.leaf, 0.0, self._row.count(count), waited_s=waited_s)
+            else:
+                others.open(leaf, 0.0, count, waited_s=waited_s)
         self._run(opened, run)
 
     def backward_of_others(self, run: Callable[[], None], chunk: int = 0) -> None:
         """A pass in which this worker has no samples, but experts that others send tokens to."""
         assert self._row is not None
-        opened = self._of_chunk[chunk][1:]
+        opened = [each for each in self._of_chunk[chunk] if each in self._experts]
         for experts in opened:
             experts.open(self._row.leaf, 0.0, self._row.count(0.0), waited_s=0.0)
         self._run(opened, run)
@@ -147,12 +162,17 @@ class Reduction:
 
     # --- its end ----------------------------------------------------------------------------------------------
 
-    def finish(self) -> StepFigures:
-        """Wait for the global mean gradient; `hang` is what comes next, or `undo`."""
+    def finish(self, differs: Callable[[], bool] = lambda: False) -> StepFigures:
+        """Wait for the global mean gradient; `hang` is what comes next, or `undo`.
+
+        ``differs``: whether parameters do not agree, as far as this worker knows from the rows of its shares. Then, or
+        when a loss is not finite, all workers find `wrong`."""
         self._check_buffers()
         squares = [gradients.reduce() for gradients in self.sets]
         found = self.first.figures(0.0)
-        norm, asked = self._norm(squares, STOP * found.stop | CHANGE * found.change)
+        wrong = differs() or not math.isfinite(found.loss)
+        norm, asked = self._norm(squares, STOP * found.stop | CHANGE * found.change | WRONG * wrong)
+        self.wrong = bool(asked & WRONG)
         return replace(found, norm=norm, stop=bool(asked & STOP), change=bool(asked & CHANGE))
 
     def hang(self, norm: float, clip: float = 0.0, *, keep_gradients: bool = True) -> None:
@@ -198,9 +218,10 @@ class Reduction:
 
     @property
     def redoes(self) -> bool:
-        """A step that was finished, and not hung, can be done again: weights are as they were, and sums are there."""
-        plan, exchange = self.held.plan, self.first.exchange
-        return plan.alike or (not plan.splits_model and getattr(exchange, "keeps_sums", False))
+        """A step that was finished, and not hung, can be done again: weights are as they were, and all workers find out
+        together. Compressors keep what they have not sent, and that is spoilt, too."""
+        plan = self.held.plan
+        return plan.sync != "local" and plan.staleness == 0 and plan.compression == "none"
 
     def checksums(self) -> list[tuple[tuple[int, ...], list[float], list[bool]]]:
         """Of each set, after `finish`: the ranks that hold the same parameters, what each has, whether it kept it."""
@@ -209,13 +230,25 @@ class Reduction:
             for gradients, share in zip(self.sets, self.held.shares, strict=True)
         ]
 
+    def shards_of(self, share: Share, leaf: int) -> tuple[int, ...]:
+        """Those whose samples a leaf of a share's sums stands for: of experts, all that a row of replicas has."""
+        if self._row is None or not self._of_experts(share):
+            return (leaf,)
+        return self._row.shards(leaf)
+
+    def remember(self) -> None:
+        """After an update: of two workers that differ, the one whose parameters have changed since is wrong."""
+        for gradients, share in zip(self.sets, self.held.shares, strict=True):
+            if share.group.world == 2 and gradients.remembers:
+                gradients.remember()
+
     def first_not_finite(self) -> str:
         """The first parameter held here, in the model's order, whose gradient is not finite."""
         for gradients in self.sets:
             name = gradients.first_not_finite()
             if name:
                 return f"that of parameter {name!r} is not"
-        return "its norm overflows" if len(self.sets) == 1 else "another worker holds the parameter"
+        return "its norm overflows" if len(self.sets) == 1 and not self.held.plan.splits_model else ""
 
 
 class _Row:
@@ -238,6 +271,9 @@ class _Row:
             max(sum(passes[shard] for shard in self._ownership[replica]) for replica in row) for row in self.replicas
         )
 
+    def shards(self, row: int) -> tuple[int, ...]:
+        return tuple(shard for replica in self.replicas[row] for shard in self._ownership[replica])
+
     def count(self, count: float) -> float:
         """The targets of the row's pass."""
         assert self._experts is not None
@@ -248,9 +284,19 @@ def _trained(held: Held, share: Share, plan: Plan) -> Trained:
     parameters = dict(reversed(list(share.parameters.items())))
     dtype = held.sum_type
     state = [Trained.real(buffer).numel() for buffer in share.buffers.values()]
-    bucket_elements = plan.bucket_bytes // dtype.itemsize
-    if plan.splits_model and plan.sums_in_order:  # each gradient lies in its blocks as it does in the whole model
-        layout = flat_layout(held.ready_sizes, state, share.group.world, bucket_elements, held.places(parameters))
-    else:
-        layout = flat_layout([p.numel() for p in parameters.values()], state, share.group.world, bucket_elements)
+    whole = plan.splits_model and plan.sums_in_order  # each gradient lies in its blocks as it does in the whole model
+    sizes = held.ready_sizes if whole else [p.numel() for p in parameters.values()]
+    layout = flat_layout(
+        sizes,
+        state,
+        share.group.world,
+        plan.bucket_bytes // dtype.itemsize,
+        held.places(parameters) if whole else None,
+        alignment=_alignment(plan),
+    )
     return Trained(parameters, share.buffers, layout, dtype)
+
+
+def _alignment(plan: Plan) -> int:
+    """Of parameters in the flat buffer: slices, which are cut at its blocks, must not cut what is quantised as one."""
+    return QUANTISED_BLOCK if plan.memory.optimizer_bits == 8 else ALIGNMENT

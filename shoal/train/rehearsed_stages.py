@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 from shoal.comm.group import HostGroup
 from shoal.data.source import Batch
@@ -30,7 +31,7 @@ class _Rehearsal:
     def enter(self, chunk: int, micro_batch: int) -> None:
         pass
 
-    def left(self, chunk: int, micro_batch: int) -> None:
+    def left(self, chunk: int, micro_batch: int, made: Any) -> None:
         self._forward_done()
 
     def counted(self, micro_batch: int, value: float, count: float) -> None:

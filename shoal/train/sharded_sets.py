@@ -5,17 +5,20 @@ from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.comm.group import HostGroup
 from shoal.comm.shared_weights import SharedWeights
 from shoal.comm.sliced_heap import SlicedHeapExchange
 from shoal.comm.slices import pieces_of
+from shoal.comm.staged_lane import StagedLane
 from shoal.data.ledger import Ledger
+from shoal.memory.streamed import Streamed
 from shoal.parallel.held import Held, Share
 from shoal.train.at_rest import StatesAtRest
 from shoal.train.figures import StepFigures
 from shoal.train.gradients import Gradients
+from shoal.train.sent_states import SentStates
 from shoal.train.sharded_states import Sharded, sharing_of
 from shoal.train.state_gathering import HostStates
 from shoal.train.synchrony import Everywhere
@@ -73,6 +76,19 @@ class ShardedSets(Everywhere):
         found = [each.states_of(trained) for each in self.sets]
         return lambda: chain.from_iterable(states() for states in found)
 
+    def unwatched(self) -> list[tuple[str, Tensor]]:
+        return [part for each in self.sets for part in each.unwatched()]
+
+    def state_bytes(self) -> int:
+        return sum(each.state_bytes() for each in self.sets)
+
+    def count_anew(self) -> None:
+        for each in self.sets:
+            each.count_anew()
+
+    def beside_bytes(self) -> int:
+        return sum(each.beside_bytes() for each in self.sets)
+
     def held_bytes(self) -> dict[str, int]:
         """See `Sharded`: of all sets together."""
         found: dict[str, int] = {}
@@ -88,7 +104,8 @@ def sharded(held: Held, sets: Sequence[Gradients], optimizer: torch.optim.Optimi
     ``sets``: those of ``held.shares``."""
     made = [_of_set(held, share, each, sets, optimizer) for share, each in zip(held.shares, sets, strict=True)]
     if len(made) == 1 and held.pipeline is None:
-        made[0].watch()
+        if held.group.world > 1:
+            made[0].watch()
         return made[0]
     return ShardedSets(held, optimizer, made)
 
@@ -101,6 +118,7 @@ def _of_set(
     sharing = sharing_of(plan, group)
     pieces = pieces_of(layout, sharing.slices(group.rank))
     among = group if sharing.members == group.world else group.split(sharing.groups())
+    shelf = optimizer.elsewhere if isinstance(optimizer, Streamed) else None
     if isinstance(among, HostGroup):
         fewest = min(held.shares, key=lambda each: len(each.axes))  # its workers have the same of every tensor
         takes = plan.states == "zero3" and share is fewest
@@ -108,11 +126,15 @@ def _of_set(
         shared = SharedWeights(among, layout, parameters, frozen)
         assert isinstance(exchange, SlicedHeapExchange)
         exchange.on_release = gradients.let_go
-        return Sharded(gradients, optimizer, shared, HostStates(among, layout, parameters), pieces, exchange)
+        states = (
+            HostStates(among, layout, parameters)
+            if shelf is None
+            else SentStates(among, StagedLane(among), layout, parameters, sharing, shelf)
+        )
+        return Sharded(gradients, optimizer, shared, states, pieces, exchange)
     from shoal.comm.gathered_weights import GatheredWeights
     from shoal.comm.sliced import SlicedExchange
     from shoal.train.gathering import BlockWeights
-    from shoal.train.sent_states import SentStates
     from shoal.train.stage_gathering import StageWeights
 
     assert isinstance(exchange, SlicedExchange)
@@ -127,7 +149,7 @@ def _of_set(
         passes = _passes(held, share, exchange, sets, ranks)
         weights = BlockWeights(gathered, held.module, layout, passes, releases=releases)
     exchange.before_finish = weights.complete
-    sent = SentStates(laned, layout, parameters, sharing)
+    sent = SentStates(laned, laned.lane(shared=True), layout, parameters, sharing, shelf)
     return Sharded(gradients, optimizer, weights, sent, pieces, exchange)
 
 

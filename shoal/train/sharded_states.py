@@ -4,7 +4,8 @@ docs/sharded_states.md says what each stage holds where. The bits are those of e
 optimisers that are allowed here treat each element by itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -19,6 +20,8 @@ from shoal.comm.transport import check_wired, make_exchange
 from shoal.data.ledger import Ledger
 from shoal.errors import UserError
 from shoal.memory.optimizer_need import state_bytes
+from shoal.memory.streamed import Streamed
+from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
 from shoal.train.at_rest import StatesAtRest
 from shoal.train.figures import StepFigures
@@ -45,42 +48,54 @@ class Weights(Protocol):
     def settle(self) -> None: ...
     def leave(self) -> None: ...
     def held_bytes(self) -> dict[str, int]: ...
+    def count_anew(self) -> None: ...
+    def most_bytes(self) -> int: ...
 
 
 class Slices(Protocol):
     """The exchange, as far as it is asked for slices of its result."""
 
+    gauged: bool
+
     def piece(self, piece: Piece) -> Tensor: ...
     def held_bytes(self) -> dict[str, int]: ...
+    def most_sums(self) -> int: ...
 
 
 class States(Protocol):
     """How states of pieces are brought together for a checkpoint."""
 
+    on_heap: bool  # they lie in memory that torch does not count
+
     def gather(self, pieces: Sequence[Piece], parts: Sequence[Tensor], states: Sequence[State]) -> dict[int, State]: ...
 
 
-def check(states: str, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Raises UserError when slices of tensors would not be updated to the same bits as whole ones."""
-    kind = type(optimizer)
-    plan = f"plan: states = {states!r}"
+def check(
+    plan: Plan, optimizer: torch.optim.Optimizer, module: nn.Module, narrow: Collection[nn.Parameter] = ()
+) -> None:
+    """Raises UserError when the plan shards states, and slices of tensors would not get the bits of whole ones.
+
+    ``narrow``: parameters that become float32 to be updated, and are kept in fewer bits by ourselves."""
+    if not plan.shards_states:
+        return
+    kind, states = type(optimizer), f"plan: states = {plan.states!r}"
     if kind.__name__ not in ELEMENTWISE or getattr(torch.optim, kind.__name__, None) is not kind:
         name = kind.__name__ if kind.__module__.startswith("torch.optim") else f"{kind.__module__}.{kind.__name__}"
         raise UserError(
-            f"{plan} cuts tensors into slices, and {name} is not known to treat each element by itself: use one of "
+            f"{states} cuts tensors into slices, and {name} is not known to treat each element by itself: use one of "
             f"{', '.join(sorted(ELEMENTWISE))}, or states = 'replicated'."
         )
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.dtype.itemsize < 4:
+        if parameter.dtype.itemsize < 4 and parameter not in narrow:
             raise UserError(
-                f"{plan} cuts tensors, and parameter {name!r} is {parameter.dtype}, where torch rounds the last "
+                f"{states} cuts tensors, and parameter {name!r} is {parameter.dtype}, where torch rounds the last "
                 f"elements of a tensor in another way: keep parameters in float32, or use states = 'replicated'."
             )
         if not parameter.is_contiguous():
             raise UserError(
-                f"{plan} cuts tensors in the order of their elements, and parameter {name!r} lies in memory in "
+                f"{states} cuts tensors in the order of their elements, and parameter {name!r} lies in memory in "
                 f"another one: make it contiguous, or use states = 'replicated'."
             )
 
@@ -129,10 +144,14 @@ class Sharded(Everywhere):
         owns = [[part for piece, part in parts if piece.slot in slots] for slots in groups]
         self._groups = [index for index, own in enumerate(owns) if own]
         options = [settings(group) for group in self.optimizer.param_groups]
-        made = build(type(self.optimizer).__name__, self.optimizer.defaults, options, owns)
-        if made is not None:
-            made.state.clear()  # some begin with states; they are taken from the user's
-        return made
+        kept = self.optimizer if isinstance(self.optimizer, Streamed) else None
+        made = build(type(kept.inner if kept else self.optimizer).__name__, self.optimizer.defaults, options, owns)
+        if made is None:
+            return None
+        made.state.clear()  # some begin with states; they are taken from the user's
+        if kept is None:
+            return made
+        return kept.over(made, {part: (self.gradients.parameters[piece.slot], piece.start) for piece, part in parts})
 
     # --- states -----------------------------------------------------------------------------------------------
 
@@ -150,7 +169,7 @@ class Sharded(Everywhere):
             whole = self.optimizer.state.get(parameter)
             if not whole or self._inner is None:
                 continue
-            self._inner.state[part] = {key: cut(value, parameter, piece, part) for key, value in whole.items()}
+            self._inner.state[part] = {key: cut(key, value, parameter, piece, part) for key, value in whole.items()}
         self._let_go()
 
     def _let_go(self) -> None:
@@ -160,8 +179,14 @@ class Sharded(Everywhere):
 
     def states_of(self, trained: Mapping[str, nn.Parameter]) -> Callable[[], StatesAtRest]:
         """Of the own pieces, by the names of their parameters."""
-        names = [self.gradients.names[piece.slot] for piece in self.pieces]
-        return lambda: zip(names, self.own_states(), strict=True)
+        return lambda: zip(self._names(), self.own_states(), strict=True)
+
+    def _names(self) -> list[str]:
+        return [self.gradients.names[piece.slot] for piece in self.pieces]
+
+    def unwatched(self) -> list[tuple[str, Tensor]]:
+        """The own pieces of parameters that `watch` does not look after."""
+        return [] if self.watches else list(zip(self._names(), self.parts, strict=True))
 
     def own_states(self) -> list[State]:
         """Of the own pieces, in their order."""
@@ -185,7 +210,7 @@ class Sharded(Everywhere):
         """Find in each step whether the own slices, in memory that workers share, are still as their update left them.
 
         Of one copy there is nothing to compare with: this is what finds failing memory and strangers' writes."""
-        self.watches = self.weights.shared
+        self.watches = self.votes = self.weights.shared
         if self.watches:
             self.gradients.watched = self.parts
 
@@ -216,7 +241,7 @@ class Sharded(Everywhere):
         self._let_go()
         unused = set(self.gradients.unused())
         for piece, part in zip(self.pieces, self.parts, strict=True):
-            part.grad = None if piece.slot in unused else self._slices.piece(piece).view(part.shape).to(part.dtype)
+            part.grad = None if piece.slot in unused else self._gradient(piece, part)
         if self._inner is not None:
             for group, index in zip(self._inner.param_groups, self._groups, strict=True):
                 group.update(settings(self.optimizer.param_groups[index]))
@@ -226,6 +251,10 @@ class Sharded(Everywhere):
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for before they step
         self._remember()  # before anybody goes on, and may write
         self.weights.updated()
+
+    def _gradient(self, piece: Piece, part: Tensor) -> Tensor:
+        found = self._slices.piece(piece).view(part.shape)
+        return found.to(part.grad_dtype or part.dtype)
 
     def _remember(self) -> None:
         if self.watches:
@@ -246,8 +275,29 @@ class Sharded(Everywhere):
         """What this worker holds between two steps, by kind, counted: pages that are there, tensors that are allocated.
 
         Of memory that workers share, its part."""
-        own = state_bytes(self._inner) if self._inner is not None else 0
-        return {**self.weights.held_bytes(), **self._slices.held_bytes(), "optimizer": own}
+        return {**self.weights.held_bytes(), **self._slices.held_bytes(), "optimizer": self.state_bytes()}
+
+    def state_bytes(self) -> int:
+        return state_bytes(self._inner) if self._inner is not None else 0
+
+    def count_anew(self) -> None:
+        self._slices.gauged = True
+        self.weights.count_anew()
+
+    def beside_bytes(self) -> int:
+        on_heap = self.state_bytes() if self.states.on_heap else 0
+        return self.weights.most_bytes() + self._slices.most_sums() + on_heap
+
+
+def holders(plan: Plan) -> int:
+    """How many workers hold all states together once."""
+    return (plan.state_group or plan.axes.size("data")) if plan.shards_states else 1
+
+
+def units(plan: Plan) -> MemoryPlan:
+    """The plan's memory, for parameters in fewer bits: with ZeRO-3, they become float32 block by block as they come in,
+    whatever blocks are computed again."""
+    return replace(plan.memory, blocks=()) if plan.states == "zero3" else plan.memory
 
 
 def sharing_of(plan: Plan, group: Group) -> Sharing:

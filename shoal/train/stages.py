@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from shoal.data.loading import Prefetcher
 from shoal.data.source import Batch
 from shoal.train.reduction import Reduction
+from shoal.train.step_guard import StepGuard
 
 
 class Owner(Protocol):
@@ -16,7 +17,8 @@ class Owner(Protocol):
     def nothing(self) -> Batch: ...
     def enter_stream(self, shard: int, micro: int) -> None: ...
     def to_device(self, batch: Batch) -> Batch: ...
-    def check_loss(self, value: float, shard: int, micro: int) -> None: ...
+
+    guard: StepGuard
 
 
 class StageWork:
@@ -64,14 +66,16 @@ class StageWork:
         if place := self._places[micro_batch]:
             self._reduction.enter_leaf(place[0], chunk)
 
-    def left(self, chunk: int, micro_batch: int) -> None:
+    def left(self, chunk: int, micro_batch: int, made: Any) -> None:
         place = self._places[micro_batch]
+        if place:
+            self._step.guard.handed_on(made, chunk, *place)
         if place and place[1] == self._passes[place[0]] - 1:
             self._reduction.leave_leaf(chunk)
 
     def counted(self, micro_batch: int, value: float, count: float) -> None:
         if place := self._places[micro_batch]:
-            self._step.check_loss(value, *place)
+            self._step.guard.loss(value, *place)
 
     def backward(self, chunk: int, micro_batch: int, run: Callable[[], None], value: float, count: float) -> None:
         if place := self._places[micro_batch]:

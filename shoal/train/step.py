@@ -1,7 +1,6 @@
 """One step of a run, as one worker goes through it."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,20 +15,18 @@ from shoal.data.loading import Prefetcher
 from shoal.data.source import Batch
 from shoal.errors import UserError
 from shoal.models.task import Task
-from shoal.train.checksum import compare, compare_kept
 from shoal.train.figures import StepFigures
 from shoal.train.memory import due
-from shoal.train.not_finite import NotFinite, Spoilt, all_spoilt
 from shoal.train.optimizers import writes_gradients
 from shoal.train.reduction import Reduction
 from shoal.train.retry import Retry
 from shoal.train.stages import StageWork
+from shoal.train.step_guard import StepGuard
 from shoal.train.streams import enter_stream
 
 if TYPE_CHECKING:
     from shoal.train.synchrony import Update
 
-COMPARE_EVERY = 50  # steps between two comparisons of parameters, where workers hold parts or servers whole ones
 Place = tuple[int, int, int]  # step, shard, micro-batch
 
 
@@ -66,7 +63,7 @@ class Step:
         self.epoch, self.index = ledger.position(number)
         self.committed = False
         self.samples = int(sum(ledger.counts(number)))
-        self.last_of_epoch = self.index == ledger.steps_per_epoch - 1
+        self.last_of_epoch = ledger.ends_epoch(number)
         self.parts = dict.fromkeys(("data", "forward", "backward", "exchange", "update"), 0.0)
         if reduction.held.pipeline is not None:
             self.parts["stages"] = 0.0  # waiting for other stages
@@ -78,25 +75,20 @@ class Step:
         self._on_commit = on_commit
         self._report = crew.group.report
         self._passes = ledger.passes(number)
-        self._alike, self.redoes = reduction.held.plan.alike, reduction.redoes
-        self._spoilt: list[Spoilt] = []
+        self.redoes = reduction.redoes
+        self.guard = StepGuard(crew, reduction, ledger, self.number, watches=update.watches)
         self._place: Place | None = None
         self._of_others = False  # the pass is for the tokens that others send to this worker's experts
         self._begin()
 
     def _begin(self, *, careful: bool = False) -> None:
-        self._careful = careful
+        self.guard.begin(careful=careful)
         self._report(Phase.loading, step=self.number)
-        check = self._zero_based % COMPARE_EVERY == 0 and self._update.equal and not self._alike
-        check = check and not self._update.watches  # of one copy there is nothing to compare with
-        if check:
-            self._update.arrive()
         self._reduction.begin(
             self._passes,
             stop=self._crew.group.stop_asked,
             change=self._report.change_asked,
-            check=check,
-            votes=(self._alike or self._update.watches) and self._crew.group.world > 1,
+            votes=self._update.votes,
             careful=careful,
         )
         self._mark = time.perf_counter()
@@ -104,11 +96,13 @@ class Step:
     def again(self) -> None:
         """Start over after `commit` has raised NotFinite; called by all workers."""
         self._reduction.undo()
+        self._update.take_back()
         self._crew.retry.end()
-        self._spoilt = []
+        pipeline = self._reduction.held.pipeline
+        reads = pipeline is None or pipeline.readers
         work = [
             ((self._zero_based, shard, micro), ids, self.epoch)
-            for shard in self._crew.shards
+            for shard in (self._crew.shards if reads else ())
             for micro, ids in enumerate(self._ledger.shard(self._zero_based, shard))
         ]
         self._batches = self._batches.again(work)
@@ -182,15 +176,6 @@ class Step:
             return batch
         return {name: tensor.to(self._crew.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def check_loss(self, value: float, shard: int, micro: int) -> None:
-        """Raises NotFinite naming shard and sample ids when it is not finite; `commit` does, where all hear of it."""
-        if not math.isfinite(value):
-            ids = self._ledger.shard(self._zero_based, shard)[micro].tolist()
-            found = Spoilt(self._crew.group.rank, (shard,), tuple(ids), value)
-            if not self.redoes:
-                raise NotFinite(self.number, value, "", [found])
-            self._spoilt.append(found)
-
     @property
     def shard(self) -> int:
         """The shard of the current micro-batch."""
@@ -215,7 +200,7 @@ class Step:
                 )
             _, shard, micro = self._place
             value = float(loss.detach())
-            self.check_loss(value, shard, micro)
+            self.guard.loss(value, shard, micro)
             self._lap("forward")
             self._report(Phase.backward, shard=shard)
             self._place = None
@@ -234,16 +219,16 @@ class Step:
         self._lap("backward")
         self._update.arrive()  # a worker without a sample in this step has not waited yet
         trusted = not writes_gradients(self._update.optimizer)
-        self.figures = figures = self._reduction.finish()
-        self._check(figures)
+        self.figures = figures = self._reduction.finish(self.guard.differs)
+        self.guard.check(figures)
         self._update.rest.check(self._crew.group.rank, self.number)
         self._reduction.hang(figures.norm, self._crew.clip, keep_gradients=trusted)
         self._lap("exchange")
         self._report(Phase.updating)
         self._update.step(self.number, figures)
         self._update.rest.keep(self.number)
-        if self._alike and self._crew.group.world == 2:
-            self._reduction.first.remember()
+        if self._update.votes and not self._update.watches:
+            self._reduction.remember()
         if wait:
             self._update.arrive()
         self.committed = True
@@ -254,37 +239,6 @@ class Step:
         self._reduction.ended()
         self._lap("update")
         return figures
-
-    def _check(self, figures: StepFigures) -> None:
-        for ranks, checksums, kept in self._reduction.checksums():
-            if self._update.watches:
-                compare_kept(ranks, kept, f"before step {self.number} was committed")
-            elif len(checksums) == len(ranks):  # workers that go their own ways know of themselves alone
-                compare(ranks, checksums, f"in step {self.number}", kept)
-        if math.isfinite(figures.norm) and math.isfinite(figures.loss):
-            return
-        parameter = self._reduction.first_not_finite()
-        found: list[Spoilt] = []
-        if self.redoes:
-            of_loss = not math.isfinite(figures.loss)  # the same on all workers
-            found = all_spoilt(self._crew.group, self._spoilt if of_loss else self._spoilt_gradients())
-        raise NotFinite(self.number, figures.loss, parameter, found)
-
-    def _spoilt_gradients(self) -> list[Spoilt]:
-        """Of this worker: exactly in a step that is done again, as far as partial sums tell in the first try."""
-        gradients, group = self._reduction.first, self._crew.group
-        if self._careful:
-            shards = sorted({leaf for leaf, _ in gradients.spoilt})
-            return [Spoilt(group.rank, (shard,), self._ids([shard])) for shard in shards]
-        if group.rank not in gradients.origins(group):
-            return []
-        own = sorted(shard for shard in (*self._crew.shards, *self._crew.retry.kept_shards) if self._passes[shard])
-        return [Spoilt(group.rank, tuple(own), self._ids(own))]
-
-    def _ids(self, shards: Sequence[int]) -> tuple[int, ...]:
-        return tuple(
-            int(each) for shard in shards for ids in self._ledger.shard(self._zero_based, shard) for each in ids
-        )
 
     def _lap(self, part: str) -> None:
         now = time.perf_counter()

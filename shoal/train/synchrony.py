@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm.exchange import Denominators, Exchange, Placement, Terms
-from shoal.comm.group import Group
-from shoal.comm.layout import Layout, flat_layout
+from shoal.comm.group import Group, HostGroup
+from shoal.comm.layout import Layout
 from shoal.comm.server import optimizer as optimizers
 from shoal.comm.server import roster
 from shoal.comm.server.client import Client
@@ -21,10 +21,12 @@ from shoal.comm.server.exchanges import LocalExchange, OwnPlacement, ServedExcha
 from shoal.comm.transport import make_exchange
 from shoal.data.ledger import Ledger
 from shoal.errors import UserError
+from shoal.memory.optimizer_need import state_bytes
 from shoal.parallel.held import Held
 from shoal.parallel.pipeline.engine import Pipeline
 from shoal.recipe.plan import Plan
 from shoal.train.at_rest import AtRest, StatesAtRest
+from shoal.train.average import Average
 from shoal.train.figures import StepFigures
 from shoal.train.gradients import Gradients
 
@@ -38,6 +40,7 @@ class Update(Protocol):
     equal: bool  # all workers have the same weights before every step
     rest: AtRest  # what nobody writes to between two updates
     watches: bool  # each worker knows what it has left of its slices of weights that are there once for all
+    votes: bool  # in each step, workers compare the parameters that they hold alike, or say whether slices are as left
 
     def check_readable(self) -> None:
         """Raises UserError when not all weights are on this worker right now: `settle` brings them."""
@@ -50,6 +53,9 @@ class Update(Protocol):
 
     def step(self, number: int, figures: StepFigures) -> None:
         """Update the weights with the gradient that has just been finished; they are there after `arrive`."""
+
+    def take_back(self) -> None:
+        """Instead of `step`, called by all workers: the gradient that has just been finished is made again."""
 
     def stops(self, number: int, figures: StepFigures) -> bool:
         """Whether all workers end after this step, because one was asked to."""
@@ -65,6 +71,16 @@ class Update(Protocol):
 
     def leave(self) -> None:
         """Let go of the module: no hook acts any more."""
+
+    def state_bytes(self) -> int:
+        """What the optimiser's states take on this worker."""
+
+    def count_anew(self) -> None:
+        """`beside_bytes` is from now on."""
+
+    def beside_bytes(self) -> int:
+        """What slices of states, parameters and partial sums have taken at the most, where torch has not allocated it;
+        of memory that workers share, this worker's part. After a step."""
 
     def close(self) -> None: ...
 
@@ -91,7 +107,7 @@ def exchange_of(
 ) -> Exchange:
     """``shapes``: of the parameters, in the order of the layout."""
     terms = Terms(layout, placement, most, facts, denominators, dtype, device)
-    if plan.compresses:
+    if plan.compresses and not (plan.splits_model and group.world == 1):  # nobody else has this part of the model
         from shoal.comm.compression.exchange import compressed_exchange
 
         return compressed_exchange(plan.compression, group, terms, shapes=list(shapes), force=plan.compression_force)
@@ -121,11 +137,14 @@ def update_of(held: Held, sets: Sequence[Gradients], optimizer: torch.optim.Opti
         from shoal.train.sharded_sets import sharded
 
         apart = sharded(held, sets, optimizer)
-        apart.rest = AtRest(apart.states_of(trained), {})
+        if not plan.memory.changes_updates:
+            apart.rest = AtRest(apart.states_of(trained), apart.unwatched())
         return apart
     made = Everywhere(optimizer, held.pipeline)
+    made.votes = group.world > 1
     if not plan.memory.changes_updates:  # what keeps states elsewhere moves them about between updates
-        made.rest = AtRest(made.states_of(trained), trained if group.world == 1 or held.pipeline is not None else {})
+        alone = group.world == 1 or held.pipeline is not None
+        made.rest = AtRest(made.states_of(trained), trained.items() if alone else ())
     return made
 
 
@@ -134,12 +153,13 @@ class Everywhere:
 
     equal = True
     watches = False
+    votes = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, pipeline: Pipeline | None = None) -> None:
         self.optimizer, self._pipeline = optimizer, pipeline
         self._told: list[Told] = []
         self._ledger: Ledger | None = None
-        self.rest = AtRest(tuple, {})  # nothing is watched
+        self.rest = AtRest(tuple)  # nothing is watched
 
     def states_of(self, trained: Mapping[str, nn.Parameter]) -> Callable[[], StatesAtRest]:
         """Of each of these parameters, what this worker's optimiser holds, by name, whenever it is asked."""
@@ -162,6 +182,8 @@ class Everywhere:
             self._pipeline.share_tied()
         self._told.append((number, figures, {}))
 
+    def take_back(self) -> None: ...
+
     def stops(self, number: int, figures: StepFigures) -> bool:
         return figures.stop
 
@@ -174,6 +196,13 @@ class Everywhere:
 
     def leave(self) -> None: ...
     def close(self) -> None: ...
+    def count_anew(self) -> None: ...
+
+    def state_bytes(self) -> int:
+        return state_bytes(self.optimizer)
+
+    def beside_bytes(self) -> int:
+        return 0
 
 
 class _OnServers(Everywhere):
@@ -187,6 +216,8 @@ class _OnServers(Everywhere):
         exchange = gradients.exchange
         assert isinstance(exchange, ServedExchange | StaleExchange)
         self.exchange = exchange
+        self.votes = held.plan.staleness == 0 and held.group.world > 1 and not isinstance(held.group, HostGroup)
+        gradients.remembers = False  # weights come in while the step begins
         self._client: Client | None = None
         self._roster: roster.Roster | None = None
 
@@ -247,6 +278,10 @@ class Served(_OnServers):
             parameter.grad = None  # the servers scale it, use it up and write the next one over it
         self._told.append((number, figures, {}))
 
+    def take_back(self) -> None:
+        assert isinstance(self.exchange, ServedExchange)
+        self.exchange.take_back()
+
     def settle(self, number: int) -> None:
         self.arrive()
 
@@ -260,7 +295,7 @@ class Stale(_OnServers):
         super().__init__(held, gradients, optimizer)
         self._rows: dict[int, dict[int, Tensor]] = {}  # step -> worker -> facts, norm, steps ahead
         self._ahead, self._last, self._first = 0, -1, 0
-        self._buffers = _Average(held.group, held.plan)
+        self._buffers = Average(held.group, held.plan)
 
     def arrive(self) -> None:
         grant = self.exchange.arrive() if self._client is not None else None
@@ -330,7 +365,7 @@ class Averaging(Everywhere):
     def __init__(self, plan: Plan, group: Group, gradients: Gradients, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
         self.plan, self.group, self.gradients = plan, group, gradients
-        self._average = _Average(group, plan)
+        self._average = Average(group, plan)
         self._rows: dict[int, Tensor] = {}
         self._settled = 0
         self._stop = self._stopping = False
@@ -393,46 +428,3 @@ class Averaging(Everywhere):
                 own[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
             found.append(own[key])
         return found
-
-
-class _Average:
-    """The mean of tensors over the workers, added up in the tree over workers: an exact exchange of its own."""
-
-    def __init__(self, group: Group, plan: Plan) -> None:
-        self._group, self._bucket_bytes = group, plan.bucket_bytes
-        self._exchange: Exchange | None = None
-        self._sizes: list[int] = []
-
-    @torch.no_grad()
-    def __call__(self, buffers: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        """In place. Whole numbers and truth values stay what they are on each worker."""
-        tensors = [t for t in (*weights, *buffers) if t.is_floating_point() and t.numel()]
-        if self._group.world == 1 or not tensors:
-            return
-        exchange = self._made(tensors)
-        passes = (1,) * self._group.world
-        exchange.begin(passes)
-        exchange.claim()
-        slots = exchange.layout.slots
-        for tensor, slot in zip(tensors, slots, strict=True):
-            exchange.partials[0][slot.offset : slot.offset + slot.size].view(tensor.shape).copy_(tensor)
-        for _ in exchange.layout.buckets:
-            exchange.post()
-            exchange.advance()
-        exchange.finish()
-        for index, tensor in enumerate(tensors):
-            tensor.copy_(exchange.result_of(index).view(tensor.shape))
-
-    def _made(self, tensors: Sequence[Tensor]) -> Exchange:
-        sizes = [t.numel() for t in tensors]
-        if self._exchange is None or sizes != self._sizes:
-            world = self._group.world
-            dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-            layout = flat_layout(sizes, [], world, self._bucket_bytes // dtype.itemsize)
-            placement = Placement([range(rank, rank + 1) for rank in range(world)], self._group.rank, fast=False)
-            mean = (float(world), float(world))
-            cpu = torch.device("cpu")
-            terms = Terms(layout, placement, (1,) * world, 1, lambda facts: mean, dtype, cpu)
-            self._exchange = make_exchange(self._group, terms)
-            self._sizes = sizes
-        return self._exchange

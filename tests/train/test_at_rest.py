@@ -67,7 +67,7 @@ def sees(rest: AtRest, step: int, tensor: torch.Tensor, name: str) -> bool:
 
 def optimizer_of(parameters: int, size: int) -> tuple[AtRest, list[dict[str, torch.Tensor]]]:
     states = [{"exp_avg": torch.ones(size)} for _ in range(parameters)]
-    return AtRest(lambda: [(f"p{number}", state) for number, state in enumerate(states)], {}), states
+    return AtRest(lambda: [(f"p{number}", state) for number, state in enumerate(states)]), states
 
 
 @pytest.mark.parametrize(("parameters", "size"), [(3, 8), (200, 4), (5, 1 << 20)])
@@ -87,7 +87,7 @@ def test_what_is_written_by_torch_is_no_fault():
 
 def test_parameters_are_watched_where_nobody_else_has_them():
     parameter = nn.Parameter(torch.ones(8))
-    rest = AtRest(tuple, {"weight": parameter})
+    rest = AtRest(tuple, [("weight", parameter.detach())])
     rest.keep(1)
     rest.check(0, 2)
     rest.keep(2)

@@ -60,7 +60,7 @@ def compressed_exchange(
         return HostExchange(group, terms, compressor, shapes)
     if not isinstance(group, DistributedGroup):
         raise UserError(f"no compressed exchange works over a {type(group).__name__}.")
-    links = TorchLinks(None, device, MOST_STAGES, group.patience)
+    links = TorchLinks(group.pg, device, MOST_STAGES, group.patience)
     _insist(agreed(compressor, links, device))
     links.sent_bytes = 0  # measuring does not count
     return TorchExchange(group, terms, compressor, links, shapes)
@@ -217,6 +217,7 @@ class HostExchange:
     """Workers that one agent forked on this host: payloads on their heap. It never pays; for those who insist."""
 
     shared_result = sliced_result = False
+    keeps_sums = True
 
     def __init__(self, group: HostGroup, terms: Terms, compressor: Compressor, shapes: Shapes) -> None:
         self.layout, self._placement, self._denominators = terms.layout, terms.placement, terms.denominators

@@ -257,6 +257,11 @@ class Client:
             link.send(Message(Kind.commit, self.worker, clock, words=words, data=row if server == 0 else b""))
         self._waiting = True
 
+    def retract(self, clock: int) -> None:
+        """Take back the push of a synchronous round whose sum is known, on all servers; called by all workers."""
+        for link in self.links:
+            link.send(Message(Kind.retract, self.worker, clock))
+
     def pull(self, version: int = 0) -> None:
         """Ask for the weights once every server has made so many updates; they come with `arrive`."""
         for link in self.links:

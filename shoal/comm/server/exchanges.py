@@ -42,6 +42,7 @@ class _Own:
     """What these exchanges share: gradients are copied into buffers of this worker's, and never adopted."""
 
     shared_result = sliced_result = False
+    keeps_sums = True
     result: Tensor
 
     def __init__(self, group: Group, terms: Terms) -> None:
@@ -237,6 +238,11 @@ class ServedExchange(_Own):
             for block in bad:
                 self.result[block * BLOCK : (block + 1) * BLOCK] = torch.nan
         return squares
+
+    def take_back(self) -> None:
+        """Instead of `commit`: the finished round is nobody's business, and done again. Called by all."""
+        self.clock -= 1
+        self._servers.retract(self.clock)
 
     def commit(self, groups: Sequence[Mapping[str, Any]], unused: Sequence[int]) -> None:
         """Have the finished round applied; the first worker's word counts."""

@@ -93,6 +93,8 @@ class Service:
             return self._push(worker, message)
         if kind is Kind.commit:
             return self._commit(worker, message)
+        if kind is Kind.retract:
+            return self._retract(worker, message)
         if kind is Kind.pull:
             return self._carry_out(self.machine.on(shard.Pull(worker, wire.whole(message.words, "version"))))
         if kind is Kind.get:
@@ -235,6 +237,8 @@ class Service:
         arrived = [self._arrived.get(worker) for worker in due]
         if not self.setup.ownership or any(a is None or a.clock != version for a in arrived):
             return  # whose members may change: summed when all is there
+        if not self.machine.open:
+            return  # some have pushed again, and the others not yet
         for bucket in self.store.by_bucket:
             if self._summed.get(bucket) != version and all(a is not None and bucket in a.buckets for a in arrived):
                 self._sum(bucket, due)
@@ -250,6 +254,13 @@ class Service:
         self.store.sum(bucket, operands, adds, by)
         self._summed[bucket] = self.machine.version
         self._total = operands[0]
+
+    def _retract(self, worker: int, message: Message) -> Out:
+        done = self.machine.on(shard.Retract(worker, message.clock))
+        if not any(isinstance(each, shard.Refuse) for each in done):
+            self._arrived.pop(worker, None)
+            self._summed.clear()
+        return self._carry_out(done)
 
     def _commit(self, worker: int, message: Message) -> Out:
         words = message.words
@@ -273,6 +284,9 @@ class Service:
 
     def _carry_out(self, instructions: Iterable[shard.Instruction]) -> Out:
         out: Out = []
+        instructions = list(instructions)
+        granted = {instruction.worker for instruction in instructions if isinstance(instruction, shard.Grant)}
+        written: set[int] = set()  # whose replica has the newest weights
         for instruction in instructions:
             if isinstance(instruction, shard.Welcome):
                 words = {"clock": instruction.clock, "version": self.machine.version}
@@ -280,9 +294,11 @@ class Service:
             elif isinstance(instruction, shard.Sum):
                 out.extend(self._tell_sum(instruction))
             elif isinstance(instruction, shard.Apply):
-                self._apply(instruction)
+                into = self._replica(instruction.worker) if instruction.worker in granted else None
+                self._apply(instruction, into)
+                written = {instruction.worker} if into is not None else set()
             elif isinstance(instruction, shard.Grant):
-                out.extend(self._grant(instruction))
+                out.extend(self._grant(instruction, written=instruction.worker in written))
             elif isinstance(instruction, shard.Refuse):
                 out.append(self._refusal(instruction.worker, instruction.why))
         return out
@@ -299,13 +315,18 @@ class Service:
             message = Message(Kind.summed, clock=instruction.clock, words=words, data=fragments)
         return [(worker, message) for worker in instruction.workers]
 
-    def _apply(self, instruction: shard.Apply) -> None:
+    def _replica(self, worker: int) -> Tensor | None:
+        """Where a worker reads weights that change under way."""
+        return self.store.memory.replicas[worker] if self.store.memory.replicas else None
+
+    def _apply(self, instruction: shard.Apply, into: Tensor | None) -> None:
+        """``into``: a replica that gets the new weights in the same pass over memory."""
         assert self.setup is not None
         commit = self._arrived[instruction.worker].commit
         flat = self._total if self.setup.synchronous else self.store.operands(instruction.worker)[0]
         if commit["factor"] != 1.0:
             self.store.scale(flat, commit["factor"])
-        self.store.apply(flat, commit["groups"], commit["share"], commit["unused"])
+        self.store.apply(flat, commit["groups"], commit["share"], commit["unused"], into)
         self.updates += 1
         if self.setup.synchronous:
             for worker in [w for w, arrived in self._arrived.items() if arrived.clock == instruction.clock]:
@@ -314,11 +335,13 @@ class Service:
         else:
             del self._arrived[instruction.worker]
 
-    def _grant(self, grant: shard.Grant) -> Out:
+    def _grant(self, grant: shard.Grant, *, written: bool) -> Out:
+        """``written``: the worker's replica has the newest weights already."""
         assert self.setup is not None
         out: Out = []
-        if self.shared and not self.setup.synchronous:
-            self.store.copy_weights(self.store.memory.replicas[grant.worker])
+        replica = self._replica(grant.worker)
+        if replica is not None and not written:
+            self.store.copy_weights(replica)
         if not self.shared:
             for number, (first, stop) in enumerate(self.runs):
                 weights = self.store.weights_bytes(first, stop)

@@ -3,7 +3,8 @@
 A worker's *clock* is the number of its pushes that have been applied. The *version* of the shard counts updates.
 
 - Synchronous: a round is summed when every worker has pushed, and applied when every worker has committed: until then
-  they may read the sum. What the lowest worker, the lead, has committed counts.
+  they may read the sum. What the lowest worker, the lead, has committed counts. Instead of committing, all of them may
+  take their pushes back: the round is then open again, and summed anew once all have pushed after that.
 - Stale-synchronous with bound s (Ho et al., 2013): a push is applied when it comes; a worker may begin its next step
   while its clock is at most s ahead of the slowest worker's. No bound: asynchronous (Recht et al., 2011).
 
@@ -43,6 +44,14 @@ class Commit:
 
 
 @dataclass(frozen=True)
+class Retract:
+    """A worker takes back its push of a synchronous round whose sum it has seen, and will push again."""
+
+    worker: int
+    clock: int
+
+
+@dataclass(frozen=True)
 class Pull:
     """A worker wants the weights once the shard has this version, and its own clock is within the bound."""
 
@@ -50,7 +59,7 @@ class Pull:
     version: int = 0
 
 
-Event = Join | Leave | Push | Commit | Pull
+Event = Join | Leave | Push | Commit | Retract | Pull
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,7 @@ class Shard:
         self._pushed: set[int] = set()  # complete pushes that have not been applied
         self._committed: set[int] = set()
         self._summed = False
+        self._retracted: set[int] = set()  # have taken back their push of the round, whose sum is no good
         self._waiting: dict[int, int] = {}  # worker -> the version it wants
         self._left_at = 0  # the clock of the last worker that left
 
@@ -135,6 +145,8 @@ class Shard:
             return self._push(event)
         if isinstance(event, Commit):
             return self._commit(event)
+        if isinstance(event, Retract):
+            return self._retract(event)
         if event.worker in self._waiting:
             return [Refuse(event.worker, "waits for weights already")]
         self._waiting[event.worker] = event.version
@@ -150,7 +162,7 @@ class Shard:
 
     def _leave(self, worker: int) -> list[Instruction]:
         self._left_at = self.slowest
-        for group in (self._joined, self._pushed, self._committed):
+        for group in (self._joined, self._pushed, self._committed, self._retracted):
             group.discard(worker)
         del self.clocks[worker]
         self._waiting.pop(worker, None)
@@ -169,6 +181,8 @@ class Shard:
         worker = event.worker
         if event.clock != self.clocks[worker] or worker in self._committed or worker not in self._pushed:
             return [Refuse(worker, f"committed step {event.clock} where a push of {self.clocks[worker]} is due")]
+        if not self.open:
+            return [Refuse(worker, f"committed step {event.clock}, which others have taken back")]
         self._committed.add(worker)
         if self.synchronous:
             self._waiting[worker] = self.version + 1
@@ -182,14 +196,36 @@ class Shard:
             self.last = max(self.clocks.values()) + 2  # whoever is on the way hears of it before it gets there
         return [Apply(worker, event.clock), *self._released(held=worker)]
 
+    def _retract(self, event: Retract) -> list[Instruction]:
+        worker = event.worker
+        known = event.clock == self.clocks[worker] == self.version and worker not in self._committed
+        seen = self._summed or bool(self._retracted)  # the sum that is taken back
+        if not known or not seen or worker not in self._pushed or worker in self._retracted:
+            return [Refuse(worker, f"took back step {event.clock} where no sum of step {self.clocks[worker]} is known")]
+        self._summed = False
+        self._pushed.discard(worker)
+        self._retracted.add(worker)
+        return self._round()
+
+    @property
+    def due(self) -> set[int]:
+        """Whose pushes the synchronous round takes."""
+        return {worker for worker, clock in self.clocks.items() if clock == self.version}
+
+    @property
+    def open(self) -> bool:
+        """Pushes may be summed: nobody's is one that the others have taken back."""
+        return not self._retracted or self.due <= self._retracted
+
     def _round(self) -> list[Instruction]:
         """What a synchronous round is ready for."""
         if not self.synchronous:
             return []
-        due = {worker for worker, clock in self.clocks.items() if clock == self.version}
+        due = self.due
         out: list[Instruction] = []
-        if due and not self._summed and due <= self._pushed:
+        if due and not self._summed and due <= self._pushed and self.open:
             self._summed = True
+            self._retracted.clear()
             out.append(Sum(self.version, tuple(sorted(due))))
         if due and self._summed and due <= self._committed:
             out.append(Apply(min(due), self.version))

@@ -38,6 +38,7 @@ class Kind(IntEnum):
     commit = 6  # apply it
     pull = 7
     get = 8  # the optimiser's state
+    retract = 9  # take back a push whose sum has been seen: the step is done again
     welcome = 20  # server -> worker
     summed = 21  # what the norm of a round needs
     weights = 22

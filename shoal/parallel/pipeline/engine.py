@@ -39,8 +39,8 @@ class Work(Protocol):
     def enter(self, chunk: int, micro_batch: int) -> None:
         """Before a forward pass."""
 
-    def left(self, chunk: int, micro_batch: int) -> None:
-        """After it."""
+    def left(self, chunk: int, micro_batch: int, made: Any) -> None:
+        """After it. ``made``: what it hands on to the next chunk, or the loss of the last one."""
 
     def counted(self, micro_batch: int, value: float, count: float) -> None:
         """The last chunk has a loss: the SUM over ``count`` targets."""
@@ -206,7 +206,7 @@ class Pipeline:
             loss, count = step.task.loss(StandIn(self.model, tail), work.batch(micro_batch))  # type: ignore[arg-type]
             stage.ends(micro_batch, loss)
             step.counts[micro_batch] = float(loss.detach()), float(count)
-            work.left(chunk, micro_batch)
+            work.left(chunk, micro_batch, loss)
             work.counted(micro_batch, *step.counts[micro_batch])
             return
         arguments: Mapping[str, Any] = {}
@@ -214,7 +214,7 @@ class Pipeline:
             arguments = arguments_of(step.task.loss, self.model, work.batch(micro_batch))
         go_on()
         made = stage.forward(micro_batch, came.pop("values"), arguments)
-        work.left(chunk, micro_batch)
+        work.left(chunk, micro_batch, made)
         state = random_state(self.device)
         content = {"values": made, "random": state if drawn(fresh, state) else None}
         self._hand_on(step, chunk + 1, (_ACTIVATION, chunk, micro_batch), content)

@@ -6,7 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.comm.server.shard import Apply, Commit, Grant, Hold, Join, Leave, Pull, Push, Refuse, Shard, Sum, Welcome
+from shoal.comm.server.shard import (
+    Apply,
+    Commit,
+    Grant,
+    Hold,
+    Join,
+    Leave,
+    Pull,
+    Push,
+    Refuse,
+    Retract,
+    Shard,
+    Sum,
+    Welcome,
+)
 
 SCHEDULES = st.integers(0, 2**32)
 
@@ -195,3 +209,57 @@ def test_asked_to_stop_all_workers_end_after_the_same_step(workers, bound, seed,
         assert clock < when + 10
     assert len(done) == workers
     assert len(set(done.values())) == 1
+
+
+@given(workers=st.integers(1, 5), seed=SCHEDULES, spoilt=st.sets(st.integers(0, 9), max_size=4))
+def test_a_round_that_all_take_back_is_summed_anew_of_new_pushes_alone(workers, seed, spoilt):
+    """In any order: one may push again before another one has taken back what it pushed first."""
+    shard, draw = Shard(synchronous=True, expected=range(workers)), random.Random(seed)
+    for worker in range(workers):
+        shard.on(Join(worker))
+    applied: list[tuple[int, int]] = []
+    for clock in range(10):
+        rounds = 2 if clock in spoilt else 1
+        todo: dict[int, list] = {worker: [Push(worker, clock)] for worker in range(workers)}
+        fresh: set[int] = set()
+        for number in range(rounds):
+            sums = 0
+            while any(todo.values()):
+                worker = draw.choice([w for w, events in todo.items() if events])
+                event = todo[worker].pop(0)
+                done = shard.on(event)
+                assert not any(isinstance(each, Refuse) for each in done), done
+                if isinstance(event, Push):
+                    fresh.add(worker)
+                for each in done:
+                    if isinstance(each, Sum):
+                        sums += 1
+                        assert set(each.workers) == fresh == set(range(workers)), "nobody's old push is in it"
+                    elif isinstance(each, Apply):
+                        applied.append((each.worker, each.clock))
+            assert sums == 1
+            if number < rounds - 1:
+                fresh.clear()
+                todo = {worker: [Retract(worker, clock), Push(worker, clock)] for worker in range(workers)}
+        for worker in range(workers):
+            for each in shard.on(Commit(worker, clock)):
+                if isinstance(each, Apply):
+                    applied.append((each.worker, each.clock))
+    assert applied == [(0, clock) for clock in range(10)]
+
+
+def test_only_a_push_whose_sum_is_known_can_be_taken_back():
+    shard = Shard(synchronous=True, expected=range(2))
+    for worker in range(2):
+        shard.on(Join(worker))
+    assert isinstance(shard.on(Retract(0, 0))[0], Refuse), "nothing has been pushed"
+    shard.on(Push(0, 0))
+    assert isinstance(shard.on(Retract(0, 0))[0], Refuse), "it has not been summed"
+    shard.on(Push(1, 0))
+    assert isinstance(shard.on(Retract(0, 1))[0], Refuse), "another step"
+    assert shard.on(Retract(0, 0)) == []
+    assert isinstance(shard.on(Commit(1, 0))[0], Refuse), "its sum is gone"
+    stale = Shard(synchronous=False)
+    stale.on(Join(0))
+    stale.on(Push(0, 0))
+    assert isinstance(stale.on(Retract(0, 0))[0], Refuse), "it is applied when it comes"
