@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from shoal.comm import past_cache
 from shoal.comm.layout import flat_layout
 from shoal.comm.server import optimizer as optimizers
 from shoal.comm.server.client import Client
@@ -161,6 +162,7 @@ class ParameterServer:
         if len(given) != len(self._given):
             raise UserError(f"{len(given)} gradients for {len(self._given)} parameters.")
         weight = count if self.setup.synchronous else 1.0
+        copy = past_cache.copy if past_cache.pays(self._flat.nbytes) else Tensor.copy_
         unused = []
         for slot, (gradient, view) in enumerate(zip(given[::-1], self._views, strict=True)):
             if gradient is None:
@@ -172,7 +174,7 @@ class ParameterServer:
                 view.zero_()
                 view[rows.indices()[0]] = rows.values().to(view.dtype)
             elif gradient.data_ptr() != view.data_ptr():
-                view.copy_(gradient)
+                copy(view, gradient)
             if weight != 1.0 and gradient is not None:
                 view.mul_(weight)
         for bucket in range(len(self.setup.layout.buckets)):

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.comm import past_cache
 from shoal.comm.finishing import finish_flat
 from shoal.comm.heap import Heap
 from shoal.comm.layout import BLOCK
 from shoal.comm.server import optimizer as optimizers
+from shoal.comm.server import sgd
 from shoal.comm.server.cuts import Part, Piece
 from shoal.comm.server.setup import Setup
 from shoal.comm.tree import Add, completion, covering
@@ -91,6 +93,8 @@ class Store:
         self._kept_groups = [index for index, own in enumerate(members) if own]
         self.optimizer = optimizers.build(setup.optimizer, setup.defaults, setup.groups, members)
         self._gradients: dict[int, list[Tensor]] = {}  # address of a flat gradient -> its views
+        self._replicas: dict[int, dict[Tensor, Tensor]] = {}  # address of a replica -> parameter -> its run of it
+        self._past_cache = past_cache.pays(sum(bytes_of(setup, part) for part in self.parts))
         self._arriving: dict[tuple[int, int, str], Tensor] = {}
 
     def _shaped(self, part: Part, flat: Tensor) -> Tensor:
@@ -142,12 +146,21 @@ class Store:
             if piece.start < self.setup.layout.state_start:
                 flat[piece.start : piece.stop].mul_(factor)
 
-    def apply(self, flat: Tensor, groups: Sequence[Mapping[str, Any]], share: float, unused: Sequence[int]) -> None:
+    def apply(
+        self,
+        flat: Tensor,
+        groups: Sequence[Mapping[str, Any]],
+        share: float,
+        unused: Sequence[int],
+        into: Tensor | None = None,
+    ) -> None:
         """One step of the optimiser with the gradient ``flat``.
 
         ``groups``: the options of now. ``share``: of the learning rate, for a push that is a part of a batch.
-        Parameters in ``unused`` have no gradient."""
+        Parameters in ``unused`` have no gradient. ``into``: a replica, which gets the new weights."""
         if self.optimizer is None:
+            if into is not None:
+                self.copy_weights(into)
             return
         for group, index in zip(self.optimizer.param_groups, self._kept_groups, strict=True):
             group.update({key: optimizers.restored(value) for key, value in groups[index].items()})
@@ -159,7 +172,14 @@ class Store:
         left_out = set(unused)
         for part, parameter, view in zip(self.parts, self._parameters, views, strict=True):
             parameter.grad = None if part.slot in left_out else view.to(parameter.dtype)
-        self.optimizer.step()
+        if sgd.usable(self.optimizer):
+            copies = self._replica(into) if into is not None else {}
+            sgd.step(self.optimizer, copies)
+            self._copy([parameter for parameter in copies if parameter.grad is None], copies)
+        else:
+            self.optimizer.step()
+            if into is not None:
+                self.copy_weights(into)
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -169,11 +189,24 @@ class Store:
 
     # --- weights ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def copy_weights(self, into: Tensor) -> None:
         """Copy the own parts into a worker's replica."""
-        for part in self.parts:
-            self.memory.part(part, into).copy_(self.memory.part(part, self.memory.weights))
+        copies = self._replica(into)
+        self._copy(list(copies), copies)
+
+    @torch.no_grad()
+    def _copy(self, parameters: Sequence[Tensor], copies: Mapping[Tensor, Tensor]) -> None:
+        copy = past_cache.copy if self._past_cache else Tensor.copy_
+        for parameter in parameters:
+            copy(copies[parameter], parameter.detach())
+
+    def _replica(self, memory: Tensor) -> dict[Tensor, Tensor]:
+        """Where each of the own parameters lies in a worker's replica."""
+        address = memory.data_ptr()
+        if address not in self._replicas:
+            runs = [self._shaped(part, self.memory.part(part, memory)) for part in self.parts]
+            self._replicas[address] = dict(zip(self._parameters, runs, strict=True))
+        return self._replicas[address]
 
     def weights_bytes(self, first: int, stop: int) -> Tensor:
         runs = [self.memory.part(part, self.memory.weights).view(torch.uint8) for part in self.parts[first:stop]]
