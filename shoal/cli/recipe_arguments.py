@@ -13,6 +13,8 @@ from shoal.recipe import presets
 from shoal.recipe.layers import Layer, Origins, assemble, assemble_plan, owner, parse_setting, saved_layer
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
+from shoal.recipe.typed import to_mapping
+from shoal.run.batches import recorded
 from shoal.run.run import Run, origin
 from shoal.train.states_choice import CHOSEN, settled_states
 
@@ -53,6 +55,11 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     )
     for flag, (_, kind, text) in RECIPE_FLAGS.items():
         parser.add_argument(flag, type=kind, metavar=METAVARS[kind], help=text)
+    parser.add_argument(
+        "--batch-policy",
+        metavar="P",
+        help="fixed, goodput[:MAX] (it follows workers and gradient noise: other weights), replay:RUN (as RUN did)",
+    )
     parser.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, the result on stdout")
 
 
@@ -138,11 +145,18 @@ def _flags(args: Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, s
 def _named(args: Namespace) -> list[tuple[str, str, Any]]:
     """(flag, dotted key, value) of the options that have a name of their own."""
     given = [(flag, key, getattr(args, flag[2:])) for flag, (key, _, _) in RECIPE_FLAGS.items()]
+    if getattr(args, "batch_policy", None) is not None:
+        said = batch_policy(args.batch_policy)
+        given += [("--batch-policy", f"batching.{key}", value) for key, value in said.items()]
     if hasattr(args, "mesh"):
         given += [
             ("--workers", "mesh.data", args.workers),
             *(("--mesh", f"mesh.{axis}", size) for axis, size in mesh_sizes(args.mesh)),
-            ("--placement", "placement", whole_numbers("--placement", args.placement) if args.placement else None),
+            (
+                "--placement",
+                "placement",
+                whole_numbers("--placement", args.placement) if args.placement is not None else None,
+            ),
             ("--fast", "sync", "fast" if args.fast else None),
             ("--device", "device", args.device),
             ("--tensorboard", "report.tensorboard", True if args.tensorboard else None),
@@ -155,20 +169,34 @@ def _named(args: Namespace) -> list[tuple[str, str, Any]]:
     return [(flag, key, value) for flag, key, value in given if value is not None]
 
 
+def batch_policy(text: str) -> dict[str, Any]:
+    """ "goodput:512" -> the recipe's keys of the table batching. Raises UserError."""
+    name, colon, rest = text.partition(":")
+    if name == "replay" and rest:
+        return dict(to_mapping(recorded(Run.find(rest))))
+    if name == "goodput" and (not colon or (rest.isdecimal() and int(rest))):
+        return {"policy": "goodput", "most": int(rest or 0), "changes": []}
+    if text == "fixed":
+        return {"policy": "fixed", "most": 0, "changes": []}
+    raise UserError(f"--batch-policy {text!r}: use fixed, goodput, goodput:MAX (samples, 512 say) or replay:RUN.")
+
+
 def mesh_sizes(text: str | None) -> list[tuple[str, int]]:
     """ "data=2,pipe=2" -> [("data", 2), ("pipe", 2)]. Raises UserError."""
-    sizes = []
-    for part in text.split(",") if text else ():
-        axis, equals, size = part.partition("=")
-        if not equals or not size.strip().isdigit():
+    sizes: list[tuple[str, int]] = []
+    for part in text.split(",") if text is not None else ():
+        axis, equals, size = (piece.strip() for piece in part.partition("="))
+        if not equals or not size.isdecimal():
             raise UserError(f"--mesh {text!r}: write it as axis=workers, such as --mesh data=2.")
-        sizes.append((axis.strip(), int(size)))
+        if axis in dict(sizes):
+            raise UserError(f"--mesh {text!r} gives axis {axis!r} twice: leave one out.")
+        sizes.append((axis, int(size)))
     return sizes
 
 
 def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
     """ "5,3" -> (5, 3). Raises UserError naming the flag."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise UserError(f"{flag} {text!r}: write whole numbers with commas between, such as {flag} 5,3.")
     return tuple(map(int, parts))

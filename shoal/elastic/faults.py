@@ -45,7 +45,7 @@ class Fault:
         if not is_phase(phase):
             raise unknown_name("phase", phase, PHASES, f"{text!r}")
         numbers = [values.get("rank", "0"), values.get("step", "")]
-        if not all(number.isdigit() for number in numbers):
+        if not all(number.isdecimal() for number in numbers):
             raise UserError(f"fault {text!r}: write it as kill:rank=1,step=5,phase=backward.")
         return Fault(kind, int(numbers[0]), int(numbers[1]), phase)
 
@@ -63,7 +63,7 @@ def parts(text: str, kinds: Sequence[str], keys: Sequence[str]) -> tuple[str, di
 
 
 def is_phase(name: str) -> bool:
-    return name in PHASES or (name.startswith(BUCKET) and name.removeprefix(BUCKET).isdigit())
+    return name in PHASES or (name.startswith(BUCKET) and name.removeprefix(BUCKET).isdecimal())
 
 
 class Rehearsal:

@@ -38,7 +38,7 @@ class HostFault:
         """From "cut-out:host=1,step=5", "kill-host:host=leader". Raises UserError."""
         kind, values = parts(text, HOST_KINDS, ("host", "step"))
         host, step = values.get("host", "0"), values.get("step", "0")
-        if not (host.isdigit() or host == "leader") or not step.isdigit():
+        if not (host.isdecimal() or host == "leader") or not step.isdecimal():
             raise UserError(f"fault {text!r}: write it as cut-out:host=1,step=5, or kill-host:host=leader.")
         return HostFault(kind, LEADER if host == "leader" else int(host), int(step))
 

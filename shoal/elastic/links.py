@@ -79,7 +79,7 @@ News = Heard | Refused | Linked | NotLinked | Differs
 def address_of(text: str) -> tuple[str, int]:
     """From "host:port". Raises UserError."""
     host, _, port = text.strip().rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(f"--agents: {text!r} is no address: write host:port, as in 10.0.0.7:7700.")
     return host.strip("[]"), int(port)
 

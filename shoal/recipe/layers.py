@@ -107,6 +107,14 @@ def build(cls: type[T], layers: Iterable[Layer]) -> tuple[T, Origins]:
 
 
 def _checked(cls: type, layer: Layer) -> Layer:
+    """Raises UserError where a value cannot be what its key asks for, or a key belongs to the other kind of file."""
+    other, this, that = (Plan, "recipe", "plan") if cls is Recipe else (Recipe, "plan", "recipe")
+    for key in layer.values:
+        if key.split(".")[0] in {f.name for f in fields(other)}:
+            raise UserError(
+                f"key {key!r} in {layer.origin_of(key)} belongs to a {that}, not to a {this}: a plan's file is given "
+                f"by --plan, a recipe's by its name alone."
+            )
     values = {key: convert_key(cls, key, value, layer.origin_of(key)) for key, value in layer.values.items()}
     return replace(layer, values=values)
 
@@ -179,7 +187,8 @@ def owner(key: str, where: str) -> type[Recipe] | type[Plan]:
     for cls in (Recipe, Plan):
         if key.split(".")[0] in {f.name for f in fields(cls)}:
             return cls
-    raise unknown_key(key, [*dotted_keys(Recipe), *dotted_keys(Plan)], where)
+    of_presets = [option for name in presets.names() for option in flatten(presets.load(name))]  # model.layers, ...
+    raise unknown_key(key, [*dotted_keys(Recipe), *dotted_keys(Plan), *of_presets], where)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from shoal.errors import UserError
+from shoal.recipe.batching import Batching
 from shoal.recipe.typed import from_mapping, read_toml, to_mapping, to_toml
 
 Options = Mapping[str, Any]
@@ -71,6 +73,7 @@ class Recipe:
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
     report: Reporting = field(default_factory=Reporting)
+    batching: Batching = field(default_factory=Batching)
     batch: int = 64  # samples a step, over all shards
     shards: int = 8  # leaves of the reduction tree: the most workers that the run can ever use
     micro_batches: int = 1  # gradient accumulation inside a shard
@@ -88,6 +91,11 @@ class Recipe:
         for name in ("steps", "epochs", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"recipe: {name} must not be negative, got {getattr(self, name)}.")
+        if self.seed >= 1 << 63:
+            raise UserError(f"recipe: seed must be less than 2**63, got {self.seed}.")
+        for name, number in (("optimizer.lr", self.optimizer.lr), ("clip", self.clip)):
+            if not 0 <= number < math.inf:
+                raise UserError(f"recipe: {name} must be a number from 0 on, got {number}.")
         if self.batch % (self.shards * self.micro_batches):
             near = max(1, round(self.batch / (self.shards * self.micro_batches))) * self.shards * self.micro_batches
             raise UserError(
@@ -98,6 +106,7 @@ class Recipe:
             raise UserError(f"recipe: give steps ({self.steps}) or epochs ({self.epochs}), not both.")
         if not self.steps and not self.epochs:
             raise UserError("recipe: the length is missing: set steps or epochs.")
+        self.batching.check(self.batch, self.shards, self.micro_batches)
         if not 0 <= self.data.validation + self.data.test < 1:
             raise UserError("recipe: data.validation + data.test must be at least 0 and less than 1.")
 
@@ -106,6 +115,8 @@ class Recipe:
         """SHA-256 over all that decides the arithmetic. Where the data lies and what is reported do not count."""
         plain = to_mapping(self)
         del plain["report"]
+        if self.batching.policy == "fixed":
+            del plain["batching"]
         for place in ("path", "test_path"):
             del plain["data"][place]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

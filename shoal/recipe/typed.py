@@ -9,6 +9,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,11 +101,17 @@ def dotted_keys(cls: type) -> list[str]:
 
 
 def unknown_key(key: str, known: Iterable[str], where: str = "") -> UserError:
-    """As ``unknown_name``, but it also knows a key without its table (lr) and the beginning of a key."""
+    """As ``unknown_name``, but it also knows a key without its table (lr) and the beginning of a key, and where the
+    table is right and nothing in it is near, it says what the table has."""
     known = list(known)
+    said = f"unknown key {key!r}{f' in {where}' if where else ''}"
     near = [k for k in known if k.rpartition(".")[2] == key or k.startswith(key)]
     if near:
-        return UserError(f"unknown key {key!r}{f' in {where}' if where else ''}: did you mean {near[0]!r}?")
+        return UserError(f"{said}: did you mean {near[0]!r}?")
+    table, dot, name = key.rpartition(".")
+    inside = [k.removeprefix(table + dot) for k in known if dot and k.startswith(table + dot)]
+    if inside and not get_close_matches(name, inside, n=1, cutoff=0.5):
+        return UserError(f"{said}: known in {table}: {', '.join(sorted(inside))}.")
     return unknown_name("key", key, known, where)
 
 

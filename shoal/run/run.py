@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.events import EventLog, read_events
+from shoal.run.hold import held
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         return list(read_events(self.path / "events.jsonl"))
 
+    def held(self, really: bool) -> AbstractContextManager[None]:
+        """No other run may go on with this one while the context is open, if ``really``. Raises UserError."""
+        return held(self.path) if really else nullcontext()
+
     def open_log(self) -> EventLog:
         return EventLog(self.path / "events.jsonl")
 
@@ -73,20 +78,20 @@ class Run:
         Without a path: runs/<model>-<time> under the working directory, and runs/latest points at it.
         Raises UserError when the path holds a run already or cannot be written."""
         chosen = path or Path("runs") / f"{recipe.model.kind}-{time.strftime('%Y%m%d-%H%M%S')}"
-        number = 1
-        while path is None and chosen.exists():
-            number += 1
-            chosen = chosen.with_name(f"{chosen.name.split('_')[0]}_{number}")
-        if (chosen / "recipe.toml").exists():
-            raise UserError(f"{str(chosen)!r} holds a run already: continue it with --resume, or name another folder.")
         try:
+            if path is None:
+                chosen = _of_its_own(chosen)
+            elif (chosen / "recipe.toml").exists():
+                raise UserError(
+                    f"{str(chosen)!r} holds a run already: continue it with --resume, or name another folder."
+                )
             (chosen / "checkpoints").mkdir(parents=True, exist_ok=True)
             run = Run(chosen.absolute())
             run.write_inputs(recipe, plan, origins)
             if path is None:
-                latest = chosen.parent / "latest"
-                latest.unlink(missing_ok=True)
-                latest.symlink_to(chosen.name)
+                fresh = chosen.parent / f".latest-{chosen.name}"  # of this run alone: others may be made at this moment
+                fresh.symlink_to(chosen.name)
+                os.replace(fresh, chosen.parent / "latest")
         except OSError as error:
             raise UserError(f"cannot write the run directory {str(chosen)!r}: {error.strerror}.") from None
         return run
@@ -125,9 +130,24 @@ class Run:
         return Run(path.resolve())
 
 
+def _of_its_own(wished: Path) -> Path:
+    """A folder that this call makes, and no other one that runs at this moment: ``wished``, or with _2, _3, ... behind.
+
+    Raises OSError."""
+    wished.parent.mkdir(parents=True, exist_ok=True)
+    chosen, number = wished, 1
+    while True:
+        try:
+            chosen.mkdir()
+            return chosen
+        except FileExistsError:
+            number += 1
+            chosen = wished.with_name(f"{wished.name}_{number}")
+
+
 def origin(target: str) -> tuple[Run, int]:
     """The run and the step that "RUN@STEP" names. Raises UserError."""
     folder, at, step = target.rpartition("@")
-    if not at or not step.isdigit():
+    if not at or not step.isdecimal():
         raise UserError(f"--from {target!r}: write it as RUN@STEP, such as runs/latest@120.")
     return Run.find(folder), int(step)

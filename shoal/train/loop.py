@@ -31,9 +31,9 @@ from shoal.train.checkpoint import Checkpoint, load
 from shoal.train.evaluation import evaluate
 from shoal.train.first_batch import prepare_memory, subject_of
 from shoal.train.optimizers import make_optimizer
-from shoal.train.precision import autocast, measure_precision
+from shoal.train.precision import autocast, settled
+from shoal.train.rebatching import BatchPolicy
 from shoal.train.sampling import sample_text
-from shoal.train.schedules import learning_rate
 from shoal.train.states_choice import told_states
 from shoal.train.step import Step
 from shoal.train.worker import Worker
@@ -71,7 +71,8 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     with worker.memory.explaining():
         prepare_memory(worker, recipe, splits, task, model)
         run = _agree_on_run(group, order)
-        return Loop(worker, order, run, splits, task, model).train()
+        with run.held(group.rank == 0):
+            return Loop(worker, order, run, splits, task, model).train()
 
 
 def worker_of(group: Group, plan: Plan, recipe: Recipe) -> Worker:
@@ -82,6 +83,7 @@ def worker_of(group: Group, plan: Plan, recipe: Recipe) -> Worker:
         micro_batches=recipe.micro_batches,
         seed=recipe.seed,
         clip=recipe.clip,
+        measures=recipe.batching.policy != "fixed",
     )
 
 
@@ -99,18 +101,6 @@ def model_to_place(order: Order, splits: Splits) -> tuple[nn.Module, FirstValues
         if found is not None:
             return found.module, found.first
     return made_model(order, splits), None
-
-
-def settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
-    """The recipe with nothing left open: rank 0 measures, all take its choice."""
-    if recipe.precision != "auto":
-        return recipe, ""
-    said = ["", ""]
-    if worker.rank == 0:
-        found = measure_precision(worker.device)
-        said = [found.precision, found.why]
-    precision, why = json.loads(worker.group.gather(json.dumps(said).encode())[0])
-    return replace(recipe, precision=precision), why
 
 
 def open_splits(group: Group, order: Order) -> Splits:
@@ -157,7 +147,7 @@ class Loop:
         self.worker, self.order, self.recipe, self.run = worker, order, order.recipe, run
         self.splits, self.task, self.model = splits, task, model
         recipe = order.recipe
-        self.steps = recipe.steps or recipe.epochs * -(-len(splits.train) // recipe.batch)
+        self.batching = BatchPolicy(recipe, len(splits.train))
         self.log = run.open_log() if worker.rank == 0 else None
         self.board = TensorBoardLog(run.path / "tensorboard") if recipe.report.tensorboard and self.log else None
         self.best, self.samples = math.inf, 0
@@ -166,6 +156,11 @@ class Loop:
         self.figures: dict[str, float] = {}
         self.write_problem = self.log_problem = ""
         self.checkpoint: str | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of the run, as far as it is known."""
+        return self.batching.steps
 
     def tell(self, event: str, **fields: Any) -> None:
         if self.log is None:
@@ -195,7 +190,7 @@ class Loop:
         self._tell_start()
         first = worker.step + 1
         begun = last = time.perf_counter()
-        for step in worker.steps(self.splits.train, batch=recipe.batch, steps=self.steps):
+        for step in worker.steps(self.splits.train, batch=recipe.batch, **self.batching.length):
             rate = self._do(step)
             self._committed(step, rate, time.perf_counter() - last)
             if step.number == first:
@@ -206,7 +201,7 @@ class Loop:
 
     def _do(self, step: Step) -> float:
         """One whole step; its learning rate."""
-        rate = learning_rate(self.recipe, step.number, self.steps)
+        rate = self.batching.rate(self.worker, step.number)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         why, cost_s = carried_out(step, partial(self._try, step), self.worker, self.run.checkpoints)
@@ -278,9 +273,11 @@ class Loop:
         found = load(start)
         self.worker.restore(found)
         self._go_on_from(found, start.parents[1])
-        self.tell("branched", step=found.step, checkpoint=str(start))
+        self.tell("branched", step=found.step, checkpoint=str(start), **self.batching.branched(self.worker))
 
     def _go_on_from(self, found: Checkpoint, run: Path) -> None:
+        self.batching.take(self.worker, found.facts)
+        self.batching.repeat(self.worker, Run(run))
         if found.step >= self.steps:
             raise UserError(
                 f"the run in {str(run)!r} has done all of its {self.steps} steps: raise --steps or --epochs."
@@ -294,6 +291,8 @@ class Loop:
         assert figures is not None
         self.loss = figures.loss
         self.samples += step.samples
+        for event, fields in self.batching.committed(self.worker, step, seconds).items():
+            self.tell(event, step=step.number, **fields)
         if self.log:
             self.untold[step.number] = self._beside(step, rate, seconds)
             self._tell_committed()
@@ -384,6 +383,7 @@ class Loop:
             best_value=self.best if math.isfinite(self.best) else None,
             seen=self.samples,
             figures={k: v for k, v in self.figures.items() if math.isfinite(v)},
+            **self.batching.facts(),
         )
 
     def _collect_written(self) -> None:

@@ -118,6 +118,16 @@ def test_a_number_of_workers_unsets_a_placement_below_it(tmp_path):
     assert plan.workers == 3
 
 
+def test_a_recipe_in_the_place_of_a_plan_and_the_other_way_round_is_told_so(tmp_path):
+    recipe, plan = tmp_path / "recipe.toml", tmp_path / "plan.toml"
+    recipe.write_text("batch = 16\nsteps = 2\n")
+    plan.write_text("[mesh]\ndata = 2\n")
+    with pytest.raises(UserError, match=r"'batch' in file .*recipe\.toml belongs to a recipe, not to a plan"):
+        assemble_plan(recipe, shards=8, cores=1)
+    with pytest.raises(UserError, match=r"'mesh\.data' in file .*plan\.toml belongs to a plan, not to a recipe"):
+        assemble(plan)
+
+
 def test_rules_for_single_modules_have_names_with_dots(tmp_path):
     file = tmp_path / "plan.toml"
     file.write_text(
@@ -164,6 +174,9 @@ def test_a_setting_is_toml_and_a_bare_word_is_text(text, value):
         ("lr=1", "did you mean 'optimizer.lr'"),
         ("modl.layers=1", "unknown key 'modl.layers' in --set"),
         ("schedule.warmup=1", "did you mean 'schedule.warmup_steps'"),
+        ("layers=3", "did you mean 'model.layers'"),
+        ("memory.budget=1GiB", "known in memory: .*peak_bytes"),
+        ("memory.peak=1GiB", "did you mean 'memory.peak_bytes'"),
     ],
 )
 def test_a_setting_that_says_nothing_is_refused(text, message):

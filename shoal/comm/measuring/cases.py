@@ -148,7 +148,7 @@ def sizes(text: str) -> tuple[int, ...]:
             out.add(low)
             continue
         high = size(last) if dots else low
-        factor = int(factor_text) if factor_text.isdigit() else FACTOR if not factor_text else 0
+        factor = int(factor_text) if factor_text.isdecimal() else FACTOR if not factor_text else 0
         if factor < 2 or high < low:
             raise UserError(f"--sizes {part!r}: write a range as 1KiB..64MiB, or 1KiB..64MiB:2 to double each time.")
         while low < high:
