@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 WINDOW = 20  # steps over which rates are taken
 LIVE_EVERY_S = 0.1
 PLAIN_EVERY_S = 5.0
+CHANGE_LENGTH = ("started", "rebatched")  # events that say how many steps the run has
 
 Event = Mapping[str, Any]
 
@@ -75,6 +76,10 @@ def remark(event: Event) -> str | None:
         return f"resumed from {event['checkpoint']} at step {event['step']}{''.join(skipped)}{_lossy(event)}"
     if kind == "interrupted":
         return f"interrupted at step {event['step']}: {event['why']}"
+    if kind == "rebatched":
+        rate = f"lr {event['lr_before']:.3g} -> {event['lr']:.3g}"
+        change = f"{event['before']} -> {event['batch']} samples, {rate}"
+        return f"rebatched after step {event['step']}: {change}: {event['why']}"
     if kind in ("lost", "suspected", "recovered", "resized", "rebalanced", "paused", "slow"):
         after = f", {event['cost_s']:.2f} s" if event["cost_s"] else ""
         size = f", {event['workers']} workers" if "workers" in event else ""
@@ -135,7 +140,7 @@ class PlainLines(_Ends):
         return self
 
     def __call__(self, event: Event) -> None:
-        self._total = event.get("steps", self._total) if event["event"] == "started" else self._total
+        self._total = event.get("steps", self._total) if event["event"] in CHANGE_LENGTH else self._total
         if event["event"] == "committed":
             self._recent.append(event)
             now = self._clock()
@@ -181,7 +186,7 @@ class LiveLine:
         self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        if event["event"] == "started":
+        if event["event"] in CHANGE_LENGTH:
             self._total = event.get("steps", 0)
         if event["event"] == "committed":
             self._recent.append(event)

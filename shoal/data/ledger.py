@@ -6,10 +6,11 @@ over its versions; NumPy's own ``permutation`` comes without that promise.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from shoal.errors import UserError
 
 Ids = NDArray[np.int64]
+Changes = tuple[tuple[int, int], ...]  # (steps done before it, samples of each step from then on), in order
 
 
 def philox(*key: object) -> np.random.Philox:
@@ -45,43 +47,115 @@ def _spread(count: int, parts: int) -> list[int]:
     return [count // parts + (part < count % parts) for part in range(parts)]
 
 
+class _Stretch(NamedTuple):
+    """Steps that all have the same batch."""
+
+    first: int  # steps before it
+    batch: int
+    epoch: int  # where it begins: the epoch, steps of it that are done, and samples of it that are done
+    index: int
+    offset: int
+
+
 @dataclass(frozen=True)
 class Ledger:
     """Which samples belong to which step, shard and micro-batch.
 
     A full batch gives each shard ``batch / shards`` ids. The tail of an epoch (``samples % batch``) is spread over the
     shards as evenly as whole numbers allow, and inside a shard over its micro-batches; shards and micro-batches left
-    without a sample come last. Nothing is padded, repeated or dropped."""
+    without a sample come last. Nothing is padded, repeated or dropped.
+
+    ``changes``: steps at which the batch becomes another one. An epoch's order stays: each step takes the next ids."""
 
     samples: int
     batch: int
     shards: int
     micro_batches: int
     seed: int
+    changes: Changes = ()
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UserError("ledger: the training set has no samples: check data.path and the held-out shares.")
-        if min(self.batch, self.shards, self.micro_batches) < 1 or self.batch % (self.shards * self.micro_batches):
-            raise UserError(
-                f"ledger: batch {self.batch} is not divisible by {self.shards} shards x "
-                f"{self.micro_batches} micro-batches."
-            )
+        for batch in (self.batch, *(batch for _, batch in self.changes)):
+            if min(batch, self.shards, self.micro_batches) < 1 or batch % (self.shards * self.micro_batches):
+                raise UserError(
+                    f"ledger: batch {batch} is not divisible by {self.shards} shards x "
+                    f"{self.micro_batches} micro-batches."
+                )
+        firsts = [first for first, _ in self.changes]
+        if any(first < 0 for first in firsts) or firsts != sorted(set(firsts)):
+            raise UserError(f"ledger: the batch changes after steps {firsts}: they must go up.")
 
     @property
     def steps_per_epoch(self) -> int:
+        """Of the first batch."""
         return -(-self.samples // self.batch)
+
+    def changed(self, done: int, batch: int) -> "Ledger":
+        """Once ``done`` steps are done, steps have ``batch`` samples, whatever had been said of them."""
+        return replace(self, changes=(*self.before(done).changes, (done, batch)))
+
+    def before(self, done: int) -> "Ledger":
+        """Without the changes that come once ``done`` steps are done, or later."""
+        return replace(self, changes=tuple(change for change in self.changes if change[0] < done))
+
+    @cached_property
+    def _stretches(self) -> tuple[_Stretch, ...]:
+        found = [_Stretch(0, self.batch, 0, 0, 0)]
+        for first, batch in self.changes:
+            found.append(_Stretch(first, batch, *self._from(found[-1], first)))
+        return tuple(found)
+
+    def _from(self, stretch: _Stretch, step: int) -> tuple[int, int, int]:
+        """(epoch, index, samples of the epoch before it) of a step of the stretch."""
+        done = step - stretch.first
+        rest = -(-(self.samples - stretch.offset) // stretch.batch)  # steps of the epoch in which it begins
+        if done < rest:
+            return stretch.epoch, stretch.index + done, stretch.offset + done * stretch.batch
+        epochs, index = divmod(done - rest, -(-self.samples // stretch.batch))
+        return stretch.epoch + 1 + epochs, index, index * stretch.batch
+
+    def _place(self, step: int) -> tuple[int, int, int, int]:
+        """(epoch, index, samples of the epoch before it, samples up to and with it) of a step."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        stretch = self._stretches[bisect_right(self._stretches, step, key=lambda each: each.first) - 1]
+        epoch, index, offset = self._from(stretch, step)
+        return epoch, index, offset, min(offset + stretch.batch, self.samples)
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, index within it) of the global step ``step``, all counted from 0."""
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
-        return divmod(step, self.steps_per_epoch)
+        return self._place(step)[:2]
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether a step takes the last samples of its epoch."""
+        return self._place(step)[3] == self.samples
+
+    def seen(self, step: int) -> int:
+        """Samples of all epochs that steps before ``step`` take."""
+        epoch, _, offset, _ = self._place(step)
+        return epoch * self.samples + offset
+
+    def batch_of(self, step: int) -> int:
+        """Samples of a step, were it not the last of an epoch."""
+        return self._stretches[bisect_right(self._stretches, step, key=lambda each: each.first) - 1].batch
+
+    def steps_in(self, epochs: int) -> int:
+        """After how many steps so many epochs are done."""
+        ends = [*(stretch.first for stretch in self._stretches[1:]), None]
+        for stretch, end in zip(self._stretches, ends, strict=True):
+            rest, per = -(-(self.samples - stretch.offset) // stretch.batch), -(-self.samples // stretch.batch)
+            whole = epochs - stretch.epoch - 1  # after the one in which it begins
+            steps = stretch.first + (rest + whole * per if whole >= 0 else 0)
+            if end is None or steps <= end:
+                return steps
+        raise AssertionError("the last stretch has no end")
 
     def counts(self, step: int) -> tuple[int, ...]:
         """How many samples each shard gets at that step."""
-        index = self.position(step)[1]
-        return tuple(_spread(min(self.batch, self.samples - index * self.batch), self.shards))
+        _, _, start, stop = self._place(step)
+        return tuple(_spread(stop - start, self.shards))
 
     def present(self, step: int) -> tuple[bool, ...]:
         """Which shards have samples at that step: always a prefix, and never none."""
@@ -89,8 +163,8 @@ class Ledger:
 
     def ids(self, step: int) -> Ids:
         """The ids of the whole global batch, in shard order. int64 [batch], or fewer at the end of an epoch."""
-        epoch, index = self.position(step)
-        return _epoch_order(self.samples, self.seed, epoch)[index * self.batch : (index + 1) * self.batch]
+        epoch, _, start, stop = self._place(step)
+        return _epoch_order(self.samples, self.seed, epoch)[start:stop]
 
     def shard(self, step: int, shard: int) -> tuple[Ids, ...]:
         """The ids of the shard's micro-batches, in the order they are summed; () when it has no samples."""
@@ -112,18 +186,22 @@ class Ledger:
 
         The log counts steps from 1. Read are ``committed`` (step, epoch, index, samples) and ``resumed`` (step: the
         last that the checkpoint holds; later commits were thrown away with the state they had changed), or
-        ``branched``, where another run has done the steps up to there."""
+        ``branched``, where another run has done the steps up to there, and ``rebatched`` (step, batch: of the steps
+        after it)."""
         wrong: list[Discrepancy] = []
-        done = 0
+        ledger, done = self, 0
         for event in events:
             step = int(event.get("step", 0))
             if event.get("event") == "branched":
+                ledger = replace(self, changes=tuple((first, batch) for first, batch in event.get("batches", ())))
                 done = step
+            if event.get("event") == "rebatched":
+                ledger = ledger.changed(step, event["batch"])
             if event.get("event") == "resumed":
                 if step > done:
                     text = f"resumed after step {step}, but {_steps(done + 1, step)} never committed"
                     wrong.append(Discrepancy("skipped", done + 1, text))
-                done = step
+                ledger, done = ledger.before(step + 1), step
             if event.get("event") != "committed":
                 continue
             if step > done + 1:
@@ -131,9 +209,9 @@ class Ledger:
                 wrong.append(Discrepancy("skipped", done + 1, text))
             elif step <= done:
                 wrong.append(Discrepancy("doubled", step, f"step {step} was committed again after step {done}"))
-            wrong += self._misplaced(step, event)
+            wrong += ledger._misplaced(step, event)
             done = max(done, step)
-        return Account(self, done, tuple(wrong))
+        return Account(ledger, done, tuple(wrong))
 
     def _misplaced(self, step: int, event: Mapping[str, Any]) -> list["Discrepancy"]:
         """What the event says about its own step that is not so."""
@@ -178,5 +256,5 @@ class Account:
     @property
     def open(self) -> Ids:
         """The ids that the current epoch has not come to yet, in its order; all of them right after an epoch's end."""
-        epoch, index = self.ledger.position(self.steps)
-        return _epoch_order(self.ledger.samples, self.ledger.seed, epoch)[index * self.ledger.batch :]
+        epoch, _, offset, _ = self.ledger._place(self.steps)
+        return _epoch_order(self.ledger.samples, self.ledger.seed, epoch)[offset:]

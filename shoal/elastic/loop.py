@@ -31,10 +31,11 @@ from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.first_batch import subject_of
 from shoal.train.held_parts import HeldParts
-from shoal.train.loop import Loop, Order, made_model, model_to_place, open_splits, settled, worker_of
+from shoal.train.loop import Loop, Order, made_model, model_to_place, open_splits, worker_of
 from shoal.train.not_finite import NotFinite
 from shoal.train.optimizers import make_optimizer
 from shoal.train.step import Step
+from shoal.train.precision import settled
 
 REMEMBERED = 8  # committed steps that every worker could still tell of, should rank 0 not have told them
 
@@ -300,6 +301,7 @@ class ElasticLoop(Loop):
     def _reflect(self) -> None:
         """Mirror what this worker holds after the step that it has just done."""
         worker = self.worker
+            "batches": [list(change) for change in worker.batches],
         if self.mirror is None:
             return
         if self.parts is None:
@@ -319,6 +321,7 @@ class ElasticLoop(Loop):
         elif not worker.plan.server_processes:  # these mirror by themselves
             worker.settle()
             worker.group.gather(b"")  # nobody begins a step before this one is whole: a loss costs one, not two
+            **self.batching.facts(),
 
     def _stand(self) -> dict[str, Any]:
         return {
@@ -327,6 +330,7 @@ class ElasticLoop(Loop):
             "loss": self.loss,
             "figures": self.figures,
             "checkpoint": self.checkpoint,
+        self.batching.take(self.worker, facts)
             "last_of_epoch": self.last_of_epoch,
             "spent_s": time.perf_counter() - self.began_s,  # clocks of two hosts have nothing in common
             "precision": self.recipe.precision,
@@ -359,10 +363,7 @@ class ElasticLoop(Loop):
 
     def _save_was_lost(self) -> bool:
         """Whether the checkpoint that was due last is not there: it was in the hands of the rank 0 that has gone."""
-        every = self.recipe.report.checkpoint_every
-        if not every and self.recipe.epochs:
-            every = -(-len(self.splits.train) // self.recipe.batch)
-        last = self.worker.step // every * every if every else 0
+        last = self.batching.last_save(self.worker)
         there = checkpoint.listing(self.run.checkpoints)
         return last > 0 and not self.due and max((found.step for found in there), default=0) < last
 
@@ -383,7 +384,7 @@ class ElasticLoop(Loop):
             self.due = False
         first = worker.step + 1
         shards = worker.take_up(quiet=quiet)
-        steps = worker.steps(self.splits.train, batch=self.recipe.batch, steps=self.steps)
+        steps = worker.steps(self.splits.train, batch=self.recipe.batch, **self.batching.length)
         last = time.perf_counter()
         try:
             for step in steps:
@@ -410,6 +411,7 @@ class ElasticLoop(Loop):
         """The result, once rank 0 has written everything that is to be written, and all know it."""
         if self.result is None:
             ended = self._end(time.perf_counter() - self.began_s)
+        beside |= self.batching.committed(self.worker, step, seconds)
             self.result = ended if self.worker.rank == 0 else None
         told = self.worker.group.gather(json.dumps(self.result).encode())[0]
         result: dict[str, Any] = json.loads(told)
@@ -443,4 +445,7 @@ class ElasticLoop(Loop):
         for fields in self.recent:
             if fields["step"] > self.told_up_to:
                 self.told_up_to = fields["step"]
-                self.tell("committed", **fields)
+                told = dict(fields)
+                if changed := told.pop("rebatched", None):  # first: a new rank 0 knows by the step what has been told
+                    self.tell("rebatched", step=fields["step"], **changed)
+                self.tell("committed", **told)

@@ -40,3 +40,18 @@ def _check_recipe(memory: MemoryPlan, recipe: Recipe) -> None:
         )
     if recipe.model.compile and memory.changes_weights:
         raise UserError(f"plan: {memory.changes_weights} is for models that are not compiled: leave model.compile out.")
+
+
+def check_batching(recipe: Recipe, plan: Plan) -> None:
+    """Raises UserError for plans under which a recipe's batch cannot change."""
+    if recipe.batching.policy == "fixed":
+        return
+    said = f"recipe: batching.policy = {recipe.batching.policy!r}"
+    if plan.splits_model:
+        split = ", ".join(f"{axis} = {size}" for axis, size in plan.axes.sizes if axis != "data" and size > 1)
+        raise UserError(f"{said} is for whole models, and the mesh splits this one ({split}): use axis 'data' alone.")
+    if plan.sync != "exact" or plan.compression != "none":
+        other = f"sync = {plan.sync!r}" if plan.sync != "exact" else f"compression = {plan.compression!r}"
+        raise UserError(f"{said} looks at the gradients of single shards, and not with {other}: leave one of them out.")
+    if plan.memory.budget_bytes:
+        raise UserError(f"{said} does not go with memory.peak_bytes, which is found for one batch: leave one out.")

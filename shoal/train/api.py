@@ -12,7 +12,7 @@ from shoal.errors import ShoalError, UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
-from shoal.train.able import check_trainable
+from shoal.train.able import check_batching, check_trainable
 from shoal.train.notices import Notice, drains, handled
 from shoal.train.states_choice import settled_states
 
@@ -115,6 +115,8 @@ def order_of(
 
     folder = Path(run_dir) if run_dir is not None else None
     folder = Run.find(resume).path if resume is not None else folder
+    Run.check_place(folder)
+    check_batching(recipe, plan)
     begins = _start_of(start, resume, recipe.steps)
     plan, told = settled_states(plan, recipe, elastic=elastic, joined=joined, foreign=model is not None)
     return Order(recipe, plan, {**(origins or {}), **told}, folder, resume is not None, model, data, start=begins)

@@ -1,11 +1,15 @@
 """float32 or bfloat16: measured where the recipe leaves it open."""
 
+import json
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+
+from shoal.recipe.recipe import Recipe
+from shoal.train.worker import Worker
 
 Precision = Literal["float32", "bfloat16"]
 WORTH = 1.3  # bfloat16 must make matmuls faster by so much, or its lost digits are not worth it
@@ -44,3 +48,15 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def settled(recipe: Recipe, worker: Worker) -> tuple[Recipe, str]:
+    """The recipe with nothing left open: rank 0 measures, all take its choice."""
+    if recipe.precision != "auto":
+        return recipe, ""
+    said = ["", ""]
+    if worker.rank == 0:
+        found = measure_precision(worker.device)
+        said = [found.precision, found.why]
+    precision, why = json.loads(worker.group.gather(json.dumps(said).encode())[0])
+    return replace(recipe, precision=precision), why

@@ -5,7 +5,7 @@ import math
 from shoal.recipe.recipe import Recipe
 
 
-def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+def learning_rate(recipe: Recipe, step: float, steps: float) -> float:
     """The rate of the ``step``-th update (from 1) of ``steps``.
 
     Linear scaling with the global batch: Goyal et al., 2017. Cosine: Loshchilov and Hutter, 2017."""

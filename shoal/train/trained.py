@@ -9,6 +9,15 @@ from torch import nn
 from shoal.comm.layout import Layout
 
 
+def storage_users(tensor: torch.Tensor) -> int:
+    """How many hold the tensor's memory, this call among them."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
+
+
+UNSHARED = storage_users(torch.empty(1))
+
+
 @dataclass(frozen=True)
 class Trained:
     """Tensors whose gradients and changes are summed over the same workers: all of a model's, or a part's."""

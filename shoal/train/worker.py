@@ -20,7 +20,7 @@ from shoal.comm.group import Group
 from shoal.comm.server.optimizer import check as check_optimizer
 from shoal.comm.status import Phase
 from shoal.data.dataset import DatasetSource
-from shoal.data.ledger import Ledger
+from shoal.data.ledger import Changes, Ledger
 from shoal.data.loading import Prefetcher
 from shoal.data.source import Batch, Source
 from shoal.errors import UserError
@@ -30,6 +30,7 @@ from shoal.parallel.place import Subject, place
 from shoal.recipe.plan import Plan
 from shoal.train import checkpoint, sharded_states
 from shoal.train.agreement import agreed_newest, share_weights
+from shoal.train.arithmetic import arithmetic_of, check_same
 from shoal.train.checksum import compare_held
 from shoal.train.contents import Contents
 from shoal.train.device import device_for
@@ -57,8 +58,10 @@ class Worker:
         micro_batches: int = 1,
         seed: int = 0,
         clip: float = 0.0,
+        measures: bool = False,
     ) -> None:
-        self.group, self.plan = group, plan
+        """``measures``: each step finds out how noisy its gradient is; see `shoal.train.noise`."""
+        self.group, self.plan, self._measures = group, plan, measures
         self.rank, self.world = group.rank, group.world
         self.micro_batches, self.seed, self.clip = micro_batches, seed, clip
         self._ownership = plan.owned(shards)
@@ -67,6 +70,7 @@ class Worker:
         self.step = 0  # committed so far
         self.stopping = False  # the run was asked to stop; no further step is yielded
         self.ledger: Ledger | None = None
+        self.batches: Changes = ()  # that are not the first one
         self._fingerprint = ""
         self.nothing: Batch = {}  # a batch of no samples
         self._held: Held | None = None
@@ -129,7 +133,7 @@ class Worker:
         return cast(nn.Module, called)
 
     def _hooked(self) -> Reduction:
-        return Reduction(self.held, self._ownership, self.micro_batches, self.device)
+        return Reduction(self.held, self._ownership, self.micro_batches, self.device, measures=self._measures)
 
     def leave(self, *, keeps: bool = False) -> None:
         """Let go of the group. What a step in flight has done is dropped, and its memory is free; with ``keeps`` it
@@ -228,18 +232,15 @@ class Worker:
             raise UserError("worker.steps needs batch: the samples of one step, over all workers.")
         if bool(epochs) == bool(steps):
             raise UserError("worker.steps needs either epochs or steps.")
-        if batch % (self._shard_count * self.micro_batches):
-            raise UserError(
-                f"batch {batch} is not divisible by {self._shard_count} shards x {self.micro_batches} micro-batches."
-            )
-        if len(source) == 0:
-            raise UserError("the training data holds no sample.")
         reduction = self._reduction
         if reduction is None or self._optimizer is None:
             raise UserError("call worker.model(module) and worker.optimizer(...) before the first step.")
-        self.ledger = ledger = Ledger(len(source), batch, self._shard_count, self.micro_batches, self.seed)
+        shape = (batch, self._shard_count, self.micro_batches)
+        self.ledger = ledger = Ledger(len(source), *shape, self.seed, self.batches)
         self._fingerprint = source.fingerprint
-        self._check_resumed()
+        if self._resumed is not None:
+            check_same(self._resumed.facts["arithmetic"], arithmetic_of(ledger, self.clip, self._fingerprint))
+            self._resumed = None
         if self._update is None:
             self._update = update_of(self.held, reduction.sets, self._optimizer)
         if self.held.experts is not None:
@@ -247,17 +248,33 @@ class Worker:
             self.nothing = {name: tensor[:0].to(self.device) for name, tensor in fetched.items()}
         update = self._update
         update.begin(ledger)
-        last = steps or epochs * ledger.steps_per_epoch
+        while (last := steps or self.ledger.steps_in(epochs)) > self.step and not self.stopping:
+            yield from self._stretch(source, reduction, update, last)
+        if self.plan.shards_states:
+            update.settle(self.step)  # whoever reads the weights now finds them whole
+
+    def _stretch(self, source: Source, reduction: Reduction, update: Update, last: int) -> Iterator["Step"]:
+        """Steps of one batch, to ``last`` at most: when it changes, what has been loaded ahead is no good."""
+        ledger = self.ledger
+        assert ledger is not None
         ahead, threads = self.plan.prefetch * len(self._usual_shards) * self.micro_batches, self.plan.loaders
         with Prefetcher(source, self._work(ledger, self.step, last, self.shards), ahead, threads) as batches:
-            while self.step < last and not self.stopping:
+            while self.step < last and not self.stopping and self.ledger is ledger:
                 self.memory.begins()
                 step = Step(self, reduction, update, ledger, self.step, batches, self._committed)
                 yield step
                 if not step.committed:
                     raise UserError(f"step {step.number} was left without commit(): call step.commit() at its end.")
-        if self.plan.shards_states:
-            update.settle(self.step)  # whoever reads the weights now finds them whole
+
+    def rebatch(self, batch: int) -> None:
+        """From the next step on, steps have ``batch`` samples over all workers. Called by each, between two `steps`.
+
+        The order of samples stays; learning rates are the caller's. Raises UserError for one that cannot be dealt."""
+        if self.ledger is None or self.plan.sync not in ("exact", "fast") or self.plan.splits_model:
+            raise UserError("worker.rebatch is for between two steps of plans with whole models, sync exact or fast.")
+        if batch != self.ledger.batch_of(self.step):
+            self.ledger = self.ledger.changed(self.step, batch)
+            self.batches = self.ledger.changes
 
     def _committed(self, figures: StepFigures) -> None:
         self.step += 1
@@ -287,31 +304,6 @@ class Worker:
             for shard in shards if step == first else self._usual_shards:
                 for micro, ids in enumerate(ledger.shard(step, shard)):
                     yield (step, shard, micro), ids, epoch
-
-    def _check_resumed(self) -> None:
-        if self._resumed is None:
-            return
-        facts = self._resumed.facts
-        assert self.ledger is not None
-        for name, now in self._arithmetic().items():
-            if facts["arithmetic"].get(name) != now:
-                raise UserError(
-                    f"the checkpoint was made with {name} = {facts['arithmetic'].get(name)!r}, this run has {now!r}: "
-                    f"going on would not give the same bits."
-                )
-        self._resumed = None
-
-    def _arithmetic(self) -> dict[str, Any]:
-        assert self.ledger is not None
-        return {
-            "shards": self._shard_count,
-            "micro_batches": self.micro_batches,
-            "seed": self.seed,
-            "clip": self.clip,
-            "batch": self.ledger.batch,
-            "samples": self.ledger.samples,
-            "data": self._fingerprint,
-        }
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Add up figures over all workers, in rank order, in float64."""
@@ -375,7 +367,8 @@ class Worker:
             "step": self.step,
             "epoch": epoch,
             "index": index,
-            "arithmetic": self._arithmetic() if self.ledger else {},
+            "arithmetic": arithmetic_of(self.ledger, self.clip, self._fingerprint) if self.ledger else {},
+            **({"batches": [list(change) for change in self.batches]} if self.batches else {}),
             "optimizer": self._contents.facts(self._optimizer),
             "kept": {name: thing.state_dict() for name, thing in self._kept.items()},
             "torch": torch.__version__,
@@ -440,6 +433,7 @@ class Worker:
             if name in state.facts["kept"]:
                 thing.load_state_dict(state.facts["kept"][name])
         self.step = state.step
+        self.batches = tuple((done, batch) for done, batch in state.facts.get("batches", ()))
         self._resumed = state
 
     def close(self) -> None:
