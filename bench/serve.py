@@ -208,6 +208,7 @@ def classification(dtype: str, folder: Path, body: Path, cwd: Path, rounds: int,
                 [one["ok_a_second"] / top["ok_a_second"] for one, top in zip(overload, peaks, strict=True)]
             ),
             "http_cpu_ms": middle([one["http_cpu_ms"] for one in overload]),  # a request, of which most are refused
+            "p99_ms": middle([one["p99_ms"] for one in overload]),  # of those that were answered
             "all_p99_ms": middle([one["all_p99_ms"] for one in overload]),
             "refused": sum(one["statuses"].get("429", 0) for one in overload),
             "refused_with_time": sum(one["refusals_with_time"] for one in overload),

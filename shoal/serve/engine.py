@@ -46,7 +46,6 @@ class Begun(msgspec.Struct, tag="begun", array_like=True, frozen=True):
     HTTP side knows whom to suspect if the process dies, and since when it has been busy with one thing."""
 
     ids: tuple[int, ...]
-    took_s: float = 0.0  # of the work before; 0.0: there was none, or it is not measured
 
 
 class Item(msgspec.Struct, tag="item", array_like=True, frozen=True):

@@ -115,8 +115,8 @@ class ServeOptions:
 
     def engine_options(self) -> dict[str, Any]:
         """What the model processes are told."""
-        plain = {"batch": self.batch, "latency_ms": self.latency_ms, "threads": self.threads}
-        return {**plain, "invariant": self.invariant, "generation": dict(self.generation)}
+        plain = {"batch": self.batch, "latency_ms": self.latency_ms, "within_ms": self.within_ms}
+        return {**plain, "threads": self.threads, "invariant": self.invariant, "generation": dict(self.generation)}
 
 
 def is_loopback(host: str) -> bool:

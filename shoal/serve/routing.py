@@ -6,9 +6,8 @@ is bounded: who comes when it is full, or could not be answered in time, is refu
 (a request is refused before work is spent on it: Clockwork, Gujarati et al., 2020). Of one priority, clients take
 turns, whatever number of requests each has in line.
 
-With ``within_s`` the line is bounded by time: a process has no more work than it did of late in so long, by the times
-of its batches, and who finds none with room is refused. What is left of the room when it is nearly full is then for
-clients that have less than their share of it.
+With ``within_s`` the line is bounded by time: who comes is refused when its answer would take longer, by the times of
+the last batches (`Room`).
 
 A process that is lost hands its requests back. Those that it was not working on go first in line, as if nothing had
 been. Those that it was working on may be what killed it: after ``ATTEMPTS_TOGETHER`` such deaths a request runs with no
@@ -18,16 +17,15 @@ other one beside it, so that the next death names the guilty one, and no other.
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import inf
 
 import msgspec
 
+from shoal.serve.batching import ForwardTime
 from shoal.serve.engine import Request
+from shoal.serve.room import Room
 
 ATTEMPTS_TOGETHER = 2  # deaths that a request may have been near to before it has to run alone
 RATE_MEMORY_S = 5.0  # over which answers a second are averaged
-MARGIN = 0.8  # of ``within_s`` that work may fill: the rest is for the way to it and back, and for slower batches
-RESERVED = 0.125  # of the room, for clients with less than their share while others have more
 ACTIVE_S = 1.0  # since a client's last request: it has a share
 
 
@@ -72,6 +70,7 @@ class Line:
 
     _by_priority: dict[int, "OrderedDict[str, deque[Request]]"] = field(default_factory=dict)
     _ids: set[int] = field(default_factory=set)
+    work: int = 0  # cost of those that wait
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -88,6 +87,7 @@ class Line:
         else:
             queue.append(request)
         self._ids.add(request.id)
+        self.work += request.cost
 
     def peek(self) -> Request | None:
         """The next one; those that were dropped are passed over."""
@@ -111,13 +111,14 @@ class Line:
         clients = self._by_priority[request.priority]
         clients[request.client].popleft()
         clients.move_to_end(request.client)
-        self._ids.discard(request.id)
+        self.drop(request)
         return request
 
-    def drop(self, id: int) -> bool:
-        there = id in self._ids
-        self._ids.discard(id)
-        return there
+    def drop(self, request: Request) -> None:
+        """It waits no more, if it did."""
+        if request.id in self._ids:
+            self._ids.discard(request.id)
+            self.work -= request.cost
 
 
 @dataclass
@@ -127,11 +128,29 @@ class Replica:
     heard: float = 0.0  # when it last said something, or got something to do after it had nothing
     work: int = 0  # cost of the open ones
     begun: int = 0  # cost of the working ones
-    pace_s: float = 0.0  # of one unit of cost, of late; 0.0: not known yet
-    most: float = inf  # work that it may have
+    largest: int = 0  # cost of what was begun together
+    since: float = 0.0  # when they were begun, or the last answers came while others were under way
+    time: ForwardTime = field(default_factory=ForwardTime)  # of work, of late
     alone: bool = False  # has a request that must run with no other
     leaving: bool = False  # gets no more requests
     version: int = 0  # of the weights
+
+    def left_s(self, now: float) -> float:
+        """Of what it works on; 0.0: nothing, or no batch has been timed yet."""
+        return max(0.0, self.time.foretell(self.begun) - (now - self.since))
+
+    @property
+    def full_s(self) -> float:
+        """Of the largest batch."""
+        return self.time.foretell(self.largest)
+
+    def waiting_s(self, more: int) -> float:
+        """What its other work, and so much ``more``, will take."""
+        return self.time.foretell(self.work - self.begun + more)
+
+    @property
+    def takes_more(self) -> bool:
+        return not (self.leaving or self.alone)
 
 
 class Router:
@@ -144,6 +163,7 @@ class Router:
         self._versions: dict[int, int] = {}
         self._clients: dict[str, float] = {}  # when each came last, in that order; with ``within_s`` only
         self._work: dict[str, int] = {}  # cost of each client's open requests, likewise
+        self._rooms: dict[int, Room] = {}  # by version, likewise
         self._rate = 0.0  # answers a second while there was work
         self._rate_at = 0.0
         self._answered = 0
@@ -165,7 +185,7 @@ class Router:
         """A request for this version of the weights: no other ever answers it."""
         line = self._line(version)
         number = None if line else self._least(version, request)
-        if (number is None or len(self._clients) > 1) and self.is_full(version, request.client, now):
+        if (number is None or self.limits.within_s) and self.is_full(version, request.client, now):
             wait = self.wait_s()
             return [Refuse(request.id, 429, full(wait), max(1.0, wait))]
         if number is None and self._rate and now + self.wait_s() > request.deadline:
@@ -176,6 +196,7 @@ class Router:
         self._requests[request.id] = request
         self._versions[request.id] = version
         if self.limits.within_s:
+            self._room(version).came()
             self._work[request.client] = self._work.get(request.client, 0) + request.cost
         if number is not None:
             return [self._sent(number, request, now)]
@@ -184,13 +205,24 @@ class Router:
 
     def is_full(self, version: int, client: str, now: float) -> bool:
         """Whether a request of this client, which has just come, is refused whatever it asks."""
+        replicas = [one for one in self._replicas_of(version) if one.takes_more]
         if self.limits.within_s:
             self._come(client, now)
-        replicas = self._replicas_of(version)
-        if any(map(self._has_room, replicas)):
-            return len(self._clients) > 1 and self._has_its_share(replicas, client)
-        at_most = any(replica.work >= replica.most for replica in replicas if not (replica.leaving or replica.alone))
-        return at_most or self.waiting >= self.limits.waiting
+            if replicas and not self._is_in_time(version, client, replicas, now):
+                self._room(version).came()
+                return True
+        return self.waiting >= self.limits.waiting and not any(map(self._has_room, replicas))
+
+    def _is_in_time(self, version: int, client: str, replicas: Sequence[Replica], now: float) -> bool:
+        """Whether one of these processes would answer this client's request in time."""
+        share = self._line(version).work // len(replicas)
+        room, several, has_its_share = self._room(version), len(self._clients) > 1, self._has_its_share(client)
+        return any(
+            room.takes(one.left_s(now), one.waiting_s(share), one.full_s, several, has_its_share) for one in replicas
+        )
+
+    def _room(self, version: int) -> Room:
+        return self._rooms.setdefault(version, Room(self.limits.within_s))
 
     def _replicas_of(self, version: int) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.version == version]
@@ -201,11 +233,9 @@ class Router:
         while now - next(iter(self._clients.values())) > ACTIVE_S:
             del self._clients[next(iter(self._clients))]
 
-    def _has_its_share(self, replicas: Sequence[Replica], client: str) -> bool:
-        """Whether the little room that is left is for others."""
-        most = sum(replica.most for replica in replicas if not replica.leaving)
-        nearly_full = sum(replica.work for replica in replicas) >= (1 - RESERVED) * most
-        return nearly_full and self._work.get(client, 0) >= most / len(self._clients)
+    def _has_its_share(self, client: str) -> bool:
+        """Of what is open."""
+        return self._work.get(client, 0) * len(self._clients) >= sum(self._work.values())
 
     def _line(self, version: int) -> Line:
         return self._lines.setdefault(version, Line())
@@ -217,6 +247,7 @@ class Router:
             self._close(id)
             told.append(Refuse(id, 503, "the weights that this request began with are gone: ask again", 1.0))
         self._lines.pop(version, None)
+        self._rooms.pop(version, None)
         return told
 
     def wait_s(self) -> float:
@@ -227,16 +258,14 @@ class Router:
         """It has said something: it is not stuck."""
         self.replicas[replica].heard = now
 
-    def begun(self, replica: int, ids: Sequence[int], took_s: float = 0.0) -> None:
-        """It works on these from now on; those before took it so long (0.0: it does not say)."""
+    def begun(self, replica: int, ids: Sequence[int], now: float) -> None:
+        """It works on these from now on."""
         told = self.replicas[replica]
-        if took_s and told.begun:
-            pace = took_s / told.begun
-            told.pace_s = 0.75 * told.pace_s + 0.25 * pace if told.pace_s else pace
-            if self.limits.within_s:
-                told.most = MARGIN * self.limits.within_s / told.pace_s
+        if not any(id in told.open for id in told.working):
+            told.since = now
         told.working = frozenset(ids)
         told.begun = sum(told.open[id].cost for id in ids if id in told.open)
+        told.largest = max(told.largest, told.begun)
 
     def reached(self, id: int, payload: msgspec.Raw) -> None:
         """An item of its stream has been handed to its client: a later process goes on after it."""
@@ -246,6 +275,7 @@ class Router:
 
     def answered(self, replica: int, ids: Sequence[int], now: float) -> list[Instruction]:
         known = [id for id in ids if self._where.get(id) == replica]
+        self._time(self.replicas.get(replica), known, now)
         for id in known:
             self._close(id)
         self._measure(len(known), now)
@@ -313,8 +343,7 @@ class Router:
                 yield number
 
     def _has_room(self, replica: Replica) -> bool:
-        full = len(replica.open) >= self.limits.window or replica.work >= replica.most
-        return not (full or replica.leaving or replica.alone)
+        return replica.takes_more and len(replica.open) < self.limits.window
 
     def _send(self, now: float) -> list[Instruction]:
         return [sent for version, line in list(self._lines.items()) if line for sent in self._send_of(version, now)]
@@ -357,11 +386,12 @@ class Router:
             self._uncount(request)
         number = self._where.pop(id, None)
         if number is None:
-            self._line(version).drop(id)
+            self._line(version).drop(request)
         else:
             replica = self.replicas[number]
             del replica.open[id]
             replica.work -= request.cost
+            replica.begun -= request.cost if id in replica.working else 0
             replica.alone = replica.alone and bool(replica.open)
 
     def _uncount(self, request: Request) -> None:
@@ -370,6 +400,15 @@ class Router:
             self._work[request.client] = left
         else:
             self._work.pop(request.client, None)
+
+    def _time(self, replica: Replica | None, ids: Sequence[int], now: float) -> None:
+        """What was begun has taken so long."""
+        done = sum(replica.open[id].cost for id in ids if id in replica.working) if replica is not None else 0
+        if replica is not None and done and now > replica.since:
+            replica.time.seen(done, now - replica.since)
+            replica.since = now
+            if self.limits.within_s:
+                self._room(replica.version).answered(len(ids))
 
     def _measure(self, answers: int, now: float) -> None:
         """A running rate: answers of the last stretch, weighed by how much of the memory it fills."""

@@ -272,7 +272,7 @@ class Service:
             elif isinstance(message, Failed):
                 self._fail(message.id, HttpError(message.status, message.why))
             elif isinstance(message, Begun):
-                self._router.begun(number, message.ids, message.took_s)
+                self._router.begun(number, message.ids, now)
             elif isinstance(message, Figures):
                 self.metrics.engines[number] = message.values
         if answered:

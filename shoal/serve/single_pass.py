@@ -38,7 +38,6 @@ class BatchEngine:
         self._tell = tell
         self._open: dict[int, tuple[Request, Inputs]] = {}
         self._began_busy = 0.0  # since when there has been something to do; 0.0: there is nothing
-        self._took_s = 0.0  # the last batch, from its requests to its answers
         self._told_at = 0.0
         self._untold = False
         self._counts: dict[str, float] = dict.fromkeys(
@@ -193,11 +192,9 @@ class SinglePass(BatchEngine):
             self._tell_figures()
             return
         if batch.ids:
-            self._tell([Begun(batch.ids, self._took_s)])
+            self._tell([Begun(batch.ids)])
             self._untold = True
-            begun = time.monotonic()
             self._tell(self._answers(batch))
-            self._took_s = time.monotonic() - begun
         self._rest()
         self._tell_figures()
 

@@ -52,7 +52,7 @@ class World:
             return
         self.now += 1.0
         self.router.heard(replica, self.now)
-        self.router.begun(replica, [r.id for r in batch])
+        self.router.begun(replica, [r.id for r in batch], self.now)
         if self.poison & {r.id for r in batch}:
             self.die(replica)
             return
@@ -151,7 +151,7 @@ def test_a_process_that_is_killed_from_outside_costs_no_request_its_life():
     world.arrive(request(0))
     for _ in range(ATTEMPTS_TOGETHER):
         (replica,) = world.queues
-        world.router.begun(replica, [0])
+        world.router.begun(replica, [0], world.now)
         world.die(replica)
         world.start()
     world.arrive(request(1))
@@ -166,7 +166,7 @@ def test_requests_that_a_dead_process_had_not_begun_count_no_attempt_and_go_firs
     world.start()
     for id in range(5):
         world.arrive(request(id))
-    world.router.begun(0, [0])
+    world.router.begun(0, [0], world.now)
     world.die(0)
     world.start()
     assert [(one.id, one.attempt) for one in world.queues[1]] == [(0, 1), (1, 0), (2, 0)]
@@ -240,30 +240,83 @@ def test_only_a_process_that_has_work_and_says_nothing_is_stuck():
 
 
 def bounded(window: int = 64, pace_s: float = 0.01, within_s: float = 0.5) -> World:
-    """A process whose requests take so long each, in batches of 4; it has told of a batch."""
+    """A process whose requests take so long each, in batches of 4; it has been timed at one."""
     world = World(Router(Limits(window=window, waiting=100, within_s=within_s)))
     world.start()
-    for id in range(4):
-        world.arrive(request(1000 + id))
-    world.router.begun(0, [1000, 1001, 1002, 1003])
-    world.carry_out(world.router.answered(0, [1000, 1001, 1002, 1003], world.now))
-    world.queues[0].clear()
-    world.router.begun(0, [], 4 * pace_s)
+    for id in range(1000, 1004):
+        world.arrive(request(id))
+    do(world, [1000, 1001, 1002, 1003], 4 * pace_s)
     return world
 
 
-@pytest.mark.parametrize(("pace_s", "room"), [(0.01, 40), (0.1, 4), (1.0, 1), (0.001, 64)])
+def do(world: World, batch: list[int], took_s: float) -> None:
+    """Process 0 works on these, for so long."""
+    world.router.begun(0, batch, world.now)
+    world.now += took_s
+    world.queues[0] = [one for one in world.queues[0] if one.id not in batch]
+    for id in batch:
+        world.ends.setdefault(id, []).append("done")
+    world.carry_out(world.router.answered(0, batch, world.now))
+
+
+@pytest.mark.parametrize(("pace_s", "room"), [(0.01, 40), (0.1, 5), (1.0, 1), (0.005, 84), (0.001, 164)])
 def test_no_more_work_is_taken_than_is_done_in_the_time_that_an_answer_may_take(pace_s: float, room: int) -> None:
     world = bounded(pace_s=pace_s)
     for id in range(200):
         world.arrive(request(id))
     refused = [id for id in range(200) if world.ends.get(id) == ["429"]]
-    assert len(world.queues[0]) == room, "0.8 of half a second, or the window, or one"
-    assert refused == list(range(room if room < 64 else 164, 200)), "beyond the window the line is bounded as ever"
-    slower = [one.id for one in world.queues[0]][:1]
-    world.router.begun(0, slower)
-    world.router.begun(0, [], 10 * pace_s)
-    assert world.router.replicas[0].pace_s == pytest.approx((0.75 + 2.5) * pace_s), "batches of late count"
+    taken = 200 - len(refused)
+    assert refused == list(range(taken, 200))
+    assert abs(taken - room) <= (room > 1), "0.85 of half a second, in whole batches as far as they are known"
+    assert len(world.queues[0]) == min(taken, 64), "what the window does not hold waits in line, and counts"
+
+
+def test_the_door_opens_late_in_a_batch_when_much_is_asked() -> None:
+    world, id = bounded(window=200, pace_s=0.01, within_s=1.0), 0
+    opened = []
+    for _ in range(12):
+        taken = [one.id for one in world.queues[0]] or [1000 + id]
+        if not world.queues[0]:
+            world.arrive(request(1000 + id))
+        world.router.begun(0, taken, world.now)
+        begun, end = world.now, world.now + 0.01 * len(taken)
+        opened.append(0.0)
+        while world.now < end:
+            for _ in range(20):  # of which few can be taken
+                id += 1
+                world.arrive(request(id))
+            if len(world.queues[0]) > len(taken) and not opened[-1]:
+                opened[-1] = (world.now - begun) / (end - begun)
+            world.now += 0.01
+        do(world, taken, 0.0)
+    assert opened[0] == 0.0, "whoever comes is taken, before it is known how many come"
+    assert opened[-1] == pytest.approx(1 - 1 / 6, abs=0.05), "a batch of 6/7 of the time, and a door open for 1/7"
+
+
+def test_the_times_of_late_count() -> None:
+    world = bounded(pace_s=0.01)
+    for id in range(4):
+        world.arrive(request(id))
+    do(world, [0, 1, 2, 3], 0.4)
+    (time_s,) = world.router.replicas[0].time.by_work.values()
+    assert time_s == pytest.approx(0.75 * 0.01 + 0.25 * 0.1)
+
+
+def test_batches_that_follow_each_other_through_stages_count_their_distance() -> None:
+    """A group tells of all that is under way whenever a batch enters its first stage, or leaves its last one."""
+    router = Router(Limits(window=64, waiting=0, within_s=1.0))
+    router.up(0, 0.0)
+    for id in range(12):
+        router.arrive(request(id), 0.0)
+    first, second, third = [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]
+    router.begun(0, first, 0.0)
+    router.begun(0, [*first, *second], 0.1)
+    router.answered(0, first, 0.2)
+    router.begun(0, [*second, *third], 0.2)
+    router.answered(0, second, 0.3)
+    (pace_s,) = router.replicas[0].time.by_work.values()
+    assert pace_s == pytest.approx(0.75 * 0.2 / 4 + 0.25 * 0.1 / 4), "the first one's whole way, then one each 0.1 s"
+    assert router.replicas[0].left_s(0.3) == pytest.approx(4 * pace_s), "of the third"
 
 
 def test_before_a_batch_has_been_timed_only_the_line_is_bounded() -> None:
@@ -276,19 +329,13 @@ def test_before_a_batch_has_been_timed_only_the_line_is_bounded() -> None:
 
 def shares(reserved: float, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """How many requests of a client that asks for one at a time are done, beside one that asks without end."""
-    monkeypatch.setattr("shoal.serve.routing.RESERVED", reserved)
+    monkeypatch.setattr("shoal.serve.room.RESERVED", reserved)
     world, next_id = bounded(), 0
     for _ in range(50):
         for client in ["greedy"] * 100 + ["modest"]:
             world.arrive(request(next_id, client=client))
             next_id += 1
-        batch = [one.id for one in world.queues[0]][:10]
-        world.router.begun(0, batch, 0.1)
-        world.queues[0] = world.queues[0][10:]
-        for id in batch:
-            world.ends.setdefault(id, []).append("done")
-        world.carry_out(world.router.answered(0, batch, world.now))
-        world.now += 0.1
+        do(world, [one.id for one in world.queues[0]][:10], 0.1)
     modest = [id for id in range(100, next_id, 101) if world.ends.get(id) != ["429"]]
     return len(modest), sum(ends == ["done"] for ends in world.ends.values())
 

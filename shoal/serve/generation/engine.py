@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from torch import nn
 
+from shoal.errors import UserError
 from shoal.serve.engine import FIGURES_EVERY_S, Begun, Failed, Figures, FromEngine, Item, Request, Result, Tell
 from shoal.serve.generation.generator import Generations, Generator, Refused, Told
 from shoal.serve.generation.messages import Ask, Piece
@@ -182,4 +183,10 @@ def open_engine(model: nn.Module, facts: Mapping[str, Any], options: Mapping[str
 
 
 def generation_options(options: Mapping[str, Any]) -> Options:
+    """Raises UserError for what text generation cannot be told."""
+    if options.get("within_ms"):
+        raise UserError(
+            "serve: --within-ms bounds the time of a whole answer, and how long a text is, its client says: "
+            "leave it out, and bound --queue and --timeout-s."
+        )
     return options_from({"threads": options.get("threads", 1), **options.get("generation", {})})

@@ -15,6 +15,7 @@ import pytest
 from serve.generation.tiny_gpt import save_gpt
 
 import shoal
+from shoal.errors import UserError
 from shoal.serve.api import Server
 
 openai = pytest.importorskip("openai")
@@ -296,3 +297,11 @@ def test_half_a_request_and_a_broken_connection_disturb_nobody(client, server):
     for thread in threads:
         thread.join()
     assert len(texts) == 1
+
+
+def test_a_time_for_whole_answers_is_refused_where_clients_say_how_long_those_are(folder):
+    with (
+        pytest.raises(UserError, match="--within-ms bounds the time of a whole answer"),
+        shoal.serve(str(folder), within_ms=100, http=False),
+    ):
+        raise AssertionError("it serves")
