@@ -47,6 +47,10 @@ class GatheredWeights:
             self._own[index].append(own)
         self._works: dict[int, list[Work]] = {}  # buckets that are coming in
         self.here = set(range(len(layout.buckets)))  # buckets that are whole
+        self._foreign = foreign_bytes(layout, parameters, sharing.slices(rank))
+        self._owned_bytes = sum(p.nbytes for p in parameters) - sum(self._foreign)
+        self._there = set(self.here)  # buckets of which there is memory for what others own
+        self._most = 0
 
     @torch.no_grad()
     def _place(self) -> None:
@@ -64,6 +68,8 @@ class GatheredWeights:
         """Begin to bring in what others own of a bucket that is not here."""
         if bucket in self.here or bucket in self._works:
             return
+        self._there.add(bucket)
+        self._most = max(self._most, self._foreign_bytes())
         works: list[Work] = []
         with self._group.explained("the all-gather of parameters"):
             for dtype in self._kinds[bucket]:
@@ -99,11 +105,23 @@ class GatheredWeights:
     def release(self, bucket: int) -> None:
         """Give back the memory of what others own of a bucket."""
         self.stale(bucket)
+        self._there.discard(bucket)
         whole = self._layout.buckets[bucket]
         ends = [whole.start, *(end for own in self._own[bucket] for end in (own.start, own.stop)), whole.stop]
         for dtype in self._kinds[bucket]:
             for start, stop in zip(ends[::2], ends[1::2], strict=True):
                 self._pages[dtype].release(start, stop)
+
+    def _foreign_bytes(self) -> int:
+        return sum(self._foreign[bucket] for bucket in self._there)
+
+    def count_anew(self) -> None:
+        """`most_bytes` is from now on."""
+        self._most = self._foreign_bytes()
+
+    def most_bytes(self) -> int:
+        """The most memory that parameters have had on this worker at once: its own slices, and what came in."""
+        return self._owned_bytes + self._most
 
     def bucket_at(self, address: int) -> int | None:
         """The bucket that memory at this address belongs to; None for other memory."""
@@ -121,3 +139,20 @@ class GatheredWeights:
             every += resident_bytes(pages.tensor)
             own += sum(resident_bytes(pages.tensor[r.start : r.stop]) for ranges in self._own for r in ranges)
         return {"parameters": own, "gathered": every - own}
+
+
+def foreign_bytes(layout: Layout, parameters: Sequence[nn.Parameter], slices: Sequence[int]) -> list[int]:
+    """Bytes of parameters in each bucket that lie in none of the ``slices`` of these ranks."""
+    found = []
+    for bucket in layout.buckets:
+        count = 0
+        for parameter, slot in zip(parameters, layout.slots, strict=False):
+            place = range(slot.offset, slot.offset + slot.size)
+            own = sum(_common(place, bucket.owned(rank)) for rank in slices)
+            count += (_common(place, range(bucket.start, bucket.stop)) - own) * parameter.itemsize
+        found.append(count)
+    return found
+
+
+def _common(one: range, other: range) -> int:
+    return max(0, min(one.stop, other.stop) - max(one.start, other.start))

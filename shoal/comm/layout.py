@@ -54,15 +54,18 @@ def flat_layout(
     workers: int,
     bucket_elements: int,
     held: Sequence[int] | None = None,
+    *,
+    alignment: int = ALIGNMENT,
 ) -> Layout:
     """Lay out gradients (sizes in elements, in the order in which they become ready), then buffers.
 
     Buckets are whole blocks, as many for each worker; the end is padded, and padding is zero.
     ``held``: the numbers of the gradients that are there, in order; None: all. Each has its place in the layout of all,
-    without the blocks that hold none of them: `blocks_held` says which are left."""
-    places, offset = _places(gradients)
+    without the blocks that hold none of them: `blocks_held` says which are left.
+    ``alignment``: of what elements each gradient starts at a multiple."""
+    places, offset = _places(gradients, alignment)
     if held is not None:
-        blocks = blocks_held(gradients, held)
+        blocks = blocks_held(gradients, held, alignment)
         number = {block: index for index, block in enumerate(blocks)}
         places = [
             Slot(number[at.offset // BLOCK] * BLOCK + at.offset % BLOCK, at.size)
@@ -70,7 +73,7 @@ def flat_layout(
         ]
         offset = len(blocks) * BLOCK
     state_start = -(-offset // BLOCK) * BLOCK
-    more, offset = _places(state, state_start)
+    more, offset = _places(state, ALIGNMENT, state_start)
     slots = [*places, *more]
     blocks_in_all = max(1, -(-offset // BLOCK))
     rounds = -(-blocks_in_all // workers)  # blocks of each worker over all buckets
@@ -84,19 +87,19 @@ def flat_layout(
     return Layout(tuple(slots), state_start, tuple(buckets))
 
 
-def blocks_held(gradients: Sequence[int], held: Sequence[int]) -> list[int]:
+def blocks_held(gradients: Sequence[int], held: Sequence[int], alignment: int = ALIGNMENT) -> list[int]:
     """Which blocks of the layout of all gradients hold some of these, in order."""
-    places, _ = _places(gradients)
+    places, _ = _places(gradients, alignment)
     found: set[int] = set()
     for slot in map(places.__getitem__, held):
         found.update(range(slot.offset // BLOCK, (slot.offset + max(1, slot.size) - 1) // BLOCK + 1))
     return sorted(found)
 
 
-def _places(sizes: Sequence[int], offset: int = 0) -> tuple[list[Slot], int]:
+def _places(sizes: Sequence[int], alignment: int, offset: int = 0) -> tuple[list[Slot], int]:
     """One after the other, each aligned; and where the last one ends."""
     slots = []
     for size in sizes:
         slots.append(Slot(offset, size))
-        offset += -(-size // ALIGNMENT) * ALIGNMENT
+        offset += -(-size // alignment) * alignment
     return slots, offset

@@ -10,7 +10,7 @@ from shoal.comm.layout import ALIGNMENT, Layout, Slot
 from shoal.comm.pages import resident_bytes
 from shoal.comm.slices import Piece
 
-_UPDATED = 6  # message kind: the group and the exchange use the ones below
+_UPDATED = 1  # the only message kind of its channel
 
 
 class SharedWeights:
@@ -26,6 +26,7 @@ class SharedWeights:
     ) -> None:
         """``parameters`` in the order of the layout. ``frozen`` ones, never written, are shared too."""
         self._group, self._layout = group, layout
+        self._words = group.split([range(group.world)]).mesh  # of their own: they come between those of the group
         self.parameters = parameters
         self._sequence = self._arrived = 0
         self._flats: dict[torch.dtype, Tensor] = {}
@@ -71,19 +72,25 @@ class SharedWeights:
     def updated(self) -> None:
         """The own slices hold the new weights."""
         self._sequence += 1
-        self._group.mesh.broadcast(_UPDATED, self._sequence)
+        self._words.broadcast(_UPDATED, self._sequence)
 
     def arrive(self) -> None:
         """Wait until everybody's slices hold the new weights."""
         if self._arrived < self._sequence:
-            for rank in self._group.mesh.others:
-                self._group.mesh.receive(rank, _UPDATED, self._sequence)
+            for rank in self._words.others:
+                self._words.receive(rank, _UPDATED, self._sequence)
             self._arrived = self._sequence
 
     def settle(self) -> None:
         self.arrive()
 
     def leave(self) -> None: ...
+
+    def count_anew(self) -> None: ...
+
+    def most_bytes(self) -> int:
+        """See `GatheredWeights.most_bytes`."""
+        return self.held_bytes()["parameters"]
 
     def held_bytes(self) -> dict[str, int]:
         """This worker's share of the memory that all of its group hold together once."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoal.comm.exchange import HeapExchange, Terms
 from shoal.comm.group import HostGroup
-from shoal.comm.pages import give_back_shared, resident_bytes
+from shoal.comm.pages import give_back_shared, now_and_then, resident_bytes
 from shoal.comm.slices import Piece
 
 _REDUCED = 1  # the only message kind of its channel
@@ -31,11 +31,13 @@ class SlicedHeapExchange(HeapExchange):
         self._released = 0  # buckets of this step
         self._heard_of = [0] * group.world  # buckets that each worker has said to have finished its slice of
         self._step = 0
+        self.gauged = False  # the memory of partial sums is to be measured before it is given back
+        self._most = 0
         self._last_bucket = [max(self.layout.buckets_of(slot)) for slot in range(len(self.layout.slots))]
 
     def begin(self, passes: tuple[int, ...]) -> None:
         super().begin(passes)
-        self._released, self._heard_of = 0, [0] * self._group.world
+        self._released, self._heard_of, self._most = 0, [0] * self._group.world, 0
 
     def advance(self) -> None:
         super().advance()
@@ -64,6 +66,8 @@ class SlicedHeapExchange(HeapExchange):
                 if ask(rank, _REDUCED, self._step + self._released) is None:
                     return
                 self._heard_of[rank] += 1
+            if self.gauged and now_and_then(self._released, len(self.layout.buckets)):
+                self._most = max(self._most, self._partials_there())
             self._give_back(self._released)
             self._released += 1
 
@@ -82,6 +86,13 @@ class SlicedHeapExchange(HeapExchange):
     def piece(self, piece: Piece) -> Tensor:
         """The mean of a piece, flat: valid after finish, until the next begin."""
         return self.result_of(piece.slot)[piece.start : piece.stop]
+
+    def _partials_there(self) -> int:
+        return sum(resident_bytes(partial) for partial in self.partials)
+
+    def most_sums(self) -> int:
+        """The most memory of this worker's partial sums, the result among them where it lies in one, in this step."""
+        return max(self._most, self._partials_there())
 
     def not_finite(self) -> set[int]:
         """The slots whose mean is not finite."""

@@ -58,8 +58,13 @@ def set_up(
 def meter_of(module: nn.Module) -> Meter:
     """One that does not count parameters and buffers."""
     meter = Meter()
-    meter.ignore([*module.parameters(), *module.buffers()])
+    ignore_weights(meter, module)
     return meter
+
+
+def ignore_weights(meter: Meter, module: nn.Module) -> None:
+    """Have it not count a module's weights where they lie now."""
+    meter.ignore([*module.parameters(), *module.buffers()])
 
 
 def device_of(module: nn.Module) -> torch.device:

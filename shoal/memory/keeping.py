@@ -97,10 +97,12 @@ def keep_states(
     say: Tell,
     tell: Tell,
     sizes: Mapping[str, int] | None = None,
+    holders: int = 1,
 ) -> torch.optim.Optimizer:
     """The optimiser, its states kept as the plan says; itself where that changes nothing.
 
     ``step``: how many updates have been made. ``sizes``: elements of whole parameters, of which ``module`` has parts.
+    ``holders``: so many workers hold them together once, and who writes a checkpoint has all of them for it.
     ``sharing``, ``say``, ``tell``: as above. Raises UserError for an optimiser whose states cannot be kept so."""
     key = plan.changes_updates
     if not key:
@@ -128,17 +130,20 @@ def keep_states(
     if plan.offload_optimizer == "host" and not moves_nothing:
         keeping.shelf = OnHost(device)
     elif plan.offload_optimizer == "disk":
-        shelf = _disk(plan, device, "optimiser states", streamed.expected_bytes(), sharing, say)
+        shelf = _disk(plan, device, "optimiser states", streamed.expected_bytes(), sharing, say, holders)
         if shelf is not None:
             keeping.shelf = shelf
             _read_ahead(module, streamed)
     return streamed
 
 
-def _disk(plan: MemoryPlan, device: torch.device, what: str, each: int, sharing: int, say: Tell) -> OnDisk | None:
-    """A file for so many bytes of each worker, or None when there is no room for all."""
+def _disk(
+    plan: MemoryPlan, device: torch.device, what: str, each: int, sharing: int, say: Tell, holders: int = 1
+) -> OnDisk | None:
+    """A file for so many bytes of each ``holders`` workers, or None when there is no room for all."""
     shelf = OnDisk(device, plan.offload_dir)
-    needed, free = (sharing + 1) * each, shelf.file.free_bytes  # and a checkpoint's copy
+    together = 1 if holders > 1 else 0  # what slices are brought together in
+    needed, free = sharing * each // holders + (together + 1) * each, shelf.file.free_bytes  # and a checkpoint's copy
     if needed <= free:
         return shelf
     shelf.close()

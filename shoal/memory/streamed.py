@@ -6,7 +6,7 @@ elsewhere keeps its bits.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,12 +79,31 @@ class Streamed(torch.optim.Optimizer):
         self._scratch: dict[str, Tensor] = {}
         self._here: dict[torch.device, Here] = {}
         self._told = False
+        self._of_parts: Streamed | None = None
         for parameter, rest in keeping.rests.items():
             if rest is not None:
                 self.state[parameter][REST] = rest
         for given, state in inner.state.items():
             self.state[given].update(state)
         inner.state.clear()
+
+    def over(self, inner: torch.optim.Optimizer, parts: Mapping[Tensor, tuple[nn.Parameter, int]]) -> "Streamed":
+        """One that updates ``parts`` in the place of this one's parameters, and keeps their states in the same way.
+
+        ``inner`` holds the parts, flat, each with its parameter and where in it it starts; their states, cut from this
+        one's, are the caller's to hand over: a compensated part's other 16 bits too."""
+        origins = {part: replace(self._origins[whole], start=start) for part, (whole, start) in parts.items()}
+        rests: dict[Any, Tensor | None] = {p: None for p, (whole, _) in parts.items() if whole in self._keeping.rests}
+        for part in rests:
+            part.grad_dtype = torch.float32
+        self._of_parts = Streamed(inner, origins, replace(self._keeping, rests=rests))
+        return self._of_parts
+
+    @property
+    def elsewhere(self) -> Shelf | None:
+        """Where states of parameters that are worth moving lie, if not beside the computation."""
+        shelf = self._keeping.shelf
+        return None if type(shelf) is Here else shelf
 
     def expected_bytes(self) -> int:
         """What the states of all parameters that are worth moving will take, found out on a parameter of 2 x 2."""
@@ -113,6 +132,9 @@ class Streamed(torch.optim.Optimizer):
 
     def prefetch(self) -> None:
         """The states that the next update begins with will be needed soon."""
+        if self._of_parts is not None:
+            self._of_parts.prefetch()
+            return
         for parameter in [p for group in self.param_groups for p in group["params"]][:4]:
             self._ahead(parameter)
 

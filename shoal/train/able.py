@@ -16,13 +16,18 @@ def check_trainable(plan: Plan, recipe: Recipe | None = None) -> None:
         raise UserError(
             "plan: memory.blocks are modules, and a pipeline computes its chunks again as a whole: leave it out."
         )
-    if memory.changes_updates and (plan.sync == "local" or plan.shards_states):
-        other = f"states = {plan.states!r}" if plan.shards_states else "sync = 'local'"
-        raise UserError(f"plan: {memory.changes_updates} does not go with {other} so far: leave one of them out.")
+    if memory.changes_updates and plan.sync == "local":
+        raise UserError(
+            f"plan: {memory.changes_updates} does not go with sync = 'local' so far: leave one of them out."
+        )
+    if memory.offload_parameters == "disk" and plan.shards_states:
+        raise UserError(
+            f"plan: memory.offload_parameters = 'disk' does not go with states = {plan.states!r} so far: use "
+            f"memory.offload_optimizer = 'disk' in its place, or states = 'replicated'."
+        )
     if memory.budget_bytes:
         other = (
-            f"states = {plan.states!r}" if plan.shards_states
-            else f"sync = {plan.sync!r}" if plan.sync not in ("exact", "fast")
+            f"sync = {plan.sync!r}" if plan.sync not in ("exact", "fast")
             else f"compression = {plan.compression!r}" if plan.compression != "none"
             else ""
         )  # fmt: skip

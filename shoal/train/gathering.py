@@ -42,10 +42,7 @@ class BlockWeights:
         self.weights, self.parameters, self._releases, self._passes_due = weights, weights.parameters, releases, passes
         blocks = find_blocks(module)
         self.names = list(blocks)
-        slots = {id(parameter): slot for slot, parameter in enumerate(weights.parameters)}
-        own = [[slots[id(p)] for p in block.parameters() if id(p) in slots] for block in blocks.values()]
-        ends = [slots[id(p)] for p in _outside(module, list(blocks.values())) if id(p) in slots]
-        self.order: Order = order_of(_buckets(layout, ends), [_buckets(layout, members) for members in own])
+        self.order, own = order_in(module, weights.parameters, layout)
         self._settled = True  # everything is here, and stays
         self._open = self._back = False  # a pass is under way; it is on its way back
         self._issued = self._passes = 0  # buckets of the sweep that were asked for; passes of this step
@@ -89,6 +86,7 @@ class BlockWeights:
         if self._settled and self._releases:
             for bucket in self.order.forward:
                 self.weights.release(bucket)
+            self.weights.count_anew()
         self._settled = False
         self._start(self.order.always)
         for bucket in self.order.always:
@@ -112,6 +110,12 @@ class BlockWeights:
     def _start(self, buckets: Sequence[int]) -> None:
         for bucket in buckets:
             self.weights.start(bucket)
+
+    def count_anew(self) -> None:
+        self.weights.count_anew()
+
+    def most_bytes(self) -> int:
+        return self.weights.most_bytes()
 
     def held_bytes(self) -> dict[str, int]:
         return self.weights.held_bytes()
@@ -248,6 +252,15 @@ class BlockWeights:
             self._begin_pass()
             self._end_pass()
         self._passes = 0
+
+
+def order_in(module: nn.Module, parameters: Sequence[nn.Parameter], layout: Layout) -> tuple[Order, list[list[int]]]:
+    """In which order the parameters of a model's blocks come in, and their slots, of each block."""
+    blocks = list(find_blocks(module).values())
+    slots = {id(parameter): slot for slot, parameter in enumerate(parameters)}
+    own = [[slots[id(p)] for p in block.parameters() if id(p) in slots] for block in blocks]
+    ends = [slots[id(p)] for p in _outside(module, blocks) if id(p) in slots]
+    return order_of(_buckets(layout, ends), [_buckets(layout, members) for members in own]), own
 
 
 def _outside(module: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:

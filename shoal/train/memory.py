@@ -16,12 +16,13 @@ from shoal.comm.group import Group, HostGroup
 from shoal.comm.pages import resident_bytes
 from shoal.comm.status import Phase
 from shoal.errors import RunFailed, UserError
-from shoal.memory.apply import device_of, meter_of, set_up
+from shoal.memory.apply import device_of, ignore_weights, meter_of, set_up
 from shoal.memory.away import Away
 from shoal.memory.blocks import find_blocks
 from shoal.memory.budget import Chosen, Ways, keep_budget
 from shoal.memory.explain import counted_change, explained
 from shoal.memory.gauge import gauge_for, taken_bytes
+from shoal.memory.meter import Meter
 from shoal.memory.optimizer_need import state_bytes
 from shoal.memory.places import Disk
 from shoal.memory.recompute import Block
@@ -33,6 +34,7 @@ from shoal.recipe.memory_plan import MemoryPlan, size_text
 from shoal.train.choosing import Crew
 from shoal.train.gradients import Gradients
 from shoal.train.rehearsed_stages import passes_of_stages, there_and_back
+from shoal.train.synchrony import Update
 from shoal.train.work import Work
 
 
@@ -47,8 +49,10 @@ class Memory:
         self.ways: list[dict[str, int]] = []  # of each rank: way -> blocks
         self._crew: Crew | None = None
         self._blocks: list[Block] = []
+        self._meters: list[tuple[Meter, nn.Module]] = []  # that do not count a module's weights
         self._ways: Ways | None = None
         self._work: Work | None = None
+        self._update: Update | None = None
         self._most = 0  # observed since it was told last
         self._before = 0  # what the process took when the first step had not begun
         self._told: dict[str, Any] = {}
@@ -59,6 +63,7 @@ class Memory:
     ) -> None:
         """Wrap the blocks of a model that the plan saves memory in; ``blocks`` are the chunks of a pipeline."""
         self._blocks = set_up(module, self.plan, self._say, say_once, blocks=blocks)
+        self._meters += [(block.store.meter, module) for block in self._blocks[:1]]
 
     def _say(self, line: str) -> None:
         print(f"shoal: rank {self.group.rank}: {line}", file=sys.stderr, flush=True)
@@ -95,7 +100,7 @@ class Memory:
             need,
             self.plan.budget_bytes,
             once=once,
-            shared=need.gradients if work.own_shards * work.micro_batches == 1 else 0,
+            shared=work.sums if work.own_shards * work.micro_batches == 1 else 0,
             crew=crew,
             where=where_of(held, self.device),
             micro_batches=work.counts,
@@ -118,6 +123,7 @@ class Memory:
             arenas = held.group.arenas if isinstance(held.group, HostGroup) else None
             meter.elsewhere = arenas.is_of_others if arenas is not None else meter.elsewhere
         found = held.chunks if held.chunks is not None else find_blocks(module, self.plan.blocks)
+        self._meters.append((meter, module))
         here = Here(meter)
         self._blocks = [Block(name, child, here) for name, child in found.items()]
         return Ways(self._blocks, here, lambda size: self._away(module, size))
@@ -128,11 +134,19 @@ class Memory:
         except UserError:
             return None
         workers = self.group.world  # they may all share it
-        return Away(meter_of(module), disk, self._say) if disk.file.free_bytes >= size * workers else None
+        if disk.file.free_bytes < size * workers:
+            return None
+        self._meters.append((meter_of(module), module))
+        return Away(self._meters[-1][0], disk, self._say)
 
     # --- in every step --------------------------------------------------------------------------------------------
 
-    def begins(self) -> None:
+    def begins(self, update: Update) -> None:
+        """A step that ``update`` ends; it holds the states."""
+        if self._update is not update:
+            self._update = update
+            for meter, module in self._meters:  # parameters may lie elsewhere since they were made
+                ignore_weights(meter, module)
         if self.gauge is not None:
             if self.chosen is None:
                 raise UserError(
@@ -140,6 +154,7 @@ class Memory:
                     "worker.prepare_memory(data, batch, loss), where loss(part) is the sum of a micro-batch's losses."
                 )
             self.gauge.restart()
+            update.count_anew()
 
     def ended(self, step: int) -> None:
         """Called by all workers. Now and then they tell each other, and save more should the budget be broken."""
@@ -162,11 +177,13 @@ class Memory:
     def _observed(self) -> int:
         assert self.gauge is not None
         assert self._work is not None
-        shared = 0  # memory of the workers' heap, that torch did not allocate
+        assert self._update is not None
+        beside = self._update.beside_bytes()
         for exchange in (each.exchange for each in self._work.sets):
-            if isinstance(exchange, HeapExchange) and self.device.type == "cpu":
-                shared += sum(resident_bytes(partial) for partial in exchange.partials)
-        return self.gauge.peak() + shared
+            plain = isinstance(exchange, HeapExchange) and not exchange.sliced_result
+            if plain and self.device.type == "cpu":  # the workers' heap, that torch did not allocate
+                beside += sum(resident_bytes(partial) for partial in exchange.partials)
+        return self.gauge.peak() + beside
 
     def _save_more(self, most: int) -> None:
         """Micro-batches of changing sizes may take more than the one that was rehearsed."""
@@ -222,7 +239,7 @@ class Memory:
             what = " ".join(str(error).split())[:200]
             return RunFailed(f"rank {self.group.rank} ({self.device}) {when} ran out of memory: {what}")
         where = f"{where_of(work.held, self.device)} {when}"
-        if work.split:
+        if work.together:
             need = work.need(work.batch(self.device), self.device)
             copied = need.checkpoint if position.phase is Phase.saving else 0
             left = taken - self._before - need.gradients - need.optimizer - copied
@@ -239,6 +256,7 @@ class Memory:
             some = {k: t[: max(1, t.shape[0] // number)] if t.dim() else t for k, t in batch.items()}
             return passes_of(lambda: work.loss(some))
 
+        held = self._update.state_bytes() if self._update is not None else state_bytes(work.optimizer)
         return RunFailed(
             explained(
                 work.module,
@@ -246,7 +264,7 @@ class Memory:
                 part,
                 self.gauge or gauge_for(self.device),
                 need,
-                max(0, need.optimizer - state_bytes(work.optimizer)) + (need.checkpoint if position.step <= 1 else 0),
+                max(0, need.optimizer - held) + (need.checkpoint if position.step <= 1 else 0),
                 where=where,
                 micro_batches=work.counts,
             )

@@ -55,5 +55,11 @@ class StageWeights:
             for bucket in self._buckets:
                 self.weights.release(bucket)
 
+    def count_anew(self) -> None:
+        self.weights.count_anew()
+
+    def most_bytes(self) -> int:
+        return self.weights.most_bytes()
+
     def held_bytes(self) -> dict[str, int]:
         return self.weights.held_bytes()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm.exchange import HeapExchange
+from shoal.comm.group import HostGroup
 from shoal.data.ledger import Ledger
 from shoal.data.source import Batch, Source
 from shoal.memory.budget import Need, weight_bytes
@@ -18,6 +19,7 @@ from shoal.parallel.held import Held
 from shoal.train.gradients import Gradients
 from shoal.train.reduction import Reduction
 from shoal.train.rehearsed_stages import Within, smaller_help
+from shoal.train.sliced_need import sliced
 from shoal.train.streams import enter_stream
 
 BatchLoss = Callable[[Batch], Tensor]  # the sum of a micro-batch's losses
@@ -85,6 +87,11 @@ class Work:
         return self.held.plan.splits_model
 
     @property
+    def together(self) -> bool:
+        """As `split`, or parameters come from other workers in the middle of a pass."""
+        return self.split or (self.held.plan.shards_states and not isinstance(self.held.group, HostGroup))
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Of micro-batches of a shard: how many there are, and what larger numbers there could be to use less."""
         help_ = smaller_help(self.held, self.passes)
@@ -103,6 +110,13 @@ class Work:
         else:
             states, update = optimizer_need(self.optimizer)
         weights, ready = weight_bytes(self.module), self.steps_ahead * self.own_shards * self.micro_batches + 2
+        whole = self._whole(weights + states)
+        if self.held.plan.shards_states:
+            own = sliced(self.held, self.sets)
+            weights += own.weights - sum(parameter.nbytes for parameter in self.module.parameters())
+            if not isinstance(self.held.group, HostGroup):
+                whole += self._whole(states)  # brought together, until the next update
+            states, update = round(states * own.part), round(update * own.part)
         pipeline = self.held.pipeline
         if pipeline is not None:
             stages = pipeline.stages.values()
@@ -114,12 +128,17 @@ class Work:
             ready = ready + self.passes if pipeline.readers else 1  # several chunks may read one: it waits for them
         return Need(
             weights=weights + sum(buffer.nbytes for buffer in self.module.buffers()),  # and those of the step's begin
-            gradients=sum(each.sums_bytes((self.micro_batches,) * each.leaves) + _beside(each) for each in self.sets),
+            gradients=self.sums + sum(map(_beside, self.sets)),
             optimizer=states + pieces,
-            checkpoint=self._whole(weights + states) if self.saves and device.type == "cpu" else 0,
+            checkpoint=whole if self.saves and device.type == "cpu" else 0,
             data=sum(tensor.nbytes for tensor in batch.values()) * ready + SLACK_BYTES,
             update=update,
         )
+
+    @property
+    def sums(self) -> int:
+        """Bytes of partial sums of gradients."""
+        return sum(each.sums_bytes((self.micro_batches,) * each.leaves) for each in self.sets)
 
     def _whole(self, own: int) -> int:
         """Of bytes that go with this worker's parameters, those of the whole model, of which a checkpoint is a copy."""

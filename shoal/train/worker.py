@@ -112,8 +112,7 @@ class Worker:
         if not blank:
             module.to(self.device)
             share_weights(module, self.group)
-        if compile and self.plan.memory.changes_weights:
-            key = self.plan.memory.changes_weights
+        if compile and (key := self.plan.memory.changes_weights):
             raise UserError(f"plan: {key} is for models that are not compiled: leave compile out.")
         if compile and self.plan.memory.works_on_blocks:
             raise UserError("plan: memory is saved in models that are not compiled: leave model.compile out.")
@@ -126,7 +125,8 @@ class Worker:
         self._made_contents = None
         if self.plan.memory.changes_updates:
             parts = [*(held.chunks or {}).values()]
-            self._parameters = keep_parameters(module, self.plan.memory, **self._keeping(), parts=parts)
+            units = sharded_states.units(self.plan)
+            self._parameters = keep_parameters(module, units, **self._keeping(), parts=parts)
         self.memory.set_up(module, self._say_once, held.chunks)
         self._reduction = self._hooked()
         called: Any = torch.compile(module) if compile else module
@@ -184,8 +184,7 @@ class Worker:
             raise UserError("LBFGS evaluates the loss again inside its step, which a distributed step cannot do.")
         if self.plan.sync == "parameter-server":
             check_optimizer(optimizer)
-        if self.plan.shards_states:
-            sharded_states.check(self.plan.states, optimizer, self.held.module)
+        sharded_states.check(self.plan, optimizer, self.held.module, self._parameters.rests)
         if self.plan.memory.changes_updates:
             optimizer = keep_states(
                 optimizer,
@@ -195,6 +194,7 @@ class Worker:
                 seed=self.seed,
                 step=lambda: self.step,
                 sizes=self.held.sizes,
+                holders=sharded_states.holders(self.plan),
                 **self._keeping(),
             )
         self._optimizer = optimizer
@@ -260,7 +260,7 @@ class Worker:
         ahead, threads = self.plan.prefetch * len(self._usual_shards) * self.micro_batches, self.plan.loaders
         with Prefetcher(source, self._work(ledger, self.step, last, self.shards), ahead, threads) as batches:
             while self.step < last and not self.stopping and self.ledger is ledger:
-                self.memory.begins()
+                self.memory.begins(update)
                 step = Step(self, reduction, update, ledger, self.step, batches, self._committed)
                 yield step
                 if not step.committed:

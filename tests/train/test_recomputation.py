@@ -108,12 +108,8 @@ class Fickle(torch.nn.Module):
             Plan(mesh={"pipe": 2}, memory=MemoryPlan(peak_bytes="1GiB", blocks=("blocks.*",))),
             "memory.blocks are modules, and a pipeline computes its chunks again",
         ),
-        (
-            Plan(memory=MemoryPlan(peak_bytes="1GiB"), states="zero3"),
-            "memory.peak_bytes does not go with states = 'zero3'",
-        ),
         (Plan(memory=MemoryPlan(peak_bytes="1GiB"), sync="local"), "memory.peak_bytes does not go with sync = 'local'"),
-        (Plan(states="zero1", memory=MemoryPlan(optimizer_bits=8)), "8 does not go with states = 'zero1'"),
+        (Plan(memory=MemoryPlan(optimizer_bits=8), sync="local"), "8 does not go with sync = 'local'"),
     ],
 )
 def test_what_a_plan_can_say_and_training_cannot_do_is_refused_before_anything_starts(tmp_path, wanted, message):

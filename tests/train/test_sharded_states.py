@@ -185,7 +185,7 @@ class Halved(torch.optim.SGD):
 @pytest.mark.parametrize("kind", [torch.optim.Muon, torch.optim.LBFGS, Halved])
 def test_optimisers_that_are_not_known_to_treat_each_element_alone_are_refused(kind):
     with pytest.raises(UserError, match=f"states = 'zero2' .*{kind.__name__} is not known"):
-        check("zero2", kind([torch.zeros(4, 4, requires_grad=True)], lr=0.1), nn.Linear(4, 4))
+        check(Plan(states="zero2"), kind([torch.zeros(4, 4, requires_grad=True)], lr=0.1), nn.Linear(4, 4))
 
 
 def _refused(group, make):
