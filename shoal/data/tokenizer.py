@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,7 @@ from shoal.errors import UserError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
+NAMES = ("bytes", "chars", "bpe")
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 # How byte-level vocabularies write bytes: those that can be shown as themselves, the others from U+0100 on (GPT-2).
 _BYTES = {chr(byte): byte for byte in _SHOWN} | {
@@ -218,6 +220,10 @@ def corpus_tokenizer(name: str, vocab: int, corpus: Corpus) -> Tokenizer:
         file = f"bpe-{vocab}-{corpus.sha256[:24]}.tokenizer.json"
         path = cached(file, lambda path: _train_bpe(corpus, vocab, path), lambda path: _is_bpe(path, vocab))
         return JsonTokenizer(path.read_text(encoding="utf-8"), str(path))
+    if name not in NAMES and not Path(name).expanduser().exists():
+        near = get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"give {', '.join(NAMES)} or the path of a tokenizer.json."
+        raise UserError(f"no tokeniser {name!r}: {hint}")
     return open_tokenizer(name)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,20 @@ class Run:
         """The run in a folder; "latest" is the newest one under ./runs. Raises UserError when there is none."""
         path = Path("runs/latest") if str(target) == "latest" else Path(target)
         if not (path / "recipe.toml").exists():
-            raise UserError(f"no run in {str(path)!r}: a run directory holds recipe.toml. Try `shoal train` first.")
+            there = ["latest", *(str(file.parent) for file in Path("runs").glob("*/recipe.toml"))]
+            near = get_close_matches(str(target), there, n=1) if len(there) > 1 else []
+            hint = f"did you mean {near[0]!r}?" if near else "a run directory holds recipe.toml. Try `shoal train`."
+            raise UserError(f"no run in {str(path)!r}: {hint}")
         return Run(path.resolve())
+
+    @staticmethod
+    def check_place(path: Path | None) -> None:
+        """Raises UserError where no run can be made in ``path`` (None: under ./runs), before anything is spent."""
+        wished = (path or Path("runs")).absolute()
+        there = next(place for place in (wished, *wished.parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "cannot be written" if there.is_dir() else "is no folder"
+            raise UserError(f"cannot write the run directory {str(path or wished)!r}: {str(there)!r} {why}.")
 
 
 def _of_its_own(wished: Path) -> Path:

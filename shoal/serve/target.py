@@ -163,7 +163,10 @@ def _from_run(target: str) -> Loaded:
     from shoal.models.registry import task_name
     from shoal.train.scoring import find_target, load_target, rebuild
 
-    found = find_target(target)
+    try:
+        found = find_target(target)
+    except UserError as error:
+        raise UserError(f"{error} Else give a checkpoint, a Hugging Face folder or module:factory.") from None
     recipe = found.run.recipe
     state = load_target(found)
     described = found.run.data

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.cluster.detect import launched_workers, usable_cores
+from shoal.cluster.detect import launched_workers, memory_bytes, usable_cores
 from shoal.comm.launch import Agent
 from shoal.errors import ShoalError, UserError
 from shoal.recipe.plan import Plan
@@ -66,7 +66,7 @@ def train(
     if plan.splits_model:
         from shoal.train.legality import check_split
 
-        check_split(recipe, plan, model, data)
+        check_split(recipe, plan, model, data, room=None if joins is not None else memory_bytes())
     if joins is not None:
         return _train_joined(order, progress)
     seen: list[Path] = []

@@ -221,7 +221,8 @@ def test_mistakes_are_named_in_one_line(poem, tmp_path):
         (spec(poem, context="x"), "must be a whole number"),
         (spec(tmp_path / "empty.txt"), "holds no text"),
         (spec(poem, context=5000), r"validation text has .* tokens, fewer than context \+ 1 = 5001"),
-        (spec(poem, tokenizer="sentencepiece"), "no tokeniser 'sentencepiece'"),
+        (spec(poem, tokenizer="sentencepiece"), "no tokeniser 'sentencepiece': give bytes, chars, bpe or the path"),
+        (spec(poem, tokenizer="char"), "no tokeniser 'char': did you mean 'chars'"),
         (spec(poem, tokenizer=str(tmp_path / "bad.json")), "is not a tokenizer.json"),
         (DataSpec(source="txt"), "unknown data source 'txt': did you mean 'text'"),
     ]:
