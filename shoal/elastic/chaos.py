@@ -14,6 +14,7 @@ from shoal.errors import UserError, unknown_name
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
+from shoal.train.able import check_repeatable
 from shoal.train.api import order_of, train
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def rehearse(
     cannot be gone on with in the user's own code, and how that is known), steps, weights_sha256 of both, goodput
     (seconds of the undisturbed run over those of the other), ok. Both runs are kept in ``folder`` if there is one.
     Raises UserError for bad input."""
+    check_repeatable(recipe)
     faults = list(faults) or usual_faults(plan.workers)
     check_elastic(plan, recipe.shards, least)
     for fault in faults:

@@ -22,6 +22,7 @@ from shoal.errors import RunFailed, UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
+from shoal.train.able import check_repeatable
 from shoal.train.api import train
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def rehearse_hosts(
 
     ``network``: "relay", or "namespaces" (root). Trains ``steps``; 0: about 12 s of steps for each fault. Returns what
     `rehearse` does, with hosts and network. Raises UserError for bad input."""
+    check_repeatable(recipe)
     faults = list(faults) or usual_host_faults(hosts)
     check_number(hosts)
     if hosts < 3:

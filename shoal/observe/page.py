@@ -5,7 +5,15 @@ import hashlib
 from collections.abc import Sequence
 from html import escape
 
-from shoal.observe import communication_section, figures, memory_section, pipeline_section, tables, timeline
+from shoal.observe import (
+    batch_section,
+    communication_section,
+    figures,
+    memory_section,
+    pipeline_section,
+    tables,
+    timeline,
+)
 from shoal.observe.comparison import comparison
 from shoal.observe.figures import Named
 from shoal.observe.headline import date, headline
@@ -22,6 +30,7 @@ def render(subjects: Sequence[Subject], style: str, script: str, now: float) -> 
     sections = [
         ("learning", "Learning", *_learning(runs)),
         ("speed", "Speed", *_speed(runs)),
+        ("batch", "Batch", *_batch(subjects)),
         ("pipeline", "Pipeline", *_pipeline(subjects)),
         ("communication", "Communication", *_communication(subjects)),
         ("memory", "Memory", *_memory(subjects)),
@@ -69,6 +78,11 @@ def _speed(runs: Sequence[Named]) -> tuple[str, bool]:
     panels = f'<div class="{look}"><h3>Shares of a step</h3>{shares}</div>' if shares else ""
     panels += f'<div class="{look}"><h3>Time spent waiting for data</h3>{waits}</div>' if waits else ""
     return f'<div class="charts">{charts}</div><div class="panels">{panels}</div>', bool(charts or panels)
+
+
+def _batch(subjects: Sequence[Subject]) -> tuple[str, bool]:
+    text = batch_section.section([(subject.name, subject.batches) for subject in subjects])
+    return text, bool(text)
 
 
 def _pipeline(subjects: Sequence[Subject]) -> tuple[str, bool]:

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from shoal.errors import UserError
+from shoal.observe.batch_section import read_batches
 from shoal.observe.communication import read_communication
 from shoal.observe.curves import read_curves
 from shoal.observe.memory_section import read_memory
@@ -61,6 +62,7 @@ def _subject(run: Run, name: str) -> Subject:
         communication=read_communication(events),
         memory=read_memory(events),
         pipeline=of_run(run, events),
+        batches=read_batches(events),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from shoal.observe.batch_section import Rebatched
 from shoal.observe.communication import Communication
 from shoal.observe.curves import Curves
 from shoal.observe.figures import targets_matter
@@ -27,6 +28,7 @@ class Subject:
     communication: Communication | None = None  # where the log tells of it
     memory: Told | None = None  # of a run under a budget
     pipeline: Pipelined | None = None  # of a run in stages
+    batches: tuple[Rebatched, ...] = ()  # changes of the batch
 
     @property
     def weights(self) -> str:

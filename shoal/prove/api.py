@@ -167,6 +167,11 @@ def check(plan: Plan, recipe: Recipe, model: "Callable[[], nn.Module] | None" = 
     """Raises UserError for a plan that cannot train the recipe's model, or that cannot be compared."""
     plan.owned(recipe.shards)
     check_trainable(plan, recipe)
+    if recipe.batching.policy != "fixed":
+        raise UserError(
+            f"recipe: batching.policy = {recipe.batching.policy!r}: a proof's plain loop keeps its batch: prove with "
+            f"--batch-policy fixed."
+        )
     if plan.sync == "local" or plan.staleness:
         raise UserError(
             f"plan {label(plan)}: proofs compare steps that all workers share; in this plan {plan.lossy}: leave it out."

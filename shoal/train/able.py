@@ -60,3 +60,12 @@ def check_batching(recipe: Recipe, plan: Plan) -> None:
         raise UserError(f"{said} looks at the gradients of single shards, and not with {other}: leave one of them out.")
     if plan.memory.budget_bytes:
         raise UserError(f"{said} does not go with memory.peak_bytes, which is found for one batch: leave one out.")
+
+
+def check_repeatable(recipe: Recipe) -> None:
+    """Raises UserError for a recipe whose runs cannot be compared with each other to the bit."""
+    if recipe.batching.policy == "goodput":
+        raise UserError(
+            "recipe: batching.policy = 'goodput' decides by the clock, and no two runs make the same steps: use "
+            "--batch-policy fixed, or replay:RUN."
+        )
