@@ -52,7 +52,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="every value of the plan and where it came from; what each layer sends along axis tensor, and why",
+        help="every value of the plan and where it came from; what each layer sends along axis tensor, and why; "
+        "what building the model takes of each worker's memory",
     )
 
 
@@ -148,8 +149,24 @@ def layout(chosen: Chosen, args: Namespace) -> Section | None:
     return Section({"layout": {"bytes": total, "rows": [asdict(row) for row in rows]}}, "\n".join(lines))
 
 
+def building(chosen: Chosen, args: Namespace) -> Section | None:
+    """What building the model takes of each worker's memory; a plan that this host cannot build is refused."""
+    if not args.explain:
+        return None
+    from shoal.parallel.building_run import building_run
+
+    rows, why = building_run(chosen.recipe, chosen.plan)
+    shown = [(row.rank, *(f"{count / 1e6:.3f}" for count in (row.held, row.beside, row.peak))) for row in rows]
+    lines = [
+        f"building the model: {rows[0].how}{f' ({why})' if why else ''}, MB of each worker at the most",
+        table(("rank", "held", "beside, on the way", "peak"), shown),
+    ]
+    facts = [asdict(row) | {"peak": row.peak} for row in rows]
+    return Section({"building": {"how": rows[0].how, "why": why, "workers": facts}}, "\n".join(lines))
+
+
 # What `shoal plan` says, in this order. A further part is one more function of the choice and the arguments.
-SECTIONS: tuple[Callable[[Chosen, Namespace], Section | None], ...] = (workers, origins, pipeline, layout)
+SECTIONS: tuple[Callable[[Chosen, Namespace], Section | None], ...] = (workers, origins, pipeline, layout, building)
 
 
 def _names(args: Namespace, chosen: Chosen) -> list[str]:

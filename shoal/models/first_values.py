@@ -1,5 +1,7 @@
 """Models without memory (on the meta device), and where the first values of what is held of them come from."""
 
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
@@ -63,6 +65,23 @@ class FirstValues:
             return self._file.part(first, kept).to(self.device)
         return draw(self._said[first], self._seed, first, self._shapes[first], kept).to(self.device)
 
+    def passing(self, name: str) -> Tensor:
+        """A whole tensor that is soon let go: its memory then goes back to the system, where the C library would fill
+        the gap with small things that stay, and take new memory for the next one."""
+        first = self._name_of[name]
+        if self._file is not None and first in self._file.names:
+            return self._file.part(first, None).to(self.device)
+        return draw(self._said[first], self._seed, first, self._shapes[first], empty=_apart).to(self.device)
+
+
+def _apart(sizes: Sequence[int]) -> Tensor:
+    """float32 on pages of its own."""
+    elements = math.prod(sizes)
+    if not elements:
+        return torch.empty(sizes, device="cpu")
+    memory = mmap.mmap(-1, 4 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float32, count=elements).view(*sizes)
+
 
 @torch.no_grad()
 def materialise(
@@ -114,7 +133,7 @@ def present(module: nn.Module, first: FirstValues | None) -> Iterator[None]:
         for key, tensor in table.items():
             if tensor is not None and id(tensor) in names:
                 if id(tensor) not in made:
-                    values = first.part(names[id(tensor)]).to(tensor.dtype)
+                    values = first.passing(names[id(tensor)]).to(tensor.dtype)
                     own = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if own else values
                 table[key] = made[id(tensor)]  # type: ignore[assignment]
@@ -157,7 +176,7 @@ class _Made:
         if not isinstance(a, Tensor) or not a.is_meta or _memory(a) not in self._places:
             return a
         name, dtype = self._places[_memory(a)]
-        whole = self._first.part(name).to(dtype)
+        whole = self._first.passing(name).to(dtype)
         return whole.as_strided(a.size(), a.stride(), a.storage_offset())
 
 

@@ -114,11 +114,21 @@ def initialise(model: nn.Module) -> None:
             tensor.copy_(draw(values[name], torch.initial_seed(), name, tensor.shape))
 
 
-def draw(initial: Initial, seed: int, name: str, shape: Sequence[int], kept: Kept | None = None) -> Tensor:
-    """The first values of a tensor of this name and whole ``shape``, float32; of those places alone that are kept."""
+def draw(
+    initial: Initial,
+    seed: int,
+    name: str,
+    shape: Sequence[int],
+    kept: Kept | None = None,
+    *,
+    empty: Callable[[Sequence[int]], Tensor] = lambda sizes: torch.empty(sizes, device="cpu"),
+) -> Tensor:
+    """The first values of a tensor of this name and whole ``shape``, float32; of those places alone that are kept.
+
+    ``empty`` gives the memory, on the processor whatever the default is: a factory may be asked for its outline."""
     kept = kept or {}
     sizes = [sum(b - a for a, b in kept[dim]) if dim in kept else size for dim, size in enumerate(shape)]
-    out = torch.empty(sizes, device="cpu")  # whatever the default is: a factory may be asked for its outline
+    out = empty(sizes)
     if isinstance(initial, Constant):
         return out.fill_(initial.value)
     if out.numel():

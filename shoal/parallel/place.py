@@ -29,6 +29,7 @@ from shoal.parallel.partition.cut import cut
 from shoal.parallel.partition.measure import pieces
 from shoal.parallel.pipeline.engine import Pipeline
 from shoal.parallel.pipeline.head_and_tail import arguments_of
+from shoal.parallel.schedules.registry import any_micro_batches
 from shoal.parallel.tensor.apply import split_model
 from shoal.recipe.plan import Plan
 
@@ -129,12 +130,13 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 def _into_stages(held: Held, subject: Subject, device: torch.device) -> None:
     plan, module, group = held.plan, held.module, held.group
     example = arguments_of(subject.task.loss, module, subject.batch)
-    made = held.schedule(1 if not plan.pipeline.schedule.endswith(".csv") else _micro_batches_of(plan))
+    made = held.schedule(any_micro_batches(plan.pipeline.schedule))
     at: list[int] | None = None
     if not plan.pipeline.cuts:
         said: list[list[object]] = [[], []]
         if group.rank == 0:
-            table = pieces(module, example, first=subject.first)
+            # the clock never gives the same twice, and what is compressed together decides what is left unsent
+            table = pieces(module, example, clock=not plan.compresses, first=subject.first)
             found = balance(table, made.chunks, workers=made.placement)
             said = [list(found), [table[number].name for number in found]]
         at, names = json.loads(group.gather(json.dumps(said).encode())[0])
@@ -153,8 +155,12 @@ def _into_stages(held: Held, subject: Subject, device: torch.device) -> None:
 
 
 def _shares(held: Held, experts: Mapping[str, Split]) -> tuple[Share, ...]:
-    """Of each chunk what every replica has, and then the experts that some of them have."""
+    """Of each chunk what every replica has, and then the experts that some of them have.
+
+    What compression leaves of a sum depends on what lies beside it. So that all along axis tensor are left with the
+    same of what each has whole, slices are summed apart from it."""
     axes, group = held.plan.axes, held.group
+    slices = {name for cut in held.cuts for name in cut.splits if held.plan.compresses and cut.axis == "tensor"}
     split = [axis for axis in ("context", "expert") if axes.size(axis) > 1]
     everywhere = ("data", *split)
     apart = tuple(axis for axis in everywhere if axis != "expert")
@@ -170,10 +176,14 @@ def _shares(held: Held, experts: Mapping[str, Split]) -> tuple[Share, ...]:
         shares.append(Share(parameters, buffers, channel, summed, number))
 
     for number, (trained, buffers) in _of_chunks(held).items():
-        add(number, everywhere, {name: p for name, p in trained.items() if name not in experts}, buffers)
+        add(number, everywhere, {n: p for n, p in trained.items() if n not in experts and n not in slices}, buffers)
+        if slices:
+            add(number, everywhere, {n: p for n, p in trained.items() if n not in experts and n in slices}, {})
         own = {name: p for name, p in trained.items() if name in experts}
         if own:
-            add(number, apart, own, {})
+            add(number, apart, {name: p for name, p in own.items() if name not in slices}, {})
+            if slices:
+                add(number, apart, {name: p for name, p in own.items() if name in slices}, {})
     return tuple(shares)
 
 
@@ -191,9 +201,3 @@ def _of_chunks(held: Held) -> dict[int, tuple[Mapping[str, Parameter], dict[str,
                 buffers |= {f"{prefix}.{key}": b.data for key, b in module.named_buffers(recurse=False) if b.numel()}
         found[number] = held.pipeline.owned(number), buffers
     return found
-
-
-def _micro_batches_of(plan: Plan) -> int:
-    from shoal.parallel.schedules.csv_file import read_csv
-
-    return read_csv(plan.pipeline.schedule).micro_batches

@@ -61,12 +61,18 @@ class Plan:
                 f"plan: sync = {self.sync!r} is for whole models, and the mesh splits this one "
                 f"({', '.join(f'{a} = {n}' for a, n in axes.sizes if a != 'data' and n > 1)}): use sync = 'exact'."
             )
-        if self.splits_model and self.compression != "none":
+        if self.splits_model and self.compression != "none" and not self.sums_gradients:
             raise UserError(
-                "plan: compression is for whole models so far: leave it out, or use mesh axis 'data' alone."
+                f"plan: compression = {self.compression!r} is for gradients that replicas send each other, and this "
+                f"mesh has one replica: add an axis 'data' of 2 or more to the mesh, or leave compression out."
             )
         if self.shards_states and self.sync != "exact":
             raise UserError(f"plan: states = {self.states!r} needs sync = 'exact', and sync is {self.sync!r}.")
+        if self.shards_states and self.compression != "none":
+            raise UserError(
+                f"plan: compression = {self.compression!r} does not go with states = {self.states!r} so far: leave "
+                f"one of them out."
+            )
         if self.state_group and (not self.shards_states or axes.size("data") % self.state_group):
             raise UserError(
                 f"plan: state_group = {self.state_group} must divide the {axes.size('data')} data replicas, "
@@ -125,6 +131,11 @@ class Plan:
     def splits_model(self) -> bool:
         """No worker holds the whole model."""
         return self.workers > self.axes.size("data")
+
+    @property
+    def sums_gradients(self) -> bool:
+        """There are workers that hold the same part of the model and add up what each has of its gradient."""
+        return any(self.axes.size(axis) > 1 for axis in ("data", "context", "expert"))
 
     @property
     def shards_states(self) -> bool:

@@ -51,11 +51,16 @@ def _sums(parameter: Tensor) -> list[Tensor]:
 
 
 def compare_held(group: Group, held: Held, when: str) -> None:
-    """Of all workers, each those that it holds. Called by all; raises Diverged."""
-    mine = [
-        [held.ranks(share)[0], number, parameter_checksum(share.parameters.values())]
-        for number, share in enumerate(held.shares)
-    ]
+    """Of all workers, each those that it holds; all along axis tensor have the same of what is not cut over it. Called
+    by all; raises Diverged."""
+    mine = []
+    for number, share in enumerate(held.shares):
+        alike: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+        for name, parameter in share.parameters.items():
+            alike[share.axes if "tensor" in held.split_along(name) else (*share.axes, "tensor")].append(parameter)
+        for axes, parameters in alike.items():
+            first = held.plan.axes.along(group.rank, *axes)[0]
+            mine.append([first, 2 * number + ("tensor" in axes), parameter_checksum(parameters)])
     equal: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # those that should have the same
     for rank, row in enumerate(group.gather(json.dumps(mine).encode())):
         for first, number, checksum in json.loads(row):

@@ -8,8 +8,10 @@ from torch import nn
 from shoal.data.ledger import Ledger
 from shoal.data.registry import open_data
 from shoal.errors import UserError, unknown_name
+from shoal.models.first_values import FirstValues, blank
 from shoal.models.on_meta import on_meta
-from shoal.models.registry import outline
+from shoal.models.registry import build_blank, outline
+from shoal.parallel.building import check_room
 from shoal.parallel.context.model import check_sequence
 from shoal.parallel.experts.model import experts_split
 from shoal.parallel.layout.decide import layout_for
@@ -18,12 +20,17 @@ from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 
 
-def check_split(recipe: Recipe, plan: Plan, model: Callable[[], nn.Module] | None, data: Any) -> None:
-    """Raises UserError, with the repair, for rules, cuts, experts and schedules that cannot be."""
+def check_split(
+    recipe: Recipe, plan: Plan, model: Callable[[], nn.Module] | None, data: Any, *, room: int | None = None
+) -> None:
+    """Raises UserError, with the repair, for rules, cuts, experts and schedules that cannot be, and for models that
+    cannot be built in ``room`` bytes, the memory of a host that all workers are on."""
     splits = open_data(recipe.data, recipe.seed, data)
     if len(splits.train) == 0:
         return  # which is said by those who read it
-    module = _outline(recipe, model, splits.train.facts)
+    module, first = without_memory(recipe, model, splits.train.facts)
+    if room is not None:
+        check_room(module, plan, first, room)
     layout_for(module, plan)
     if plan.axes.size("expert") > 1:
         experts_split(module, plan.axes.size("expert"))
@@ -33,11 +40,17 @@ def check_split(recipe: Recipe, plan: Plan, model: Callable[[], nn.Module] | Non
         _check_pipeline(recipe, plan, module, len(splits.train))
 
 
-def _outline(recipe: Recipe, model: Callable[[], nn.Module] | None, facts: Mapping[str, Any]) -> nn.Module:
+def without_memory(
+    recipe: Recipe, model: Callable[[], nn.Module] | None, facts: Mapping[str, Any]
+) -> tuple[nn.Module, FirstValues | None]:
+    """The model on the meta device, and its first values if it says them. ``model`` stands in for the recipe's."""
+    found = blank(model) if model is not None else build_blank(recipe.model, facts)
+    if found is not None:
+        return found.module, found.first
     if model is None:
-        return outline(recipe.model, facts)
+        return outline(recipe.model, facts), None
     with on_meta():
-        return model()
+        return model(), None
 
 
 def _check_pipeline(recipe: Recipe, plan: Plan, module: nn.Module, samples: int) -> None:

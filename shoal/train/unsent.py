@@ -4,8 +4,9 @@ With error feedback a step's gradient goes out with what earlier steps have kept
 state, but it belongs to a worker, not to the model: other workers can do nothing with it.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch import Tensor
 from shoal.comm.group import Group
 from shoal.comm.tensors import Collectives, make_collectives
 from shoal.recipe.plan import Plan
+from shoal.train.gradients import Gradients
 from shoal.train.reduction import Reduction
 
-_PREFIX = "unsent/"  # then the worker's rank, the number of its exchange, and the name of what that keeps
+_PREFIX = "unsent/"  # then the worker's rank, what its exchange sums, and the name of what that keeps
 
 
 class Unsent:
@@ -65,9 +67,22 @@ class Unsent:
 
 def _kept(plan: Plan, reduction: Reduction | None) -> dict[str, Tensor]:
     """What this worker's exchanges carry from step to step, by name."""
-    if not plan.compresses:
+    if not plan.compresses or reduction is None:
         return {}
     from shoal.comm.compression.exchange import kept_by
 
-    sets = reduction.sets if reduction is not None else []
-    return {f"{place}/{name}": t for place, each in enumerate(sets) for name, t in kept_by(each.exchange).items()}
+    held = reduction.held
+    return {
+        f"{_summed(held.ranks(share), each)}/{name}": tensor
+        for share, each in zip(held.shares, reduction.sets, strict=True)
+        for name, tensor in kept_by(each.exchange).items()
+    }
+
+
+def _summed(ranks: Sequence[int], gradients: Gradients) -> str:
+    """A hash of which parameters are summed, and over whom: what is left of other ones has the same sizes at times."""
+    said = [
+        list(ranks),
+        *([name, list(p.shape)] for name, p in zip(gradients.names, gradients.parameters, strict=True)),
+    ]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]

@@ -75,3 +75,8 @@ def _from_file(name: str, workers: int, micro_batches: int, chunks: int) -> Sche
             f"leave pipeline.chunks out."
         )
     return found
+
+
+def any_micro_batches(name: str) -> int:
+    """A number of micro-batches that there is a schedule of this name for: that of a file."""
+    return read_csv(name).micro_batches if name.endswith(".csv") else 1
