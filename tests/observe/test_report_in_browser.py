@@ -239,6 +239,19 @@ def test_the_section_on_communication_is_read_from_top_to_bottom(browser, exchan
     assert colours[0] != colours[1]
 
 
+@pytest.mark.parametrize("width", [380, 1280])
+def test_where_a_step_goes_and_what_would_help_are_seen_whole_on_a_phone(browser, exchanged, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    tables = "[...document.querySelectorAll('.scroll:has(.spent, .remedies)')]"
+    cut = f"return {tables}.map(e => e.scrollWidth - e.clientWidth)"
+    try:
+        opened(browser, exchanged)
+        assert browser.execute_script(cut) == [0, 0]
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 @pytest.mark.parametrize("width", [420, 1280])
 def test_the_picture_of_a_step_fits_and_shows_every_bucket(browser, exchanged, width):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
