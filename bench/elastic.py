@@ -5,6 +5,7 @@ nothing fails; torchrun's restart of the same job beside it.
     python bench/elastic.py --only slices,stage,server [--quick]     # under 3 minutes on an idle machine
     python bench/elastic.py --only "calm slices,calm stage,calm server"
     python bench/elastic.py --only hosts           # about 8 minutes on an idle machine
+    python bench/elastic.py --only "hosts stage,hosts server" --faults 10
 
 `crash`: 4 workers, one after the other is killed by SIGKILL at a moment of the clock, every third time rank 0; from the
 signal to the event `recovered`, which the agent writes when it hears that a survivor has committed a step. `goodput`:
@@ -15,8 +16,9 @@ with and without --elastic, in turns, the median over the rounds of one round's 
 are killed; `calm slices` and so on: what these cost when nothing fails. `resize`: seconds between two steps when
 workers are added and taken away. `hosts`: three agents on this machine, a worker each; in turns an agent is killed, the
 leader is killed, and a host is cut off (both ways, by the relay); from the fault to the event `recovered`, `--faults`
-of each kind, each once the host before trains again. `torchrun`: the same model under DDP over gloo with a checkpoint
-after each step, four processes, one of them killed; to the next step.
+of each kind, each once the host before trains again; `hosts stage` and `hosts server`: a pipeline of 3 stages, and 2
+workers and a server, one on each host, where every other agent that is killed is the server's. `torchrun`: the same
+model under DDP over gloo with a checkpoint after each step, four processes, one of them killed; to the next step.
 """
 
 import argparse
@@ -173,9 +175,16 @@ def goodput(folder: Path, seconds: float) -> dict[str, Any]:
 HOSTS, HOST_KINDS = 3, ("agent", "leader", "cut")
 
 
-def hosts(folder: Path, faults: int) -> dict[str, Any]:
-    place = folder / "hosts"
-    given = (recipe(folder, 10**6), Plan(mesh={"data": HOSTS}), None, place, None, None, None, None)
+OF_HOSTS = {
+    "hosts": Plan(mesh={"data": HOSTS}),
+    "hosts stage": Plan(mesh={"pipe": HOSTS}),
+    "hosts server": Plan(mesh={"data": HOSTS - 1}, sync="parameter-server", servers=1),
+}
+
+
+def hosts(folder: Path, faults: int, name: str, plan: Plan) -> dict[str, Any]:
+    place = folder / name
+    given = (recipe(folder, 10**6), plan, None, place, None, None, None, None)
     events: list[dict[str, Any]] = []
     took: dict[str, list[float]] = {kind: [] for kind in HOST_KINDS}
     redone: dict[str, list[int]] = {kind: [] for kind in HOST_KINDS}
@@ -204,6 +213,9 @@ def hosts(folder: Path, faults: int) -> dict[str, Any]:
             kind = HOST_KINDS[number % len(HOST_KINDS)]
             leader = emulated.leader(place)
             others = [host for host in range(HOSTS) if host != leader]
+            serving = {int(entry.host[-1]) for entry in roster.read(place) if not entry.shards} - {leader}
+            if serving and number % 2 == 0:
+                others = sorted(serving)
             host = leader if kind == "leader" else draw.choice(others if kind == "agent" else range(HOSTS))
             spare = emulated.open(host) if kind != "cut" else None
             before = len(recovered())
@@ -371,7 +383,7 @@ def main() -> None:
             "torchrun": lambda: torchrun(folder, args.restarts),
             "calm": lambda: calm(folder, args.rounds),
             "resize": lambda: resizes(folder),
-            "hosts": lambda: hosts(folder, args.faults),
+            **{name: partial(hosts, folder, args.faults, name, plan) for name, plan in OF_HOSTS.items()},
             "goodput": lambda: goodput(folder, args.goodput_s),
         }
         for name in args.only.split(","):

@@ -5,6 +5,7 @@ import socket
 import struct
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from copy import copy
 
 from shoal.comm.status import Phase, Reporter, peer_name
@@ -56,6 +57,8 @@ class _Wire:
     def close(self) -> None:
         for peer in self.peers:
             if peer is not None:
+                with suppress(OSError):  # the other end was quicker
+                    peer.shutdown(socket.SHUT_WR)  # an agent may have it, too: closing alone would tell nobody
                 peer.close()
 
     def inbox(self, origin: int, channel: int) -> deque[tuple[int, int, bytes]]:
@@ -119,6 +122,15 @@ class Mesh:
         made._channel = channel
         made._places = tuple(self._places[rank] for rank in ranks)
         made._names = tuple(self._names[rank] for rank in ranks)
+        return made
+
+    def across(self, ranks: Sequence[int], channel: int, *, first: int) -> "Mesh":
+        """From one side to the other one: to these ranks, of which this one is none. See ``first`` of the class."""
+        made = copy(self)
+        made.rank, made.world = -1, len(ranks)
+        made._channel = channel
+        made._places = tuple(self._places[rank] for rank in ranks)
+        made._names = tuple(range(first, first + len(ranks)))
         return made
 
     def close(self) -> None:

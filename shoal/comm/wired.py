@@ -8,7 +8,7 @@ epoch is over: whoever waits on one raises PeerLost.
 from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from shoal.comm.group import Partition, SocketGroup
 from shoal.comm.lanes import Work, each_of
 from shoal.comm.mesh import Mesh
+from shoal.comm.status import SERVERS
 
 _PIECE, _ALONE = 6, 7  # message kinds, on lanes of their own
 
@@ -25,8 +26,21 @@ _PIECE, _ALONE = 6, 7  # message kinds, on lanes of their own
 class WiredGroup(SocketGroup):
     """See Group. ``mesh`` has a socket to every worker, of this host and of others."""
 
+    servers: Mesh | None = field(default=None, kw_only=True)  # to parameter servers; of a server, to the workers
+
     def split(self, partition: Partition) -> "WiredGroup":
-        return self._split(partition)[0]
+        made = self._split(partition)[0]
+        made.servers = None
+        return made
+
+    def apart(self, workers: int) -> "WiredGroup":
+        """Of workers and then servers: all workers, with a way to each server; or a server alone, with a way to each
+        worker. The last part that is made of this group."""
+        made = self.split([range(workers), *([server] for server in range(workers, self.world))])
+        serves = self.rank >= workers
+        others = range(workers) if serves else range(workers, self.world)
+        made.servers = self.mesh.across(others, next(self.parts), first=0 if serves else SERVERS)
+        return made
 
     def lane(self, *, shared: bool = False) -> "WiredLane":
         return WiredLane(self.split([range(self.world)]).mesh)

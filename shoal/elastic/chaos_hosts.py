@@ -63,8 +63,9 @@ def rehearse_hosts(
     for fault in faults:
         if fault.host >= hosts:
             raise UserError(f"fault {str(fault)!r}: the hosts are numbered 0 to {hosts - 1}.")
-    if plan.workers < hosts:
-        raise UserError(f"--workers {plan.workers}: {hosts} hosts need a worker each.")
+    if plan.workers + plan.server_processes < hosts:
+        beside = f" and {plan.server_processes} servers" if plan.server_processes else ""
+        raise UserError(f"--workers {plan.workers}{beside}: {hosts} hosts need a worker or a server each.")
     report = replace(recipe.report, evaluate_every=10**9, checkpoint_every=10**9, sample=False, tensorboard=False)
     recipe = replace(recipe, epochs=0, report=report)
     mine: dict[str, Any] = {"model": model, "data": data}

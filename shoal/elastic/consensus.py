@@ -4,7 +4,8 @@ Raft (Ongaro and Ousterhout, 2014), with what a run of workers needs of it. An a
 number: what it promised and holds is kept (`Keep`) before anybody hears of it. Entries are opaque; `Voters` among them
 change who is asked, one agent at a time (Ongaro, 2014, section 4.1), which is how a lost host stops counting. An agent
 that would lead first asks whether it could (section 9.6), and one that has heard of its leader lately says no: who
-comes back from behind a cut cable does not unseat the leader of all others.
+comes back from behind a cut cable does not unseat the leader of all others. Of two voters the one that leads may take
+the other one out alone: whoever of them would lead needs its vote.
 
 Time is each agent's own: only differences of one clock are used, so that clocks may be set to anything. An agent has a
 *lease* (Gray and Cheriton, 1989) while it knows that a leader, itself led by most, heard it less than LEASE_S ago. A
@@ -317,6 +318,9 @@ class Agent:
 
     def _lead(self, now: float) -> list[Output]:
         if not self._most({self.number, *(a for a, at in self._heard.items() if now - at < SILENT_S)}):
+            alone = Voters((self.number,))
+            if len(self.voters) == 2 and self._may_change(alone):
+                return self._add(alone, now)  # nobody leads without this one's vote: the other one cannot go on
             self._follow(self.term, now)  # cut off from most: whoever asks this one should ask others
             self.leader = None
             return []

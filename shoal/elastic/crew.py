@@ -24,7 +24,7 @@ from shoal.elastic.kernel import look
 from shoal.elastic.pace import Pace
 from shoal.elastic.process import Program
 from shoal.elastic.record import Record
-from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS, Formation, formation_for
+from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS, Formation, formation_for, named
 from shoal.elastic.seat import DRAINS, ROWS
 from shoal.elastic.waste import Waste
 from shoal.elastic.watch import Watch
@@ -299,7 +299,7 @@ class ElasticCrew:
         self.wish = wanted.number
         if wanted.drain == "all":
             self.ask_stop()
-        elif wanted.drain.isdigit() and int(wanted.drain) < len(self.membership.members):
+        elif wanted.drain.isdecimal() and int(wanted.drain) < len(self.membership.members):
             seat = self.membership.members[int(wanted.drain)]
             self._decide(m.Drain(seat, wanted.why or f"{self._name(seat)} was asked to leave"))
         elif wanted.servers > 0 and self.servers:
@@ -408,8 +408,7 @@ class ElasticCrew:
         with SocketPairs(range(count)) as pairs:
             for rank, seat in enumerate(form.seats):
                 if seat in self.processes:
-                    server = rank - self.formation.workers
-                    self.processes[seat].name = f"rank {rank}" if server < 0 else f"server {server}"
+                    self.processes[seat].name = named(rank, self.formation.workers)
                 mine = [pairs.end(rank, other).fileno() for other in range(count) if other != rank]
                 order = {**self._terms(form, rank), "run": str(self.record.run_dir or ""), "arenas": bool(shared)}
                 self.processes.order(seat, order, [heap, self.mirror, *shared, *mine])

@@ -25,6 +25,7 @@ from shoal.elastic.crew import END_S, ElasticCrew, ElasticJob
 from shoal.elastic.epoch_links import EpochLinks, shut
 from shoal.elastic.links import Differs, Heard, Linked, Links, NotLinked, Pair, Refused
 from shoal.elastic.promises import Promises
+from shoal.elastic.replan import named
 from shoal.elastic.seat import ROWS
 from shoal.errors import UserError
 from shoal.run.events import read_events
@@ -74,7 +75,7 @@ class CrewOfHosts(ElasticCrew):
         kept = self.promises
         raft = Agent(job.number, numbers, own, term=kept.term, voted=kept.voted, log=list(kept.log))
         asked = self.membership
-        fleet = f.Fleet(len(numbers), asked.wanted, asked.least, asked.most)
+        fleet = f.Fleet(len(numbers), asked.wanted, asked.least, asked.most, job.servers)
         self.council = Council(raft, fleet, own, self.host, wish=roster.wanted_of(job.run_dir).number)
         self.membership = fleet.membership
         self.epoch: EpochLinks | None = None
@@ -272,6 +273,7 @@ class CrewOfHosts(ElasticCrew):
         self.board.call_broken(False)
         self.board.ask_change(False)
         self.pace.changed()
+        self.servers = self.council.fleet.servers
         self.formation = self._formation(len(form.seats))
         if self.epoch:
             self.epoch.hang_up()
@@ -279,7 +281,7 @@ class CrewOfHosts(ElasticCrew):
         lives = [self.council.fleet.homes.get(seat) for seat in form.seats]
         self.epoch = epoch = EpochLinks(form, own, set(), [life[0] if life else -1 for life in lives])
         for rank, seat in own.items():
-            self.processes[seat].name = f"rank {rank}"
+            self.processes[seat].name = named(rank, self.formation.workers)
             epoch.missing.update(epoch.pairs(rank))
         self.again.clear()
         for pair in [pair for pair in self.early if pair.epoch <= form.epoch]:
@@ -318,9 +320,9 @@ class CrewOfHosts(ElasticCrew):
         epoch.ordered = True
         epoch.missing.clear()
         heap, own = heap_file(), sorted(epoch.own)
-        several = len(own) < len(epoch.form.seats)
+        wired = len(own) < len(epoch.form.seats) or self.formation.servers > 0
         made_arenas = [a for s in epoch.own.values() if s in self.processes for a in self.processes[s].arena[:1]]
-        arenas = made_arenas if not several and len(made_arenas) == len(own) else []
+        arenas = made_arenas if not wired and len(made_arenas) == len(own) else []
         dead, other_end = socket.socketpair()
         other_end.close()
         run = str(self.job.run_dir) if self.council.fleet.made else ""
@@ -333,7 +335,7 @@ class CrewOfHosts(ElasticCrew):
                     else epoch.far.get(Pair(epoch.form.epoch, min(rank, other), max(rank, other)), dead)
                     for other in others
                 ]
-                terms = {"run": run, "arenas": bool(arenas), "wired": several, "homes": epoch.homes}
+                terms = {"run": run, "arenas": bool(arenas), "wired": wired, "homes": epoch.homes}
                 order = {**self._terms(epoch.form, rank), **terms}
                 files = [heap, self.mirror, *arenas, *(each.fileno() for each in sockets)]
                 self.processes.order(epoch.own[rank], order, files)
@@ -379,7 +381,7 @@ class CrewOfHosts(ElasticCrew):
     def _listen_to_wishes(self) -> None:
         wanted = roster.wanted_of(self.job.run_dir)
         if self.council.leads and wanted.number > self.council.fleet.wish:
-            wished = f.Wished(wanted.number, wanted.workers, wanted.drain, wanted.why)
+            wished = f.Wished(wanted.number, wanted.workers, wanted.drain, wanted.why, wanted.servers)
             self._carry_out(self.council.want(wished, time.monotonic()))
 
     # --- what is told: by the leader, for all -----------------------------------------------------------------

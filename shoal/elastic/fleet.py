@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from shoal.elastic import membership as m
 from shoal.elastic import roster
+from shoal.elastic.replan import MOST_SERVERS, named, servers_for
 
 Life = tuple[int, int]  # agent, life
 
@@ -42,12 +43,14 @@ class Begin:
 
 @dataclass(frozen=True)
 class Wished:
-    """Somebody asks for another number of workers, for an end, or for a host to go: see shoal.elastic.roster."""
+    """Somebody asks for another number of workers or servers, for an end, or for a host to go: see
+    shoal.elastic.roster."""
 
     number: int
     workers: int
     drain: str
     why: str
+    servers: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,14 @@ class Host:
 
 @dataclass
 class Fleet:
-    """``asked`` workers on ``agents`` hosts, each of which takes its even part: who is lost leaves room."""
+    """``asked`` workers, of which so many are parameter ``servers``, on ``agents`` hosts, each of which takes its even
+    part: who is lost leaves room."""
 
     agents: int
     asked: int
     least: int
     most: int
+    servers: int = 0
     membership: m.Membership = field(init=False)
     hosts: dict[int, Host] = field(default_factory=dict)
     homes: dict[int, Life | None] = field(default_factory=dict)  # seat -> where it lives; None: no host was there
@@ -151,8 +156,9 @@ class Fleet:
         return members.index(seat) if seat in members else None
 
     def who(self, seat: int) -> str:
-        rank = self.rank(seat)
-        return f"{'a new worker' if rank is None else f'rank {rank}'} on {self.host(seat)} (pid {self.pids.get(seat)})"
+        rank, count = self.rank(seat), len(self.membership.members)
+        name = "a new worker" if rank is None else named(rank, count - servers_for(count, self.servers))
+        return f"{name} on {self.host(seat)} (pid {self.pids.get(seat)})"
 
     # --- entries ----------------------------------------------------------------------------------------------
 
@@ -215,15 +221,23 @@ class Fleet:
             return [Stop()]
         if wished.drain.startswith(roster.HOST):
             return self._drain(wished.drain.removeprefix(roster.HOST), wished.why, now)
-        if wished.drain.isdigit() and int(wished.drain) < len(members):
+        if wished.drain.isdecimal() and int(wished.drain) < len(members):
             seat = members[int(wished.drain)]
             why = wished.why or f"{self.who(seat)} was asked to leave"
             home = self.homes[seat]
             return self._said(home, m.Drain(seat, why), now) if home else []
-        if not self.least <= wished.workers <= self.most:
-            return [*self.membership.on(m.Resize(wished.workers, ""), now)] if wished.workers else []
-        self.asked = wished.workers
-        return self._fit(wished.why or f"{wished.workers} workers were asked for", now)
+        if wished.servers and self.servers:
+            asked, self.servers = self.asked - self.servers, min(wished.servers, MOST_SERVERS)
+            why = wished.why or f"{wished.servers} servers were asked for"
+        else:
+            asked, why = wished.workers, wished.why or f"{wished.workers} workers were asked for"
+        processes = asked + self.servers
+        if not asked:
+            return []
+        if not self.least <= processes <= self.most:
+            return [*self.membership.on(m.Resize(processes, ""), now)]
+        self.asked = processes
+        return self._fit(why, now)
 
     # --- hosts ------------------------------------------------------------------------------------------------
 

@@ -38,10 +38,6 @@ def check_hosts(recipe: Recipe, plan: Plan, least: int) -> None:
             f"plan: states = {plan.states!r} between hosts brings parameters in by hooks on blocks, which a compiled "
             f"model does not keep: leave model.compile out."
         )
-    if plan.sync != "exact":
-        raise UserError(
-            f"plan: sync = {plan.sync!r} is elastic on one host only: leave it out, or --agents and --emulate-hosts."
-        )
     if plan.device not in ("", "auto", "cpu"):
         raise UserError(f"plan: device = {plan.device!r}: elastic workers of several hosts train on processors so far.")
 

@@ -15,7 +15,8 @@ from shoal.elastic import transfer
 from shoal.elastic.culprits import Wrong, culprits
 from shoal.elastic.membership import FRESH
 from shoal.elastic.mirror import Mirror
-from shoal.elastic.peer_copies import PeerCopies, replenish
+from shoal.elastic.mirrored_epoch import MirroredEpoch
+from shoal.elastic.peer_copies import replenish
 from shoal.elastic.replan import Formation, plan_of
 from shoal.elastic.seat import Place, Released, Seat, SeatReporter
 from shoal.elastic.serving import serve_epoch
@@ -31,11 +32,12 @@ from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.first_batch import subject_of
 from shoal.train.held_parts import HeldParts
-from shoal.train.loop import Loop, Order, made_model, model_to_place, open_splits, worker_of
+from shoal.train.first_model import made_model, model_to_place
+from shoal.train.loop import Loop, Order, open_splits, worker_of
 from shoal.train.not_finite import NotFinite
 from shoal.train.optimizers import make_optimizer
-from shoal.train.step import Step
 from shoal.train.precision import settled
+from shoal.train.step import Step
 
 REMEMBERED = 8  # committed steps that every worker could still tell of, should rank 0 not have told them
 
@@ -111,10 +113,10 @@ class _Life:
     def _agreed(self, place: Place) -> tuple[Place, bool]:
         """Where several hosts mirror what their workers hold: all of them go on from the newest step that they have
         together. Whether they do not have one: then the run goes on from the disk, with models made anew."""
-        if self.mirror is None or not place.homes or place.cold:
+        if self.mirror is None or place.copies is None or place.cold:
             return place, False
         due = self.loop.at if self.loop is not None and self.loop.due else FRESH
-        found = replenish(self.mirror, place.group, place.homes, due)
+        found = replenish(self.mirror, place.copies, place.homes, due)
         if found is None:
             return replace(place, cold=True), True
         step, due_then = found
@@ -135,7 +137,6 @@ class _Life:
     def _serve(self, place: Place) -> None:
         """Until the epoch ends."""
         assert self.mirror is not None
-        self.mirror.enter(place.rank, len(place.steps), FRESH if place.cold else max(place.steps), 0)
         self.served = True
         trained = [name for name, p in self.worker.held.module.named_parameters() if p.requires_grad]
         serve_epoch(place, trained[::-1], self.mirror)
@@ -171,9 +172,7 @@ class _Life:
     def _begun(self, place: Place) -> "ElasticLoop":
         """Nobody holds a state: from the newest checkpoint of the run, or from the start."""
         worker, order = self.worker, self.order
-        if self.mirror is not None and worker.rank == (
-            place.homes.index(place.homes[worker.rank]) if place.homes else 0
-        ):
+        if self.mirror is not None and place.first_here:
             self.mirror.clear()
         if self.loop is not None and self.loop.log is not None:
             self.loop.log.close()
@@ -263,7 +262,7 @@ class ElasticLoop(Loop):
         self.began_s = time.perf_counter()
         self.result: dict[str, Any] | None = None
         self.mirror: Mirror | None = None
-        self.copies: PeerCopies | None = None  # of the epoch, as the next one
+        self.mirrored: MirroredEpoch | None = None  # of the epoch, as the next one
         self.parts: HeldParts | None = None
 
     def begin(self, *, first: bool, lenient: bool) -> None:
@@ -284,15 +283,8 @@ class ElasticLoop(Loop):
 
     def enter(self, mirror: Mirror | None, step: int, place: Place) -> None:
         """An epoch begins, from a step that ``mirror`` holds."""
-        self.mirror, self.parts, self.copies = mirror, None, None
-        if mirror is None:
-            return
-        of_hosts: dict[str, Any] = {}
-        if place.homes:
-            group = place.group.split([range(len(place.homes))])
-            self.copies = copies = PeerCopies(mirror, group, place.homes)
-            of_hosts = {"epoch": place.epoch, "wards": copies.wards, "elsewhere": copies.elsewhere}
-        mirror.enter(self.worker.rank, len(place.steps), step, self.worker.step, **of_hosts)
+        self.mirror, self.parts = mirror, None
+        self.mirrored = MirroredEpoch(mirror, place, step, self.worker.step) if mirror is not None else None
 
     def state(self) -> Checkpoint:
         """All that another worker needs to be in this one's place."""
@@ -301,8 +293,7 @@ class ElasticLoop(Loop):
     def _reflect(self) -> None:
         """Mirror what this worker holds after the step that it has just done."""
         worker = self.worker
-            "batches": [list(change) for change in worker.batches],
-        if self.mirror is None:
+        if self.mirrored is None:
             return
         if self.parts is None:
             assert worker._update is not None
@@ -311,17 +302,14 @@ class ElasticLoop(Loop):
             "step": worker.step,
             "optimizer": self.parts.facts(),
             "kept": {name: thing.state_dict() for name, thing in worker._kept.items()},
+            "batches": [list(change) for change in worker.batches],
             "aliases": self.parts.aliases,
             "loop": self._stand() if worker.rank == 0 else {},
         }
-        written = self.mirror.write(worker.step, self.parts.tensors(), facts)
-        if self.copies is not None:
-            self.copies.send(worker.step, written)
-            self.copies.take(worker.step)
-        elif not worker.plan.server_processes:  # these mirror by themselves
-            worker.settle()
+        self.mirrored.write(worker.step, self.parts.tensors(), facts)
+        if self.mirrored.copies is None:
+            worker.settle()  # servers answer once they have mirrored the step
             worker.group.gather(b"")  # nobody begins a step before this one is whole: a loss costs one, not two
-            **self.batching.facts(),
 
     def _stand(self) -> dict[str, Any]:
         return {
@@ -330,11 +318,11 @@ class ElasticLoop(Loop):
             "loss": self.loss,
             "figures": self.figures,
             "checkpoint": self.checkpoint,
-        self.batching.take(self.worker, facts)
             "last_of_epoch": self.last_of_epoch,
             "spent_s": time.perf_counter() - self.began_s,  # clocks of two hosts have nothing in common
             "precision": self.recipe.precision,
             "recent": list(self.recent),
+            **self.batching.facts(),
         }
 
     def stand(self, facts: Mapping[str, Any]) -> None:
@@ -343,6 +331,7 @@ class ElasticLoop(Loop):
         self.figures, self.checkpoint = facts["figures"], facts["checkpoint"]
         self.last_of_epoch, self.began_s = facts["last_of_epoch"], time.perf_counter() - facts["spent_s"]
         self.recent = deque(facts["recent"], maxlen=REMEMBERED)
+        self.batching.take(self.worker, facts)
 
     def take_rank(self) -> None:
         """Rank 0 keeps the log: it begins, or ends, with the rank."""
@@ -411,7 +400,6 @@ class ElasticLoop(Loop):
         """The result, once rank 0 has written everything that is to be written, and all know it."""
         if self.result is None:
             ended = self._end(time.perf_counter() - self.began_s)
-        beside |= self.batching.committed(self.worker, step, seconds)
             self.result = ended if self.worker.rank == 0 else None
         told = self.worker.group.gather(json.dumps(self.result).encode())[0]
         result: dict[str, Any] = json.loads(told)
@@ -423,7 +411,8 @@ class ElasticLoop(Loop):
         assert figures is not None
         self.loss = figures.loss
         self.samples += step.samples
-        beside = self._beside(step, rate, seconds)
+        changed = self.batching.committed(self.worker, step, seconds)
+        beside = {**self._beside(step, rate, seconds), **changed}
         for number, _, extra in self.worker.told():
             self.recent.append(
                 {

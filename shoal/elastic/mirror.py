@@ -108,7 +108,7 @@ class Mirror:
 
     @property
     def begins(self) -> int:
-        """The step that this epoch goes on from, once its rank 0 has entered."""
+        """The step that this epoch goes on from, once somebody who knows it has entered."""
         return int(self._header[self._half, _BEGINS])
 
     def enter(
@@ -116,14 +116,15 @@ class Mirror:
         rank: int,
         world: int,
         step: int,
-        begins: int,
+        begins: int | None,
         *,
         epoch: int = 0,
         wards: Collection[int] = (),
         elsewhere: Collection[int] = (),
     ) -> None:
         """Begin an epoch that goes on from a whole ``step``, -1: from nothing here, but perhaps from a checkpoint of
-        step ``begins``. Before the first `write` of anybody, all must have entered.
+        step ``begins``, None of who does not know it and leaves it to the others of this host. Before the first `write`
+        of anybody, all must have entered.
 
         Of several hosts: the number of the epoch, the ranks that this worker keeps copies of, and those that this host
         keeps nothing of."""
@@ -134,7 +135,7 @@ class Mirror:
         for number in range(2):
             marks = self._marks(self._half, number)
             marks[list(own)], marks[list(elsewhere)] = _NEVER, _ELSEWHERE
-        if rank == 0:
+        if begins is not None:
             self._header[self._half, _BEGINS] = begins
         self._header[self._half, _EPOCH] = epoch
         self._header[self._half, _WORLD] = world

@@ -3,7 +3,8 @@
 After each step every worker sends what it has mirrored to a worker of another host, its *keeper*, which writes it into
 its own host's memory: any one host may be lost, with its agent, its workers and its memory. A worker posts its part of
 the next step only when it has all of its *wards'* copies. So whoever has ended that step's exchange knows that the step
-before it is there twice, and may write over the one before that.
+before it is there twice, and may write over the one before that. A parameter server answers for an update once its
+keeper has said that it has the copy.
 """
 
 import json
@@ -17,7 +18,7 @@ from shoal.elastic.mirror import Kept, Mirror
 from shoal.elastic.mirror_regions import Packed, Pen
 from shoal.elastic.transfer import PIECE
 
-_COPY = 10  # message kind
+_COPY, _KEPT = 10, 11  # message kinds
 _HEAD = struct.Struct("<qqq")  # bytes of the table (-1: as before), of the facts, of the numbers
 
 
@@ -37,9 +38,10 @@ def keepers(homes: Sequence[int]) -> list[int | None]:
 
 
 class PeerCopies:
-    """Of one worker in one epoch. ``group`` is a part of its own, so that copies are not among other words."""
+    """Of one process in one epoch. ``group`` is a part of its own, so that copies are not among other words; the last
+    ranks of it are ``servers``."""
 
-    def __init__(self, mirror: Mirror, group: SocketGroup, homes: Sequence[int]) -> None:
+    def __init__(self, mirror: Mirror, group: SocketGroup, homes: Sequence[int], *, servers: int = 0) -> None:
         self._mirror, self._mesh, rank = mirror, group.mesh, group.rank
         keeps = keepers(homes)
         self._keeper = keeps[rank]
@@ -47,6 +49,7 @@ class PeerCopies:
         here = {each for each, home in enumerate(homes) if home == homes[rank]}
         kept = here | {ward for ward, keeper in enumerate(keeps) if keeper in here}
         self.elsewhere = [each for each in range(group.world) if each not in kept]
+        self._servers = range(group.world - servers, group.world)
         self._sent = b""  # the last table
         self._tables: dict[int, bytes] = {}
 
@@ -64,6 +67,13 @@ class PeerCopies:
             room = self._mirror.take(ward, step, table, facts, size)
             _numbers(self._mesh, ward, step, room)
             self._mirror.taken(ward, step)
+            if ward in self._servers:
+                self._mesh.send(ward, _KEPT, step)
+
+    def acknowledged(self, step: int) -> None:
+        """Of a server: waits until its keeper has the copy. Raises PeerLost."""
+        if self._keeper is not None:
+            self._mesh.receive(self._keeper, _KEPT, step)
 
 
 # --- a step put together --------------------------------------------------------------------------------------------

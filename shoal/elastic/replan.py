@@ -48,6 +48,11 @@ def formation_for(processes: int, servers: int, depth: int, *, shards: int, deep
     return Formation(evenly((processes - serving) // stages, shards), stages, serving)
 
 
+def named(rank: int, workers: int) -> str:
+    """What a process is called, of so many workers and then servers."""
+    return f"rank {rank}" if rank < workers else f"server {rank - workers}"
+
+
 def servers_for(processes: int, wanted: int) -> int:
     """How many of so many processes are parameter servers: one at least is a worker."""
     return min(wanted, processes - 1)

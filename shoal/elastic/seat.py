@@ -68,7 +68,8 @@ class Place:
     run: str  # the run directory; "" when there is none yet
     quiet: bool  # all who are not in this epoch any more can write to no memory
     homes: tuple[int, ...]  # the host that each rank lives on; () in a run on one host
-    group: HostGroup | WiredGroup
+    group: HostGroup | WiredGroup  # of all workers; of a server, it alone
+    copies: HostGroup | WiredGroup | None  # of several hosts: all, for what these keep of each other
 
     @property
     def server(self) -> int:
@@ -198,12 +199,16 @@ class Seat:
         peers = [socket.socket(fileno=file) for file in files]
         places = [*peers[:rank], None, *peers[rank:]]
         workers = world - order["servers"]
-        if order["servers"]:
+        homes, copies = tuple(order.get("homes", ())), None
+        if order.get("wired", False):
+            everybody = WiredGroup(rank, world, Mesh(rank, places, self.report), self.report, self._emit)
+            copies = everybody.split([range(world)])
+            self._group = everybody.apart(workers) if order["servers"] else everybody
+        elif order["servers"]:
             self._group = self._beside_servers(rank, workers, places, arenas)
-        elif order.get("wired", False):
-            self._group = WiredGroup(rank, world, Mesh(rank, places, self.report), self.report, self._emit)
         else:
             self._group = self._group_of(rank, places, self._heap, arenas)
+            copies = self._group.split([range(world)]) if homes else None
         self._epoch = order["epoch"]
         self.report.member, self.report.rank = True, rank
         if self.report.rehearsal is not None and order["epoch"] > 1:
@@ -218,8 +223,9 @@ class Seat:
             rank=rank,
             run=order["run"],
             quiet=order["quiet"],
-            homes=tuple(order.get("homes", ())),
+            homes=homes,
             group=self._group,
+            copies=copies,
         )
 
     def hang_up(self) -> None:
@@ -227,7 +233,7 @@ class Seat:
         self.report.member = False
         if self._group is not None:
             self._group.mesh.close()
-            if isinstance(self._group, HostGroup) and self._group.servers is not None:
+            if self._group.servers is not None:
                 self._group.servers.close()
             self._group = None
         self._close_heap()

@@ -1,18 +1,23 @@
 """A parameter server's part in an epoch of an elastic run: what it holds is mirrored before it answers for an update.
 
-An update that workers have heard of is thereby in memory that outlives the server. Who serves next, whichever process,
-is given the weights and states by the first worker, as in any run; a push that was not answered for is made again."""
+An update that workers have heard of is thereby in memory that outlives the server, and on several hosts in that of
+another host. Who serves next, whichever process, is given the weights and states by the first worker, as in any run; a
+push that was not answered for is made again."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from shoal.comm.group import HostGroup
+from shoal.comm.heap import Heap, heap_file
 from shoal.comm.server.service import Service
 from shoal.comm.server.shared import serve
 from shoal.comm.server.store import Store
+from shoal.elastic.membership import FRESH
 from shoal.elastic.mirror import Mirror
+from shoal.elastic.mirrored_epoch import MirroredEpoch
 from shoal.elastic.seat import Place
 from shoal.train.held_parts import HeldPart, state_parts
 
@@ -20,22 +25,29 @@ from shoal.train.held_parts import HeldPart, state_parts
 def serve_epoch(place: Place, names: Sequence[str], mirror: Mirror) -> None:
     """Until all workers of the epoch have hung up. ``names``: of the trained parameters, in the flat buffer's order."""
     group = place.group
-    assert isinstance(group, HostGroup)
+    shared = isinstance(group, HostGroup)
     assert group.servers is not None
-    assert group.server_heap is not None
+    if place.cold and place.first_here and not shared:
+        mirror.clear()
+    mirrored = MirroredEpoch(mirror, place, FRESH if place.cold else max(place.steps), None)
 
     def updated(service: Service) -> None:
         step = mirror.begins + service.updates
-        mirror.write(step, _parts(service.store, names), _facts(service.store, names, step))
+        mirrored.write(step, _parts(service.store, names), _facts(service.store, names, step))
 
-    serve(
-        place.server,
-        group.servers,
-        group.server_heap,
-        group.report,
-        updated=updated,
-        first=lambda: mirror.begins + 1,
-    )
+    def serve_on(heap: Heap) -> None:
+        first, assigned = (lambda: mirror.begins + 1), (place.server, group.servers, heap, group.report)
+        serve(*assigned, shared=shared, updated=updated, first=first)
+
+    if isinstance(group, HostGroup):
+        assert group.server_heap is not None
+        serve_on(group.server_heap)
+        return
+    file = heap_file()
+    try:
+        serve_on(Heap(file))
+    finally:
+        os.close(file)
 
 
 def _parts(store: Store, names: Sequence[str]) -> list[HeldPart]:

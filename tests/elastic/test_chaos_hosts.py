@@ -8,6 +8,7 @@ from shoal.elastic.host_faults import HOST_KINDS, LEADER, LINKS, HostFault, usua
 from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 
+SERVED = {"sync": "parameter-server", "servers": 1}
 CNN, DATA = recipe("cnn", steps=30), splits("cnn", 101)
 
 
@@ -49,8 +50,9 @@ def test_the_usual_faults_are_all_kinds_and_leaders_too_each_of_a_host_that_is_t
     [
         (2, {}, [], "of two hosts neither goes on"),
         (40, {}, [], "use 2 to 32"),
-        (3, {"mesh": {"data": 2}}, [], "3 hosts need a worker each"),
-        (3, {"mesh": {"pipe": 3}}, [], "elastic on one host only"),
+        (3, {"mesh": {"data": 2}}, [], "3 hosts need a worker or a server each"),
+        (4, {"mesh": {"data": 2}, **SERVED}, [], "--workers 2 and 1 servers: 4 hosts need"),
+        (3, {"mesh": {"tensor": 3}}, [], "a mesh with tensor = 3 is not elastic yet"),
         (3, {}, [HostFault("cut", 3)], "numbered 0 to 2"),
     ],
 )

@@ -216,21 +216,47 @@ def test_an_agent_that_comes_back_does_not_unseat_the_leader():
     assert net.agents[away].leader == leader
 
 
-def test_a_lost_agent_stops_counting_and_one_of_the_two_that_are_left_decides_nothing_alone():
+def of_two() -> tuple[Network, int, int]:
+    """Three agents of which one is lost; who leads of the two that are left, and who does not."""
     net = Network(3, 3)
     net.run(3.0)
     first = next(n for n in net.agents if n != net.leader())
     net.kill(first)
     net.run(net.now + 4.0)
-    assert set(net.agents[net.leader()].voters) == set(net.agents) - {first}
-    second = next(n for n in net.agents if n not in (first, net.leader()))
-    net.kill(second)
-    net.run(net.now + 1.0)
-    last = ({*net.agents} - {first, second}).pop()
-    before = len(net.applied[last])
+    leader = net.leader()
+    assert leader is not None
+    assert set(net.agents[leader].voters) == set(net.agents) - {first}
+    return net, leader, next(n for n in net.agents if n not in (first, leader))
+
+
+@pytest.mark.parametrize("both_ways", [None, False, True], ids=["killed", "cut off one way", "cut off"])
+def test_of_two_the_one_that_leads_goes_on_alone_once_the_others_lease_has_run_out(both_ways):
+    net, leader, other = of_two()
+    if both_ways is None:
+        net.kill(other)
+    else:
+        net.cut_off({other}, both_ways=both_ways)
+    net.run(net.now + consensus.SILENT_S * 1.5)
+    assert net.agents[leader].voters == (leader,)
+    assert net.clock(other) > net.agents[other].lease
     net.propose("alone")
-    net.run(net.now + 5.0)
-    assert len(net.applied[last]) == before, "one of two is no majority: it cannot know whether the other one lives"
+    net.run(net.now + 2.0)
+    assert "alone" in net.applied[leader]
+    assert ("alone" in net.applied[other]) == (both_ways is False), "it hears of what it has no say in, or does not"
+    if both_ways is not None:
+        net.heal()
+        net.run(net.now + 3.0)
+        assert set(net.agents[leader].voters) == {leader, other}
+        assert net.applied[other] == net.applied[leader]
+
+
+def test_of_two_the_one_that_does_not_lead_decides_nothing_alone():
+    net, leader, other = of_two()
+    net.kill(leader)
+    before = len(net.applied[other])
+    net.run(net.now + 6.0)
+    assert net.agents[other].role is not Role.leader, "it cannot know what the leader has decided without it"
+    assert len(net.applied[other]) == before
 
 
 def test_agents_that_apply_the_same_entries_have_the_same_membership():

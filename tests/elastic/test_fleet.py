@@ -7,8 +7,8 @@ from shoal.elastic import membership as m
 class Trained:
     """A fleet of three hosts whose workers do what they are told."""
 
-    def __init__(self) -> None:
-        self.fleet = f.Fleet(3, 3, 1, 8)
+    def __init__(self, processes: int = 3, servers: int = 0) -> None:
+        self.fleet = f.Fleet(3, processes, 1, 8, servers)
         self.said = dict.fromkeys(range(3), 0)
         self.lives = {agent: 10 + agent for agent in range(3)}
         self.done: list[f.Instruction] = []
@@ -73,3 +73,19 @@ def test_an_unknown_host_is_nobodys():
     run = Trained()
     assert run.on(f.Wished(1, 0, "host:host-7", "")) == []
     assert run.hosts == ["host-0", "host-1", "host-2"]
+
+
+def test_servers_are_added_beside_as_many_workers_as_before_and_a_lost_one_is_called_a_server():
+    run = Trained(processes=4, servers=1)
+    run.on(f.Wished(1, 0, "", "", servers=2))
+    run.leave(3)
+    members = run.fleet.membership.members
+    assert (len(members), run.fleet.servers) == (5, 2)
+    assert [run.fleet.who(seat).split(" on ")[0] for seat in members] == [
+        *("rank 0", "rank 1", "rank 2"),
+        *("server 0", "server 1"),
+    ]
+    run.on(f.Wished(2, 0, "", "somebody asks for nothing"))
+    assert run.fleet.asked == 5
+    run.on(f.Wished(3, 2, "", ""))
+    assert run.fleet.asked == 4, "two workers, and the servers stay"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from shoal.comm.group import SocketGroup
 from shoal.comm.heap import heap_file
-from shoal.comm.mesh import Mesh
+from shoal.comm.mesh import Mesh, PeerLost
 from shoal.comm.status import Reporter
 from shoal.comm.wired import WiredGroup
 from shoal.elastic.mirror import Mirror
@@ -47,6 +47,7 @@ class Hosts:
         self.mirrors: list[Mirror] = []
         self.copies: list[PeerCopies] = []
         self.epoch = 0
+        self.epochs_groups: list[SocketGroup] = []
         self._sockets: list[socket.socket] = []
 
     def lose(self, host: int) -> None:
@@ -76,10 +77,11 @@ class Hosts:
         for rank, row in enumerate(rows):
             report = Reporter(rank, 0, None)
             made.append(WiredGroup(rank, world, Mesh(rank, row, report), report, lambda _: None))
+        self.epochs_groups = made
         return made
 
-    def go_on(self, homes: list[int]) -> int | None:
-        """A new epoch; the step that it goes on from."""
+    def go_on(self, homes: list[int], servers: int = 0) -> int | None:
+        """A new epoch, whose last ranks are servers; the step that it goes on from."""
         groups, self.homes, self.epoch = self.groups(homes), homes, self.epoch + 1
         self.mirrors = [Mirror(self.files[home]) for home in homes]
         found: list[Any] = [None] * len(homes)
@@ -98,7 +100,7 @@ class Hosts:
                 check(file, step)
         self.copies = []
         for rank, mirror in enumerate(self.mirrors):
-            copies = PeerCopies(mirror, groups[rank].split([range(len(homes))]), homes)
+            copies = PeerCopies(mirror, groups[rank].split([range(len(homes))]), homes, servers=servers)
             begins = NEVER if step is None else step
             mirror.enter(rank, len(homes), begins, 0, epoch=self.epoch, wards=copies.wards, elsewhere=copies.elsewhere)
             self.copies.append(copies)
@@ -211,3 +213,36 @@ def test_a_copy_on_the_same_host_would_be_lost_with_it(stack, monkeypatch):
     assert hosts.step(1)
     hosts.lose(1)
     assert hosts.go_on([0, 1, 2]) is None
+
+
+def test_an_update_that_a_server_answers_for_is_not_lost_with_its_host(stack):
+    hosts = Hosts(3)
+    stack.callback(hosts.close)
+    homes, server = [0, 1, 2], 2
+    assert hosts.go_on(homes, servers=1) is None
+    for step in (1, 2):
+        for rank in range(3):
+            copy = hosts.mirrors[rank].write(step, held(rank, 3, step), facts(step))
+            hosts.copies[rank].send(step, copy)
+        waiting = threading.Thread(target=hosts.copies[server].acknowledged, args=(step,))
+        waiting.start()
+        keeper = keepers(homes)[server]
+        assert keeper is not None
+        hosts.copies[keeper].take(step)  # and no other worker has taken anything
+        waiting.join()
+        if step == 1:
+            for rank in {0, 1, 2} - {keeper}:
+                hosts.copies[rank].take(step)
+    hosts.lose(server)
+    assert hosts.go_on([0, 1]) == 2
+
+
+def test_a_server_whose_keeper_goes_without_its_copy_answers_for_nothing(stack):
+    hosts = Hosts(3)
+    stack.callback(hosts.close)
+    hosts.go_on([0, 1, 2], servers=1)
+    hosts.copies[2].send(1, hosts.mirrors[2].write(1, held(2, 3, 1), facts(1)))
+    keeper = keepers([0, 1, 2])[2]
+    hosts.epochs_groups[keeper].mesh.close()
+    with pytest.raises(PeerLost):
+        hosts.copies[2].acknowledged(1)

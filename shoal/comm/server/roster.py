@@ -16,6 +16,7 @@ from shoal.comm.server import shared
 from shoal.comm.server.client import Client, Link
 from shoal.comm.server.exchanges import ServedExchange, StaleExchange
 from shoal.comm.server.setup import Setup
+from shoal.comm.wired import WiredGroup
 from shoal.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,12 +41,16 @@ class Roster:
 
 
 def reach(group: Group, servers: int) -> Roster:
-    """On one host: the server processes beside the workers, through shared memory. Under torchrun and the like: server
-    s is a thread of worker s mod workers, over TCP. Called by every worker."""
+    """On one host: the server processes beside the workers, through shared memory; of elastic ones on several hosts,
+    over the sockets that the agents gave them. Under torchrun and the like: server s is a thread of worker s mod
+    workers, over TCP. Called by every worker."""
     if isinstance(group, HostGroup):
         if group.servers is None:
             raise UserError(f"{servers} parameter servers are wanted, and the run was started without any.")
         return Roster(shared.links(group.servers), group.server_heap)
+    if isinstance(group, WiredGroup):
+        assert group.servers is not None, "agents of several hosts make a server of one process at least"
+        return Roster(shared.links(group.servers), None)
     from shoal.comm.server.tcp import ServerThread, TcpLink, new_token
 
     hosts = [json.loads(said) for said in group.gather(json.dumps([group.host, _own_address()]).encode())]

@@ -4,10 +4,12 @@ import os
 import socket
 import threading
 
+import numpy as np
 import pytest
 
 from shoal.comm.heap import Heap, heap_file
 from shoal.comm.mesh import Mesh, PeerLost
+from shoal.comm.server import shared
 from shoal.comm.server.shared import SharedLink, serve
 from shoal.comm.server.wire import Kind, Message
 from shoal.comm.status import SERVERS, Reporter
@@ -34,3 +36,21 @@ def test_a_worker_that_is_lost_before_the_server_is_ready_ends_it_for_the_others
     server.join()
     pairs[1 - gone][0].close()
     os.close(file)
+
+
+def test_a_message_that_is_longer_than_a_piece_arrives_whole_and_in_order(monkeypatch):
+    monkeypatch.setattr(shared, "PIECE", 1000)
+    ours, theirs = socket.socketpair()
+    report = Reporter(0, os.getpid(), None)
+    here, there = (SharedLink(Mesh(-1, [end], report), 0) for end in (ours, theirs))
+    long = np.arange(5000, dtype=np.float32)
+    for clock, data in enumerate([long, b"", long[:7]]):
+        here.send(Message(Kind.push, clock=clock, dtype="float32" if len(data) else "none", data=data))
+    for clock, size in enumerate([5000, 0, 7]):
+        message = there.receive()
+        assert message.clock == clock
+        assert bytes(message.data) == long[:size].tobytes()
+    assert there.received_bytes == here.sent_bytes
+    here.close()
+    for end in (ours, theirs):
+        end.close()
