@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from shoal.comm import sgd
 from shoal.comm.native import build
-from shoal.comm.server import sgd
 from shoal.comm.server.api import ParameterServer
 
 compiled = pytest.mark.skipif(

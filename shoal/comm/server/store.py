@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm import past_cache
+from shoal.comm import past_cache, sgd
 from shoal.comm.finishing import finish_flat
 from shoal.comm.heap import Heap
 from shoal.comm.layout import BLOCK
 from shoal.comm.server import optimizer as optimizers
-from shoal.comm.server import sgd
 from shoal.comm.server.cuts import Part, Piece
 from shoal.comm.server.setup import Setup
 from shoal.comm.tree import Add, completion, covering
