@@ -32,8 +32,7 @@ from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.first_batch import subject_of
 from shoal.train.held_parts import HeldParts
-from shoal.train.first_model import made_model, model_to_place
-from shoal.train.loop import Loop, Order, open_splits, worker_of
+from shoal.train.loop import Loop, Order, made_model, model_to_place, open_splits, worker_of
 from shoal.train.not_finite import NotFinite
 from shoal.train.optimizers import make_optimizer
 from shoal.train.precision import settled
