@@ -3,11 +3,11 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from shoal.cli.exit_codes import DONE, FAILED
 from shoal.cli.output import json_line, table
+from shoal.cli.parser import folder
 from shoal.cli.progress import display
 from shoal.cli.recipe_arguments import Chosen, add_plan_arguments, add_recipe_arguments, choose
 from shoal.errors import UserError
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--network", choices=("relay", "namespaces"), help="of these hosts: a relay (default), or real links, as root"
     )
     parser.add_argument("--min-workers", type=int, default=1, metavar="M", help="wait below so many workers (1)")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="keep both runs in this folder")
+    parser.add_argument("--run-dir", type=folder, metavar="DIR", help="keep both runs in this folder")
 
 
 def run(args: Namespace) -> int:

@@ -51,11 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
+        if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            return _complain(f"{error.filename!r}: {error.strerror}: check the path and who may use it.", BAD_INPUT)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         return _complain(
             f"cannot write {error.filename or 'a file'!r}: {error.strerror}: free some space, or name another folder.",
-            2,
+            BAD_INPUT,
         )
     except SystemExit as stop:  # argparse, after --help or --version
         return stop.code if isinstance(stop.code, int) else DONE

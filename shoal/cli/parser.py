@@ -1,10 +1,18 @@
 """argparse whose errors are one line with the nearest option, raised as UserError."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal.errors import UserError, unknown_name
+
+
+def folder(text: str) -> Path:
+    """The type of an argument that names a folder: "", of an unset shell variable, is not the working directory."""
+    if not text:
+        raise ArgumentTypeError("it is empty: name a folder, or leave it out")
+    return Path(text)
 
 
 class OneLineParser(ArgumentParser):

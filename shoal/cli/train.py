@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shoal.cli.exit_codes import DONE, INTERRUPTED
 from shoal.cli.output import count, duration, figures, json_line, table
+from shoal.cli.parser import folder
 from shoal.cli.progress import display
 from shoal.cli.recipe_arguments import Chosen, add_plan_arguments, add_recipe_arguments, choose, speaks
 from shoal.errors import UserError
@@ -25,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_recipe_arguments(parser)
     add_plan_arguments(parser)
     parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="where the run is kept; runs/<model>-<time> if unset"
+        "--run-dir", type=folder, metavar="DIR", help="where the run is kept; runs/<model>-<time> if unset"
     )
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with a run ('latest': the newest), on any number of workers"

@@ -126,7 +126,7 @@ class Run:
     def find(target: str | Path) -> "Run":
         """The run in a folder; "latest" is the newest one under ./runs. Raises UserError when there is none."""
         path = Path("runs/latest") if str(target) == "latest" else Path(target)
-        if not (path / "recipe.toml").exists():
+        if not os.path.exists(path / "recipe.toml"):  # Path.exists raises where a name is too long
             there = ["latest", *(str(file.parent) for file in Path("runs").glob("*/recipe.toml"))]
             near = get_close_matches(str(target), there, n=1) if len(there) > 1 else []
             hint = f"did you mean {near[0]!r}?" if near else "a run directory holds recipe.toml. Try `shoal train`."
@@ -137,10 +137,16 @@ class Run:
     def check_place(path: Path | None) -> None:
         """Raises UserError where no run can be made in ``path`` (None: under ./runs), before anything is spent."""
         wished = (path or Path("runs")).absolute()
-        there = next(place for place in (wished, *wished.parents) if place.exists())
+        there = next(place for place in (wished, *wished.parents) if os.path.exists(place))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             why = "cannot be written" if there.is_dir() else "is no folder"
             raise UserError(f"cannot write the run directory {str(path or wished)!r}: {str(there)!r} {why}.")
+        try:
+            wished.lstat()
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # too long a name
+            raise UserError(f"cannot write the run directory {str(path)!r}: {error.strerror}.") from None
 
 
 def _of_its_own(wished: Path) -> Path:

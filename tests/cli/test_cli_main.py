@@ -44,6 +44,7 @@ def test_every_verb_says_what_it_does_and_shows_its_options(verb, shoal):
         (["train", "--steps"], "argument --steps: expected one argument."),
         (["train", "gpt-stdlib", "more"], "unexpected argument 'more'."),
         (["train", "--mesh", "data=²"], "--mesh 'data=²': write it as axis=workers"),
+        (["train", "--run-dir", ""], "argument --run-dir: it is empty: name a folder, or leave it out."),
         (["train", "--mesh", ""], "--mesh '': write it as axis=workers"),
         (["train", "--mesh", "data=2,data=4"], "--mesh 'data=2,data=4' gives axis 'data' twice: leave one out."),
         (["train", "--placement", "²,6"], "--placement '²,6': write whole numbers with commas between"),
@@ -72,6 +73,11 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, sho
             OSError(errno.ENOSPC, "No space left on device", "x.bin"),
             2,
             "shoal: cannot write 'x.bin': No space left on device: free some space, or name another folder.\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+            2,
+            "shoal: '/root/x': Permission denied: check the path and who may use it.\n",
         ),
     ],
 )

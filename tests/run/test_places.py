@@ -24,6 +24,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_spent(tmp
         Run.check_place(None)
 
 
+def test_a_name_that_is_too_long_is_refused_before_anything_is_spent(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write the run directory .*: File name too long"):
+        Run.check_place(tmp_path / ("a" * 300))
+    with pytest.raises(UserError, match="no run in 'aaa"):
+        Run.find("a" * 300)
+
+
 def test_a_place_where_a_run_can_be_made_is_let_pass_and_left_as_it_is(tmp_path):
     Run.check_place(tmp_path / "deep" / "run")
     assert not list(tmp_path.iterdir())
