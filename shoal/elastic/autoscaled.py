@@ -1,7 +1,7 @@
 """An elastic run of one host whose number of workers a policy changes: the shell around `shoal.elastic.autoscale`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -40,12 +40,19 @@ class AutoscaledCrew(ElasticCrew):
             return
         workers, wanted = len(self.membership.members), self.membership.wanted
         free = self.cores.beside(workers, self.policy.cores)
-        decided = self.policy.committed(Seen(workers=workers, wanted=wanted, seconds=event["seconds"], free=free))
+        decided = self.policy.committed(Seen(workers=workers, wanted=wanted, seconds=progress_s(event), free=free))
         if decided is not None:
             sizes = (("workers", decided.workers), ("before", decided.before))
             self._tell(m.Tell("autoscaled", decided.why, 0.0, more=sizes))
             if decided.workers != wanted:
                 self._decide(m.Resize(decided.workers, decided.why))
+
+
+def progress_s(event: Mapping[str, Any]) -> float:
+    """From the event of a committed step: seconds for the progress of one step of the recipe's batch.
+
+    Where the batch follows goodput, steps of other batches are worth more, or less; else it is the time of the step."""
+    return float(event["seconds"]) / float(event.get("worth", 1.0))
 
 
 def check_bounds(bounds: tuple[int, int], plan: Plan, shards: int, least: int) -> None:

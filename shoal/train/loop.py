@@ -1,6 +1,5 @@
 """The training loop of a recipe, as each worker runs it."""
 
-import json
 import math
 import sys
 import time

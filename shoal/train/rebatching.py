@@ -102,6 +102,8 @@ class BatchPolicy:
             self.noise.add(small, step.figures.norm**2, sum(passes), batch)
             most = max(sum(passes[shard] for shard in owned) for owned in worker.plan.owned(self.recipe.shards))
             self._before = Took(batch, worker.world, most, 0.0, 0.0)
+        if self.noise.known:
+            step.beside["worth"] = self.noise.gain(step.samples, self.recipe.batch)
         found = None
         if self.goodput is not None and before is not None:
             found = self.goodput.committed(before._replace(compute_s=compute_s, seconds=took_s), self.noise)

@@ -20,5 +20,5 @@ def learning_rate(recipe: Recipe, step: float, steps: float) -> float:
     if schedule.kind == "linear":
         return peak * (1 - (1 - schedule.final) * min(1.0, done))
     if schedule.kind == "step" and schedule.step_every:
-        return peak * schedule.gamma ** ((step - 1) // schedule.step_every)
+        return peak * schedule.gamma ** int((step - 1) // schedule.step_every)
     return peak

