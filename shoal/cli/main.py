@@ -14,6 +14,7 @@ from importlib import import_module
 from types import ModuleType
 
 from shoal import __version__
+from shoal.cli.ending import terminated_as_interrupted
 from shoal.cli.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from shoal.cli.parser import OneLineParser
 from shoal.errors import ShoalError, UserError, unknown_name
@@ -75,7 +76,9 @@ def _run(argv: list[str]) -> int:
     verb = load(argv[0])
     parser = OneLineParser(prog=f"shoal {argv[0]}", description=verb.HELP)
     verb.add_arguments(parser)
-    return int(verb.run(_parsed(parser, argv[1:])))
+    args = _parsed(parser, argv[1:])
+    with terminated_as_interrupted():
+        return int(verb.run(args))
 
 
 def _parsed(parser: OneLineParser, argv: list[str]) -> Namespace:

@@ -1,8 +1,11 @@
 """The command line as a whole: verbs, errors as one line, exit codes."""
 
 import errno
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -84,6 +87,39 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, sho
 def test_each_kind_of_error_has_its_exit_code(error, code, line, shoal, monkeypatch):
     monkeypatch.setattr(doctor, "run", _raises(error))
     assert shoal("doctor") == (code, "", line)
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does_and_takes_its_temporary_files_along(shoal, monkeypatch, tmp_path):
+    def run(args):
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            assert list(tmp_path.iterdir())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert shoal("doctor") == (130, "", "shoal: interrupted.\n")
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_ends_a_forked_child_at_once_and_a_handler_that_was_there_stays(shoal, monkeypatch):
+    def forks(args):
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(7)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+    monkeypatch.setattr(doctor, "run", forks)
+    assert shoal("doctor")[0] == 1
+
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))
+    try:
+        monkeypatch.setattr(doctor, "run", lambda args: os.kill(os.getpid(), signal.SIGTERM) or 0)
+        assert shoal("doctor")[0] == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == ["TERM"]
 
 
 def test_an_error_of_the_program_itself_is_not_hidden(shoal, monkeypatch):
