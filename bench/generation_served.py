@@ -2,7 +2,8 @@
 
 Every client asks /v1/completions for 64 tokens after a prompt of 32, again and again, greedily; one in so many prompts
 is long. Counted: tokens a second, CPU time of all server processes a token, time to the first token, gaps between
-tokens. The clients are those of `shoal bench serve`, in a process that shares the machine's cores with the server.
+tokens. The clients are those of `shoal bench serve`. Where there are two cores, the model process is held to the first
+and HTTP and the clients to the second: gaps between tokens are then the engine's, not those of who shares its core.
 
     python bench/generation_served.py [--seconds 15] [--quick]
 """
@@ -31,6 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 PROMPT, NEW, STREAMS = 32, 64, 16
 BODIES = 512  # prompts, in turns: what comes again has left the cache
 WARM_S = 2.0
+OTHERS = min(1, len(os.sched_getaffinity(0)) - 1)  # the core of HTTP and the clients; the model has core 0
 
 
 def save_model(folder: Path, quick: bool) -> None:
@@ -65,7 +67,8 @@ def load(port: int, pid: int, vocab: int, streams: int, seconds: float, long: in
         used.update({each: cpu_s(each) - began for each, began in before.items()})
 
     asked = Asked("127.0.0.1", port, "/v1/completions", bodies)
-    seen = send(asked, seconds=WARM_S + seconds, clients=streams, connections=streams, meanwhile=watch)
+    beside = ["taskset", "-c", str(OTHERS)] if OTHERS else []
+    seen = send(asked, seconds=WARM_S + seconds, clients=streams, connections=streams, before=beside, meanwhile=watch)
     assert {sample.status for sample in seen.samples} == {200}
     found = figures(seen, WARM_S, seconds, open_loop=False)
     first: dict[str, list[float]] = {"short": [], "long": []}
@@ -119,6 +122,9 @@ def main() -> None:
             try:
                 told = json.loads(server.stdout.readline())
                 port = int(told["url"].rpartition(":")[2])
+                os.sched_setaffinity(server.pid, {OTHERS})
+                for each in below(server.pid):
+                    os.sched_setaffinity(each, {0})
                 cases = {
                     "16 streams": (STREAMS, 0, 0),
                     "1 stream": (1, 0, 0),
