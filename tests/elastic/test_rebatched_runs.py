@@ -2,19 +2,20 @@
 the same decisions."""
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cloudpickle
 import pytest
 from train import goodput_hosts
-from train.goodput_hosts import DATA, MADE, OnHost, rebatched
+from train.goodput_hosts import DATA, MADE, SGD, OnHost, rebatched
 
 from shoal.data.ledger import Ledger
 from shoal.elastic import roster
 from shoal.elastic.faults import Fault
 from shoal.recipe.recipe import Recipe
 from shoal.run.batches import recorded
+from shoal.train.noise import PassSquares
 
 cloudpickle.register_pickle_by_value(goodput_hosts)
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -67,6 +68,27 @@ def test_a_worker_that_dies_at_a_change_of_the_batch_changes_nothing(disturb, un
     if phase == "updated":
         assert rebatched(run.events)[0] == (22, 16, 32)
     check(run, MADE, undisturbed)
+
+
+@dataclass(frozen=True)
+class Drops(OnHost):
+    """Planted: of shards whose sums are kept, what they have shown of noise is not."""
+
+    def __call__(self):
+        PassSquares.starts = property(lambda squares: ())
+        return super().__call__()
+
+
+@pytest.mark.parametrize("host", [OnHost(), Drops()], ids=["as built", "planted: noise of kept shards is dropped"])
+def test_noise_of_shards_that_survivors_had_finished_is_kept_with_their_sums(disturb, undisturbed, host):
+    """With AdaScale it is in every learning rate, and so in the weights."""
+    run = disturb(SGD, 3, data=DATA, model=host, faults=[Fault("stop", 2, 30, "forward")])
+    (recovered,) = run.of("recovered")
+    assert recovered["kept"] > 0
+    if isinstance(host, Drops):
+        assert run.result["weights_sha256"] != undisturbed(replayed(run), data=DATA), "or this test could not fail"
+    else:
+        check(run, SGD, undisturbed)
 
 
 @pytest.mark.parametrize("states", ["zero1", "zero3"])
