@@ -1,6 +1,6 @@
 """Parameters of workers of one host in one memory: each writes its own slices, and all read the whole."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,18 @@ class SharedWeights:
     shared = readable = True
 
     def __init__(
-        self, group: HostGroup, layout: Layout, parameters: Sequence[nn.Parameter], frozen: Sequence[nn.Parameter] = ()
+        self,
+        group: HostGroup,
+        layout: Layout,
+        parameters: Sequence[nn.Parameter],
+        frozen: Sequence[nn.Parameter] = (),
+        *,
+        values: Callable[[nn.Parameter], Tensor] | None = None,
     ) -> None:
-        """``parameters`` in the order of the layout. ``frozen`` ones, never written, are shared too."""
-        self._group, self._layout = group, layout
+        """``parameters`` in the order of the layout. ``frozen`` ones, never written, are shared too.
+
+        ``values`` of a parameter are made by one of the workers, each some of them; None: they are rank 0's."""
+        self._group, self._layout, self._values = group, layout, values
         self._words = group.split([range(group.world)]).mesh  # of their own: they come between those of the group
         self.parameters = parameters
         self._sequence = self._arrived = 0
@@ -54,9 +62,11 @@ class SharedWeights:
             flats[p.dtype][slot.offset : slot.offset + slot.size].view(p.shape)
             for p, slot in zip(parameters, slots, strict=True)
         ]
-        if group.rank == 0:
-            for parameter, view in zip(parameters, views, strict=True):
+        for parameter, view, slot in zip(parameters, views, slots, strict=True):
+            if self._values is None and group.rank == 0:
                 view.copy_(parameter)
+            elif self._values is not None and group.rank == slot.offset * group.world // elements:
+                view.copy_(self._values(parameter))
         group.gather(b"")
         for parameter, view in zip(parameters, views, strict=True):
             parameter.data = view

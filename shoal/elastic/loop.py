@@ -31,8 +31,9 @@ from shoal.train import checkpoint
 from shoal.train.agreement import share_weights
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.first_batch import subject_of
+from shoal.train.first_model import made_model, model_to_place
 from shoal.train.held_parts import HeldParts
-from shoal.train.loop import Loop, Order, made_model, model_to_place, open_splits, worker_of
+from shoal.train.loop import Loop, Order, open_splits, worker_of
 from shoal.train.not_finite import NotFinite
 from shoal.train.optimizers import make_optimizer
 from shoal.train.precision import settled
@@ -61,12 +62,13 @@ class _Life:
         self.worker = worker_of(group, plan_of(order.plan, Formation((recipe.shards,))), recipe)
         self.splits = open_splits(group, order)
         seat.say("opened", None)
-        made = made_model(order, self.splits)
         self.task = task_for(recipe.model, self.splits.train.facts)
-        self.model = self.worker.model(made, compile=recipe.model.compile)
-        self.worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
-        self.worker.leave()
         self.staged = order.plan.axes.size("pipe") > 1  # what a worker holds of the model differs by epoch
+        if not self.staged:
+            made = made_model(order, self.splits)
+            self.model = self.worker.model(made, compile=recipe.model.compile)
+            self.worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
+            self.worker.leave()
         self.loop: ElasticLoop | None = None
         self.tried = 0  # the step that was not finite on one worker, and is to be done by others
         self.mirror: Mirror | None = None
@@ -142,9 +144,10 @@ class _Life:
 
     def _deepest(self) -> int:
         """How many stages the model can be cut into."""
-        pipeline, module = self.order.plan.pipeline, self.worker.held.module
-        subject = subject_of(self.order.recipe, self.splits, self.task, self.worker.device)
-        found = pieces(module, arguments_of(self.task.loss, module, subject.batch), clock=False)
+        pipeline = self.order.plan.pipeline
+        module, first = model_to_place(self.order, self.splits, parts=True)
+        subject = subject_of(self.order.recipe, self.splits, self.task, self.worker.device, first)
+        found = pieces(module, arguments_of(self.task.loss, module, subject.batch), clock=False, first=subject.first)
         return len(found) // (MAKERS[pipeline.schedule].chunks or pipeline.chunks)
 
     def _build(self, group: Group, plan: Plan) -> None:
@@ -152,7 +155,7 @@ class _Life:
         recipe, writers = self.order.recipe, self.worker._writers
         self.worker = worker = worker_of(group, plan, recipe)
         worker._writers = writers
-        made, first = model_to_place(replace(self.order, plan=plan), self.splits)
+        made, first = model_to_place(replace(self.order, plan=plan), self.splits, parts=plan.splits_model)
         task = task_for(recipe.model, self.splits.train.facts)
         subject = subject_of(recipe, self.splits, task, worker.device, first) if plan.splits_model else None
         self.model = worker.model(made, compile=recipe.model.compile, subject=subject)

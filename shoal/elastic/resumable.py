@@ -15,7 +15,8 @@ from shoal.data.dataset import DatasetSource
 from shoal.data.ledger import Ledger
 from shoal.data.source import Source
 from shoal.models.registry import task_for
-from shoal.train.loop import Order, made_model, open_splits
+from shoal.train.first_model import made_model
+from shoal.train.loop import Order, open_splits
 from shoal.train.streams import enter_stream
 
 MOST_NAMED = 3  # attributes in one line

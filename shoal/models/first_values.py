@@ -100,6 +100,13 @@ def materialise(
                     _become(tensor, first.part(name, kept(name)))
 
 
+@torch.no_grad()
+def hollow(module: nn.Module) -> None:
+    """Give the parameters of a module on the meta device shapes on the processor, of one number's memory each."""
+    for parameter in module.parameters():
+        _become(parameter, torch.zeros((), dtype=parameter.dtype, device="cpu").expand(parameter.shape))
+
+
 def _become(tensor: Tensor, values: Tensor) -> None:
     if values.shape != tensor.shape:
         raise RuntimeError(f"a tensor of {list(tensor.shape)} was made as {list(values.shape)}")

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from shoal.comm.group import Group
+from shoal.comm.shared_weights import SharedWeights
 from shoal.comm.tensors import Collectives
+from shoal.models.first_values import FirstValues
 from shoal.models.task import Task
 from shoal.parallel.layout.split import Split
 from shoal.parallel.pipeline.engine import Pipeline
@@ -55,6 +57,8 @@ class Held:
     pipeline: Pipeline | None = None
     experts: Collectives | None = None  # the workers that make their passes together
     elements: int = 0  # of all parameters of the whole
+    first: FirstValues | None = None  # of parameters that have no memory yet, and come to lie where workers share them
+    shared: SharedWeights | None = None  # those that have come to
     built: str = "whole"  # or "in parts": whether this worker had memory for more than it holds
     cut_at: tuple[str, ...] = ()  # names of the pieces at which chunks begin, from the second on
     _schedules: dict[int, Schedule] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from shoal.comm.group import Group
 from shoal.comm.tensors import make_collectives
 from shoal.data.source import Batch
 from shoal.errors import UserError
-from shoal.models.first_values import FirstValues, materialise, on_demand
+from shoal.models.first_values import FirstValues, hollow, materialise, on_demand
 from shoal.models.gpt import GPT
 from shoal.models.initial_values import Kept, Run
 from shoal.models.task import Task
@@ -46,7 +46,8 @@ class Subject:
 def place(module: nn.Module, plan: Plan, group: Group, device: torch.device, subject: Subject | None) -> Held:
     """Leave of ``module`` what this worker holds, in place; called by all workers, which have the same weights.
 
-    A module on the meta device, whose first values the subject knows, gets memory for what is held of it only.
+    A module on the meta device, whose first values the subject knows, gets memory for what is held of it only; where
+    the plan does not split it, its parameters have none until workers share them.
     Raises UserError for what cannot be split as the plan says."""
     axes = plan.axes
     names = tuple(name for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor))
@@ -64,6 +65,10 @@ def place(module: nn.Module, plan: Plan, group: Group, device: torch.device, sub
         elements=sum(p.numel() for p in module.parameters()),
     )
     if not plan.splits_model:
+        if subject is not None and subject.first is not None:
+            held.first, held.built = subject.first, "in parts"
+            hollow(module)
+            materialise([module], subject.first)
         held.shares = (Share(trained, _buffers(module), group, ("data",)),)
         return held
     if subject is None and (axes.size("pipe") > 1 or axes.size("context") > 1):

@@ -18,8 +18,7 @@ from shoal.data.description import describe
 from shoal.data.registry import open_data
 from shoal.data.source import Splits
 from shoal.errors import UserError
-from shoal.models.first_values import FirstValues, blank
-from shoal.models.registry import build, build_blank, task_for
+from shoal.models.registry import task_for
 from shoal.models.task import Task
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
@@ -29,10 +28,11 @@ from shoal.train.attempt import carried_out
 from shoal.train.checkpoint import Checkpoint, load
 from shoal.train.evaluation import evaluate
 from shoal.train.first_batch import prepare_memory, subject_of
+from shoal.train.first_model import in_shared_memory, model_to_place, model_with
 from shoal.train.optimizers import make_optimizer
 from shoal.train.precision import autocast, settled
 from shoal.train.rebatching import BatchPolicy
-from shoal.train.sampling import sample_text
+from shoal.train.sampling import sample_text, writes_text
 from shoal.train.states_choice import told_states
 from shoal.train.step import Step
 from shoal.train.worker import Worker
@@ -59,9 +59,10 @@ def run_recipe(group: Group, order: Order) -> dict[str, Any]:
     worker = worker_of(group, order.plan, order.recipe)
     recipe, why = settled(order.recipe, worker)
     splits = open_splits(group, order)
-    made, first = model_to_place(order, splits)
+    parts = order.plan.splits_model or in_shared_memory(order.plan, group, worker.device)
+    made, first = model_to_place(order, splits, parts=parts)
     task = task_for(recipe.model, splits.train.facts)
-    subject = subject_of(recipe, splits, task, worker.device, first) if order.plan.splits_model else None
+    subject = subject_of(recipe, splits, task, worker.device, first) if parts else None
     model = worker.model(made, compile=recipe.model.compile, subject=subject)
     task = worker.held.task or task
     worker.optimizer(make_optimizer(recipe.optimizer, made, recipe.optimizer.lr))
@@ -84,22 +85,6 @@ def worker_of(group: Group, plan: Plan, recipe: Recipe) -> Worker:
         clip=recipe.clip,
         measures=recipe.batching.policy != "fixed",
     )
-
-
-def made_model(order: Order, splits: Splits) -> nn.Module:
-    """The whole model with its first weights."""
-    torch.manual_seed(order.recipe.seed)
-    return order.model() if order.model else build(order.recipe.model, splits.train.facts)
-
-
-def model_to_place(order: Order, splits: Splits) -> tuple[nn.Module, FirstValues | None]:
-    """For `Worker.model`: where the plan splits it, the model without memory, and its first values, if it says them."""
-    torch.manual_seed(order.recipe.seed)
-    if order.plan.splits_model:
-        found = blank(order.model) if order.model else build_blank(order.recipe.model, splits.train.facts)
-        if found is not None:
-            return found.module, found.first
-    return made_model(order, splits), None
 
 
 def open_splits(group: Group, order: Order) -> Splits:
@@ -438,12 +423,12 @@ class Loop:
 
     def _sample(self) -> None:
         model = self.worker.held.module
+        if not writes_text(model, self.splits.train.facts):
+            return
         if self.worker.plan.splits_model:
             weights = self.worker.weights()
             if self.worker.rank == 0:
-                model = made_model(self.order, self.splits).to(self.worker.device)
-                model.load_state_dict(weights, strict=False)
+                model = model_with(weights, self.order, self.splits).to(self.worker.device)
         if self.worker.rank == 0:
             text = sample_text(model, self.splits.train.facts, self.recipe)
-            if text is not None:
-                self.tell("sampled", step=self.worker.step, text=text)
+            self.tell("sampled", step=self.worker.step, text=text)

@@ -16,10 +16,13 @@ TOKENS = 200
 TEMPERATURE = 0.8
 
 
-def sample_text(model: nn.Module, facts: Mapping[str, Any], recipe: Recipe) -> str | None:
-    """Text that the model goes on to write after a line break; None for models that do not write text."""
-    if not isinstance(model, GPT | LSTM) or "tokenizer" not in facts:
-        return None
+def writes_text(model: nn.Module, facts: Mapping[str, Any]) -> bool:
+    """``model`` may be a part of one."""
+    return isinstance(model, GPT | LSTM) and "tokenizer" in facts
+
+
+def sample_text(model: nn.Module, facts: Mapping[str, Any], recipe: Recipe) -> str:
+    """Text that a model that `writes_text` goes on to write after a line break."""
     tokenizer = from_description(facts["tokenizer"])
     prompt = torch.tensor([tokenizer.encode("\n") or [0]])
     device = next(model.parameters()).device

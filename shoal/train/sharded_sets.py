@@ -56,6 +56,7 @@ class ShardedSets(Everywhere):
     def fetch(self) -> None:
         for each in self.sets:
             each.fetch()
+        self.rest.follow()
 
     def leave(self) -> None:
         for each in self.sets:
@@ -123,7 +124,7 @@ def _of_set(
         fewest = min(held.shares, key=lambda each: len(each.axes))  # its workers have the same of every tensor
         takes = plan.states == "zero3" and share is fewest
         frozen = [p for p in held.module.parameters() if not p.requires_grad] if takes else []
-        shared = SharedWeights(among, layout, parameters, frozen)
+        shared = held.shared or SharedWeights(among, layout, parameters, frozen)
         assert isinstance(exchange, SlicedHeapExchange)
         exchange.on_release = gradients.let_go
         states = (

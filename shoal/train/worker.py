@@ -35,6 +35,7 @@ from shoal.train.checksum import compare_held
 from shoal.train.contents import Contents
 from shoal.train.device import device_for
 from shoal.train.figures import StepFigures
+from shoal.train.first_model import share_first_values
 from shoal.train.memory import Memory
 from shoal.train.reduction import Reduction
 from shoal.train.rehearsed_stages import Within
@@ -120,7 +121,7 @@ class Worker:
             raise UserError("plan: a model that is split over workers is not compiled: leave model.compile out.")
         sharded_states.check_compiled(compile, self.plan, self.group)
         self._held = held = place(module, self.plan, self.group, self.device, subject)
-        if blank:
+        if blank and held.first is None:  # else there is one copy of them
             compare_held(self.group, held, "before the first step")
         self._made_contents = None
         if self.plan.memory.changes_updates:
@@ -129,6 +130,8 @@ class Worker:
             self._parameters = keep_parameters(module, units, **self._keeping(), parts=parts)
         self.memory.set_up(module, self._say_once, held.chunks)
         self._reduction = self._hooked()
+        if held.first is not None:
+            share_first_values(held, self._reduction.first)
         called: Any = torch.compile(module) if compile else module
         return cast(nn.Module, called)
 

@@ -1,0 +1,126 @@
+"""With zero3, workers of one host make the first values of a model together, where they will share them."""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from train.tiny_runs import recipe, splits
+
+from shoal.models.registry import build, task_for
+from shoal.recipe.plan import Plan
+from shoal.recipe.recipe import DataSpec, ModelSpec, Recipe
+from shoal.train.first_batch import subject_of
+from shoal.train.first_model import in_shared_memory, model_to_place, model_with
+from shoal.train.loop import Order, worker_of
+from shoal.train.weights import weights_sha256
+
+SMALL, LARGE = ({"layers": 8, "heads": 8, "width": width} for width in (32, 512))
+ZERO3 = Plan(mesh={"data": 4}, states="zero3", device="cpu")
+ROOM = 16 << 20  # the largest tensor, which one worker makes, and what hooks and tables take
+
+
+def wanted(options: dict) -> Recipe:
+    return recipe("gpt", model=ModelSpec(kind="gpt", options=options, freeze=("positions.*",)))
+
+
+def peak_bytes() -> int:
+    """Of the resident set, without files: code that is run for the first time is mapped then, and stays."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak, files = (int(status.partition(f"{key}:")[2].split()[0]) << 10 for key in ("VmHWM", "RssFile"))
+    return peak - files
+
+
+def placed(group, options: dict, parts: bool):
+    data = splits("gpt", 64)
+    order = Order(wanted(options), ZERO3, data=data)
+    worker = worker_of(group, ZERO3, order.recipe)
+    assert in_shared_memory(ZERO3, group, worker.device)
+    made, first = model_to_place(order, data, parts=parts)
+    task = task_for(order.recipe.model, data.train.facts)
+    subject = subject_of(order.recipe, data, task, worker.device, first) if parts else None
+    worker.model(made, subject=subject)
+    return worker, made
+
+
+def grown(group, parts: bool) -> tuple[int, int]:
+    """(bytes by which the resident set grew at most, shared memory among it that this worker has written; bytes of the
+    model)."""
+    torch.set_num_threads(1)
+    placed(group, SMALL, parts)  # what is imported and allocated once
+    gc.collect()
+    group.gather(b"")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts from here
+    before = peak_bytes()
+    _, made = placed(group, LARGE, parts)
+    return peak_bytes() - before, sum(p.nbytes for p in made.parameters())
+
+
+def test_each_worker_has_memory_for_its_share_of_the_model_and_a_tensor_more(on_workers):
+    for peak, whole in on_workers(4, grown, True):
+        assert 0.15 * whole < peak < whole // 4 + ROOM < 0.5 * whole, (peak, whole)
+
+
+def test_the_measure_finds_workers_that_build_the_whole(on_workers):
+    for peak, whole in on_workers(4, grown, False):
+        assert peak > whole
+
+
+def hashes(group) -> tuple[str, list[bool]]:
+    _, made = placed(group, SMALL, True)
+    return weights_sha256(dict(made.state_dict())), [p.requires_grad for p in made.parameters()]
+
+
+def test_they_are_the_first_values_of_one_process_frozen_ones_among_them(on_workers):
+    torch.manual_seed(wanted(SMALL).seed)
+    alone = build(wanted(SMALL).model, splits("gpt", 64).train.facts)
+    found = on_workers(4, hashes)
+    expected = weights_sha256(dict(alone.state_dict())), [p.requires_grad for p in alone.parameters()]
+    assert found == [expected] * 4
+    assert not all(expected[1])
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        replace(ZERO3, states="zero2"),
+        replace(ZERO3, state_group=2),
+        Plan(mesh={"data": 2, "tensor": 2}, states="zero3"),
+    ],
+)
+def test_other_plans_place_their_model_in_other_ways(on_workers, plan):
+    assert on_workers(4, shares, plan) == [False] * 4
+
+
+def shares(group, plan) -> bool:
+    return in_shared_memory(plan, group, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["gpt", "lstm", "resnet"])
+def test_a_model_that_is_given_weights_has_them_and_no_copy(kind):
+    data = splits(kind, 64)
+    order = Order(recipe(kind), Plan(mesh={"pipe": 2}), data=data)
+    torch.manual_seed(1)  # not the recipe's
+    weights = {
+        name: tensor.detach() for name, tensor in build(order.recipe.model, data.train.facts).state_dict().items()
+    }
+    model = model_with(weights, order, data)
+    found = model.state_dict(keep_vars=True)
+    assert {name: tensor.data_ptr() for name, tensor in found.items()} == {n: t.data_ptr() for n, t in weights.items()}
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("mesh", [{"pipe": 2}, {"tensor": 2}], ids=str)
+def test_a_split_model_goes_on_to_write_what_the_whole_one_would(run, mesh, tmp_path):
+    page = tmp_path / "page.txt"
+    page.write_text("where the work runs may change the time and the memory, never the result. " * 20)
+    wanted = recipe("gpt", data=DataSpec(source="text", path=str(page), options={"context": 8}), steps=2)
+    texts = []
+    for plan in (Plan(mesh={"data": 1}, device="cpu"), Plan(mesh=mesh, device="cpu")):
+        result = run(replace(wanted, report=replace(wanted.report, sample=True)), plan=plan)
+        log = (Path(result["run_dir"]) / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        texts += [event["text"] for event in map(json.loads, log) if event["event"] == "sampled"]
+    assert len(texts) == 2
+    assert texts[0] == texts[1] or "tensor" in mesh, "a split tensor's sums are in another order"
