@@ -10,15 +10,20 @@ nothing fails; torchrun's restart of the same job beside it.
 `crash`: 4 workers, one after the other is killed by SIGKILL at a moment of the clock, every third time rank 0; from the
 signal to the event `recovered`, which the agent writes when it hears that a survivor has committed a step. `goodput`:
 a kill every 15 s, for `--goodput-s` (600 for ten minutes; 20 with --quick); committed steps a second over those of the
-same run without kills, just before and after, not adjusted for the capacity that is missing. `calm`: seconds of a step
-with and without --elastic, in turns, the median over the rounds of one round's ratio. `slices`, `stage`, `server` are
+same run without kills, just before and after (120 s of each at most), not adjusted for the capacity that is missing;
+and whether the weights are those of a fault-free run of as many steps, which follows. `calm`: seconds of a step with
+and without --elastic, in turns, the median over the rounds of one round's ratio. `slices`, `stage`, `server` are
 `crash` with sharded states, with a pipeline of 4 stages, and with 2 servers of 2 workers, of which only the servers
 are killed; `calm slices` and so on: what these cost when nothing fails. `resize`: seconds between two steps when
 workers are added and taken away. `hosts`: three agents on this machine, a worker each; in turns an agent is killed, the
 leader is killed, and a host is cut off (both ways, by the relay); from the fault to the event `recovered`, `--faults`
 of each kind, each once the host before trains again; `hosts stage` and `hosts server`: a pipeline of 3 stages, and 2
-workers and a server, one on each host, where every other agent that is killed is the server's. `torchrun`: the same
-model under DDP over gloo with a checkpoint after each step, four processes, one of them killed; to the next step.
+workers and a server, one on each host, where every other agent that is killed is the server's. `torchrun`, `ray` and
+`torchft`: what these need for the same (bench/elastic_peers.py), the latter two where `--peers-python` has them.
+
+    python bench/elastic.py --only crash,torchrun,ray,torchft --peers-python PYTHON
+
+Results go into `bench/results/elastic.json`, each arm in the place of its last run; with --quick only to `--out`.
 """
 
 import argparse
@@ -38,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from elastic_peers import PEERS, measure
 from turns import turns
 
 from shoal.comm.launch import Agent
@@ -54,7 +60,7 @@ from shoal.run.tail import told_lately
 from shoal.train.api import train
 
 RESULTS = Path(__file__).parent / "results" / "elastic.json"
-WORKERS, EVERY_S, PATIENCE_S = 4, 15.0, 300.0
+WORKERS, EVERY_S, PATIENCE_S, CALM_S = 4, 15.0, 300.0, 120.0
 GOALS = {"crash p50": 1.5, "crash p99": 4.0, "calm": 1.03, "goodput": 0.9, "stage p99": 4.0, "server p99": 2.0}
 KINDS = {  # whose processes hold what no other one does
     "slices": Plan(mesh={"data": WORKERS}, states="zero1"),
@@ -96,7 +102,7 @@ class Running:
         command = [sys.executable, "-m", "shoal", "train", str(folder / f"{name}.toml"), *how]
         self.process = subprocess.Popen(
             [*command, "--elastic", "--run-dir", str(self.run), "--json"],
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,  # one line at the end
             stderr=subprocess.DEVNULL,
         )
         self.until(lambda: self.step >= 20, "first steps")
@@ -128,9 +134,12 @@ class Running:
         self.until(lambda: len(self.recovered()) > before, "recovery")
         return float(self.recovered()[before]["time"]) - at
 
-    def end(self) -> None:
+    def end(self) -> dict[str, Any]:
+        """The result of the run."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
+        said = self.process.communicate(timeout=60)[0]
+        result: dict[str, Any] = json.loads(said.splitlines()[-1])
+        return result
 
 
 def crash(folder: Path, faults: int, name: str = "crash", plan: Plan | None = None) -> dict[str, Any]:
@@ -158,7 +167,7 @@ def p99(took: list[float]) -> float:
 def goodput(folder: Path, seconds: float) -> dict[str, Any]:
     running = Running(folder, "goodput")
 
-    def rate(kills: bool) -> float:
+    def rate(kills: bool, seconds: float) -> float:
         begun, first, killed = time.monotonic(), running.step, 0
         while (passed := time.monotonic() - begun) < seconds:
             if kills and passed > killed * EVERY_S:
@@ -167,9 +176,29 @@ def goodput(folder: Path, seconds: float) -> dict[str, Any]:
             time.sleep(0.05)
         return (running.step - first) / (time.monotonic() - begun)
 
-    calm, rough, again = rate(False), rate(True), rate(False)
-    running.end()
-    return {"calm steps/s": [calm, again], "steps/s": rough, "goodput": rough / ((calm + again) / 2)}
+    brief = min(seconds, CALM_S)
+    calm, rough, again = rate(False, brief), rate(True, seconds), rate(False, brief)
+    kills, result = len(running.recovered()), running.end()
+    steps = int(result["steps"])
+    print(f"  {kills} kills in {steps} steps; now as many steps without", flush=True)
+    whole = train(recipe(folder, steps), Plan(mesh={"data": WORKERS}), run_dir=folder / "undisturbed")
+    if whole["steps"] != steps:
+        raise RuntimeError(f"the fault-free run has ended after {whole['steps']} of {steps} steps")
+    told = _committed(running.log)
+    return {
+        "calm steps/s": [calm, again],
+        "steps/s": rough,
+        "goodput": rough / ((calm + again) / 2),
+        "kills": kills,
+        "steps": steps,
+        "each step once": told == list(range(1, steps + 1)),
+        "weights equal": result["weights_sha256"] == whole["weights_sha256"],
+    }
+
+
+def _committed(log: Path) -> list[int]:
+    """The steps that the log tells of, in its order."""
+    return [json.loads(line)["step"] for line in log.read_text().splitlines() if '"event": "committed"' in line]
 
 
 HOSTS, HOST_KINDS = 3, ("agent", "leader", "cut")
@@ -281,106 +310,29 @@ def resizes(folder: Path) -> dict[str, Any]:
     return {"pause_s": pauses, "steps lost": lost}
 
 
-DDP = """
-import os, sys, time, torch, torch.distributed as dist
-from pathlib import Path
-from shoal.models.registry import build, task_for
-from shoal.recipe.recipe import ModelSpec
-folder = Path(sys.argv[1])
-torch.set_num_threads(1)
-rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-store = f"file://{folder}/store{attempt}"  # its own store for each attempt: nobody looks for those of the last one
-dist.init_process_group("gloo", init_method=store, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
-(folder / f"pid{rank}").write_text(str(os.getpid()))
-spec, facts = ModelSpec(kind="cnn"), {"shape": (1, 28, 28), "classes": 10}
-torch.manual_seed(0)
-model = torch.nn.parallel.DistributedDataParallel(build(spec, facts))
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-step, saved = 0, folder / "saved.pt"
-if saved.exists():
-    state = torch.load(saved)
-    step = state["step"]
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-task = task_for(spec, facts)
-batch = {"input": torch.randn(64, 1, 28, 28), "target": torch.randint(10, (64,))}
-while True:
-    total, count = task.loss(model, batch)
-    (total / count).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    step += 1
-    if rank == 0:
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{saved}.new")
-        os.replace(f"{saved}.new", saved)
-        with open(folder / "steps", "a") as log:
-            log.write(f"{time.time()}\\n")
-"""
-
-
-def torchrun(folder: Path, restarts: int) -> dict[str, Any]:
-    place = folder / "ddp"
-    place.mkdir()
-    (place / "job.py").write_text(DDP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(WORKERS)]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--max-restarts", "99"]
-    process = subprocess.Popen(
-        [*command, *rendezvous, str(place / "job.py"), str(place)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-    def steps() -> list[float]:
-        return [float(line) for line in (place / "steps").read_text().split()] if (place / "steps").exists() else []
-
-    def until(true: Callable[[], object]) -> None:
-        end = time.monotonic() + PATIENCE_S
-        while not true():
-            if time.monotonic() > end or process.poll() is not None:
-                raise RuntimeError("torchrun does not come back")
-            time.sleep(0.02)
-
-    took = []
-    try:
-        for number in range(restarts):
-            enough = len(steps()) + 20
-            until(lambda enough=enough: len(steps()) > enough)
-            pids = {rank: int((place / f"pid{rank}").read_text()) for rank in range(WORKERS)}
-            at = time.time()
-            os.kill(pids[1 + number % 3], signal.SIGKILL)
-            # a step that was under way may still be written; new processes say who they are
-            until(lambda pids=pids: int((place / "pid0").read_text() or 0) != pids[0])
-            came = time.time()
-            until(lambda came=came: steps()[-1] > came)
-            took.append(next(s for s in steps() if s > came) - at)
-            print(f"  torchrun: {took[-1]:.1f} s", flush=True)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    return {"seconds": took, "p50": statistics.median(took)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--goodput-s", type=float, default=120.0)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--restarts", type=int, default=3)
-    parser.add_argument("--only", default="crash,torchrun,calm,resize,goodput")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="crash,torchrun,ray,torchft,calm,resize,goodput")
+    parser.add_argument("--peers-python", default=sys.executable, help="of an environment with ray, torchft and torch")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="3 faults, 1 round: to see that it runs")
     args = parser.parse_args()
     if args.quick:
         args.faults, args.rounds, args.restarts, args.goodput_s = 3, 1, 1, 20.0
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    out = args.out or (None if args.quick else RESULTS)
+    found: dict[str, Any] = json.loads(out.read_text()) if out is not None and out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as made:
         folder = Path(made)
         recipe(folder, 1)
-        parts: dict[str, Callable[[], dict[str, Any]]] = {
+        parts: dict[str, Callable[[], dict[str, Any] | None]] = {
             "crash": lambda: crash(folder, args.faults),
             **{name: partial(crash, folder, args.faults, name, plan) for name, plan in KINDS.items()},
             **{f"calm {name}": partial(calm, folder, args.rounds, plan) for name, plan in KINDS.items()},
-            "torchrun": lambda: torchrun(folder, args.restarts),
+            **{peer: partial(measure, peer, folder, args.peers_python, args.restarts, WORKERS) for peer in PEERS},
             "calm": lambda: calm(folder, args.rounds),
             "resize": lambda: resizes(folder),
             **{name: partial(hosts, folder, args.faults, name, plan) for name, plan in OF_HOSTS.items()},
@@ -388,11 +340,14 @@ def main() -> None:
         }
         for name in args.only.split(","):
             print(name, flush=True)
-            found[name] = {**parts[name](), "load": os.getloadavg(), "machine": machine()}
-            if "crash" in found and "p50" in found.get("torchrun", {}):
-                found["torchrun"]["times the crash of ours"] = found["torchrun"]["p50"] / found["crash"]["p50"]
+            if (measured := parts[name]()) is None:
+                continue
+            found[name] = {**measured, "load": os.getloadavg(), "machine": machine()}
+            if name in PEERS and "crash" in found:
+                found[name]["times the crash of ours"] = found[name]["p50"] / found["crash"]["p50"]
             print(f"  { ({k: v for k, v in found[name].items() if k not in ('seconds', 'machine')}) }", flush=True)
-            args.out.write_text(json.dumps(found, indent=1))
+            if out is not None:
+                out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -58,8 +58,9 @@ def test_a_killed_server_or_worker_costs_no_bit_and_no_other_process(disturb, un
     )
     assert run.result["weights_sha256"] == undisturbed(RESNET, data=DATA)
     assert run.steps == list(range(1, STEPS + 1)), "every step is told once, in order"
-    (lost,) = run.of("lost")
+    (lost,), (recovered,) = run.of("lost"), run.of("recovered")
     assert lost["why"].startswith(f"server {rank - 2} " if rank > 1 else f"rank {rank} ")
+    assert recovered["redone"] <= 1, "nobody begins a step before the one before is in the mirror"
     before = [entry.pid for entry in next(r for r in rosters if len(r) == 4)]
     killed = before.pop(rank)
     assert all({e.pid for e in r} >= set(before) and killed not in [e.pid for e in r] for r in rosters if len(r) == 3)
