@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.comm.launch import Agent
 from shoal.elastic import roster
 from shoal.elastic.api import PRELOAD
-from shoal.elastic.chaos import Survived, explained, judged, lasted_s, of_the_user
+from shoal.elastic.chaos import Survived, explained, judged, lasted_s, of_the_user, unstopped
 from shoal.elastic.emulated import EmulatedHosts, check_number, train_emulated
 from shoal.elastic.host_faults import LEADER, LINKS, SLOW, HostFault, usual_host_faults
 from shoal.elastic.hosts import check_hosts, jobs
@@ -58,7 +58,7 @@ def rehearse_hosts(
     faults = list(faults) or usual_host_faults(hosts)
     check_number(hosts)
     if hosts < 3:
-        raise UserError(f"--emulate-hosts {hosts}: of two hosts neither goes on without the other: rehearse with 3.")
+        raise UserError(f"--emulate-hosts {hosts}: of two hosts one waits for the one that led: rehearse with 3.")
     check_hosts(recipe, plan, least)
     for fault in faults:
         if fault.host >= hosts:
@@ -76,11 +76,12 @@ def rehearse_hosts(
     ):
         place = Path(made)
         probed = replace(recipe, steps=PROBED)
-        tried = train_emulated(probed, plan, hosts=hosts, run_dir=place / "probe", progress=progress, **mine)
+        told: dict[str, Any] = {"progress": progress, **mine}
+        tried = unstopped(train_emulated(probed, plan, hosts=hosts, run_dir=place / "probe", **told))
         took = _step_s(Run(Path(tried["run_dir"])).events())
         steps = steps or max(PROBED, int(SECONDS * len(faults) / took))
         recipe = replace(recipe, steps=steps)
-        calm = train(recipe, plan, run_dir=place / "undisturbed", progress=progress, **mine)
+        calm = unstopped(train(recipe, plan, run_dir=place / "undisturbed", **told))
         rough = _Rough(faults, hosts, between, place / "disturbed", progress)
         result = rough.train(recipe, plan, least, mine)
         before, events = Run(Path(calm["run_dir"])).events(), Run(Path(result["run_dir"])).events()

@@ -32,6 +32,7 @@ from shoal.run.events import read_events
 from shoal.run.run import Run
 
 LINGER_S = 1.0  # an agent that knows of the end stays so long, for those who are to hear of it
+ALONE_S = 5.0  # an agent that has had no leader for so long says so: elections take well under one second
 REMEMBERED = 200  # lines of the log that a new leader can still write
 
 
@@ -86,6 +87,7 @@ class CrewOfHosts(ElasticCrew):
         self.to_do: deque[Decided] = deque()
         self.gone: set[int] = set()  # agents at whose address nobody listens
         self.led = False
+        self.alone_s = time.monotonic()  # since when there has been no leader; inf: that has been told
         self.failing: Ended | None = None
         self.over_s: float | None = None
         self.stop_asked = False
@@ -126,6 +128,7 @@ class CrewOfHosts(ElasticCrew):
         if self.council.leads and not self.led:
             self.unwritten = self._what_nobody_told()
             self._write_roster()
+        self._look_for_a_leader(now)
         self.led = self.council.leads
         if not self.led:
             self.unwritten.clear()
@@ -133,6 +136,18 @@ class CrewOfHosts(ElasticCrew):
             for line in self.unwritten:
                 self.record.tell(line)
             self.unwritten.clear()
+
+    def _look_for_a_leader(self, now: float) -> None:
+        """Without one nothing is decided and nobody trains: whoever watches is told once what is waited for."""
+        if self.council.raft.leader is not None or self._knows_the_end():
+            self.alone_s = now
+        elif now - self.alone_s > ALONE_S and self.council.fleet.begun:
+            self.alone_s, voters = float("inf"), self.council.raft.voters
+            why = (
+                f"the agent of {self.host} hears of no leader: of the {len(voters)} agents that count, more than half "
+                f"have to answer each other: start the same command again on hosts that are lost"
+            )
+            self._tell(m.Tell("paused", why, ALONE_S))
 
     def _is_at_odds_with(self, agent: int) -> None:
         """Who has not begun gives up; a run that trains goes on without."""

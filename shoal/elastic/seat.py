@@ -199,7 +199,8 @@ class Seat:
         peers = [socket.socket(fileno=file) for file in files]
         places = [*peers[:rank], None, *peers[rank:]]
         workers = world - order["servers"]
-        homes, copies = tuple(order.get("homes", ())), None
+        homes: tuple[int, ...] = tuple(order.get("homes", ()))
+        copies: HostGroup | WiredGroup | None = None
         if order.get("wired", False):
             everybody = WiredGroup(rank, world, Mesh(rank, places, self.report), self.report, self._emit)
             copies = everybody.split([range(world)])
@@ -207,8 +208,8 @@ class Seat:
         elif order["servers"]:
             self._group = self._beside_servers(rank, workers, places, arenas)
         else:
-            self._group = self._group_of(rank, places, self._heap, arenas)
-            copies = self._group.split([range(world)]) if homes else None
+            self._group = group = self._group_of(rank, places, self._heap, arenas)
+            copies = group.split([range(world)]) if homes else None
         self._epoch = order["epoch"]
         self.report.member, self.report.rank = True, rank
         if self.report.rehearsal is not None and order["epoch"] > 1:

@@ -24,9 +24,9 @@ from shoal.train.held_parts import HeldPart, state_parts
 
 def serve_epoch(place: Place, names: Sequence[str], mirror: Mirror) -> None:
     """Until all workers of the epoch have hung up. ``names``: of the trained parameters, in the flat buffer's order."""
-    group = place.group
+    group, workers = place.group, place.group.servers
     shared = isinstance(group, HostGroup)
-    assert group.servers is not None
+    assert workers is not None
     if place.cold and place.first_here and not shared:
         mirror.clear()
     mirrored = MirroredEpoch(mirror, place, FRESH if place.cold else max(place.steps), None)
@@ -35,9 +35,11 @@ def serve_epoch(place: Place, names: Sequence[str], mirror: Mirror) -> None:
         step = mirror.begins + service.updates
         mirrored.write(step, _parts(service.store, names), _facts(service.store, names, step))
 
+    def first() -> int:
+        return mirror.begins + 1
+
     def serve_on(heap: Heap) -> None:
-        first, assigned = (lambda: mirror.begins + 1), (place.server, group.servers, heap, group.report)
-        serve(*assigned, shared=shared, updated=updated, first=first)
+        serve(place.server, workers, heap, group.report, shared=shared, updated=updated, first=first)
 
     if isinstance(group, HostGroup):
         assert group.server_heap is not None

@@ -48,7 +48,7 @@ def test_the_usual_faults_are_all_kinds_and_leaders_too_each_of_a_host_that_is_t
 @pytest.mark.parametrize(
     ("hosts", "how", "faults", "said"),
     [
-        (2, {}, [], "of two hosts neither goes on"),
+        (2, {}, [], "of two hosts one waits"),
         (40, {}, [], "use 2 to 32"),
         (3, {"mesh": {"data": 2}}, [], "3 hosts need a worker or a server each"),
         (4, {"mesh": {"data": 2}, **SERVED}, [], "--workers 2 and 1 servers: 4 hosts need"),

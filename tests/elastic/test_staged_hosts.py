@@ -1,11 +1,13 @@
 """Stages of a pipeline on several hosts: a host is lost whole, and its stages are made again from their copies."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from elastic.agents_here import Hosts
+from train.test_processes import until
 from train.tiny_runs import recipe, splits
 
 from shoal.recipe.plan import Plan
@@ -56,3 +58,32 @@ def test_stages_of_a_host_and_then_of_the_leaders_are_made_again_from_copies(hos
     assert all(e["redone"] <= 1 for e in hosts.of("recovered"))
     kind = hosts.recipe.model.kind
     assert weights == undisturbed(recipe(kind, steps=len(steps), report=REPORT), data=DATA[kind])
+
+
+@pytest.mark.soak
+def test_of_two_hosts_the_leader_goes_on_alone_and_the_other_one_waits_and_says_so(tmp_path, undisturbed):
+    plan = Plan(mesh={"pipe": 2}, device="cpu")
+    with closing(Hosts(tmp_path / "run", recipe("gpt", steps=STEPS, report=REPORT), WORDS, plan, hosts=2)) as hosts:
+        for number in range(2):
+            hosts.start(number)
+        hosts.trains_on({0, 1}, "the beginning")
+        leader = hosts.leader()
+
+        hosts.kill(1 - leader)
+        hosts.trains_on({leader}, "the death of the agent that does not lead")
+        hosts.restart(1 - leader)
+        hosts.trains_on({0, 1}, "its return")
+        hosts.kill(leader)
+        until(lambda: hosts.of("paused"), "a line that says what is waited for")
+        (paused,) = hosts.of("paused")
+        assert "hears of no leader" in paused["why"]
+        hosts.restart(leader)
+        until(lambda: len(hosts.of("recovered")) == 2, "the return of the leader")
+        hosts.trains_on({0, 1}, "its return, with new workers")
+        weights = hosts.drain()
+
+        steps = [e["step"] for e in hosts.of("committed")]
+        assert steps == list(range(1, len(steps) + 1)), "every step is told once, in order"
+        assert not hosts.of("resumed")
+        assert all(e["redone"] <= 1 for e in hosts.of("recovered"))
+        assert weights == undisturbed(recipe("gpt", steps=len(steps), report=REPORT), data=WORDS)
