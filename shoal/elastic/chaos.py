@@ -92,7 +92,7 @@ def rehearse(
     equal, None), told_once (every step is in the log once, but for those that a checkpoint took back), notes (what
     cannot be gone on with in the user's own code, and how that is known), steps, weights_sha256 of both, goodput
     (seconds of the undisturbed run over those of the other), ok. Both runs are kept in ``folder`` if there is one.
-    Raises UserError for bad input."""
+    Raises UserError for bad input, and KeyboardInterrupt once a run has ended that was asked to stop."""
     check_repeatable(recipe)
     faults = list(faults) or usual_faults(plan.workers)
     check_elastic(plan, recipe.shards, least)
@@ -109,8 +109,9 @@ def rehearse(
         nullcontext(agent) if agent else Agent(PRELOAD) as crew,
     ):
         common: dict[str, Any] = {"progress": progress, "model": model, "data": data, "agent": crew}
-        calm = train(recipe, plan, run_dir=Path(place) / "undisturbed", **common)
-        rough = train_elastic(recipe, plan, least=least, faults=faults, run_dir=Path(place) / "disturbed", **common)
+        calm = unstopped(train(recipe, plan, run_dir=Path(place) / "undisturbed", **common))
+        where = Path(place) / "disturbed"
+        rough = unstopped(train_elastic(recipe, plan, least=least, faults=faults, run_dir=where, **common))
         before, events = Run(Path(calm["run_dir"])).events(), Run(Path(rough["run_dir"])).events()
         survived = [_survived(fault, events) for fault in faults]
         found = judged((calm, rough), (before, events), survived, steps)
@@ -122,6 +123,13 @@ def rehearse(
         "goodput": lasted_s(before) / lasted_s(events),
         "run_dir": str(folder) if folder else None,
     }
+
+
+def unstopped(result: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run that went to its end. Raises KeyboardInterrupt for another one: no further run begins."""
+    if result["interrupted"]:
+        raise KeyboardInterrupt
+    return result
 
 
 def judged(

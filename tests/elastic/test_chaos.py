@@ -1,5 +1,8 @@
 """Fault rehearsal: what it says of each fault, on runs that keep their bits and on one whose model cannot."""
 
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 from train.tiny_runs import recipe, splits
@@ -65,6 +68,18 @@ def test_what_does_not_go_on_is_said_by_where_the_difference_begins():
     assert "does not give the same numbers twice" in explained(3, [kill], [])
     assert "a new worker does not have it" in explained(7, [kill], [])
     assert "in no parameter, buffer or state_dict" in explained(7, [kill], [{"event": "resumed", "step": 4}])
+
+
+@pytest.mark.parametrize("stopped", ["undisturbed", "disturbed"])
+def test_ctrl_c_ends_the_whole_rehearsal_and_not_only_the_run_that_it_met(stopped, agent, tmp_path):
+    def interrupt(event):
+        if Path(event["run_dir"]).name == stopped and event["event"] == "committed" and event["step"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    given = {"faults": [Fault("kill", 1, 9, "forward")], "folder": tmp_path, "agent": agent, "progress": interrupt}
+    with pytest.raises(KeyboardInterrupt):
+        rehearse(recipe("mlp", steps=12), plan(2), data=splits("mlp", 101), **given)
+    assert {place.name for place in tmp_path.iterdir()} == {"undisturbed", stopped}
 
 
 def test_a_rehearsal_tells_of_every_kind_of_fault_and_finds_the_bits_equal(agent):
