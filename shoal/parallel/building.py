@@ -43,9 +43,15 @@ class Building:
         return self.held + self.beside
 
 
+def shared_from_the_start(plan: Plan) -> bool:
+    """Whether workers of one host make the parameters of a model that is not split where they will share them."""
+    alone = plan.splits_model or plan.state_group or plan.memory.changes_updates
+    return plan.states == "zero3" and not alone and plan.workers > 1
+
+
 def why_whole(plan: Plan, first: FirstValues | None) -> str:
-    """Why each worker builds the whole model; "" where it builds its part alone."""
-    if not plan.splits_model:
+    """Why each worker of a host builds the whole model; "" where it builds its part alone."""
+    if not plan.splits_model and not shared_from_the_start(plan):
         return "the mesh does not split the model"
     if first is None:
         return "the model does not say its first values (docs/adding.md): each worker has to call its factory"
@@ -64,6 +70,8 @@ def building(model: nn.Module, plan: Plan, first: FirstValues | None, example: E
     built_whole = bool(why_whole(plan, first))
     splits = _splits(model, plan)
     stages, measured = _stages(model, plan, first, example) if plan.axes.size("pipe") > 1 else ([every], 0)
+    if shared_from_the_start(plan) and not built_whole:  # a tensor is one worker's
+        return tuple(Building(rank, "in parts", whole // plan.workers, _largest(model)) for rank in range(plan.workers))
     found = []
     for rank in range(plan.workers):
         place = plan.axes.coordinates(rank)
@@ -98,7 +106,7 @@ def check_room(model: nn.Module, plan: Plan, first: FirstValues | None, room: in
 
 def _copies(plan: Plan) -> int:
     """Of the model without its experts, over all workers, at the least."""
-    return plan.axes.size("data") * plan.axes.size("context")
+    return 1 if shared_from_the_start(plan) else plan.axes.size("data") * plan.axes.size("context")
 
 
 def _splits(model: nn.Module, plan: Plan) -> Splits:

@@ -11,6 +11,7 @@ from shoal.comm.shared_weights import SharedWeights
 from shoal.data.source import Splits
 from shoal.models.first_values import FirstValues, blank, materialise
 from shoal.models.registry import build, build_blank
+from shoal.parallel.building import shared_from_the_start
 from shoal.parallel.held import Held
 from shoal.recipe.plan import Plan
 from shoal.train.gradients import Gradients
@@ -47,8 +48,7 @@ def model_with(weights: Mapping[str, Tensor], order: "Order", splits: Splits) ->
 
 def in_shared_memory(plan: Plan, group: Group, device: torch.device) -> bool:
     """Whether parameters are made where workers share them: each makes some, and nobody has memory for all of them."""
-    alone = plan.states != "zero3" or plan.splits_model or plan.state_group or plan.memory.changes_updates
-    return not alone and isinstance(group, HostGroup) and group.world > 1 and device.type == "cpu"
+    return shared_from_the_start(plan) and isinstance(group, HostGroup) and device.type == "cpu"
 
 
 def share_first_values(held: Held, gradients: Gradients) -> None:

@@ -38,3 +38,19 @@ def test_explain_shows_every_value_of_the_plan_and_what_was_chosen_and_why(shoal
     assert rows["mesh.data"] == (2, "flag --mesh")
     assert "states: replicated (flag --set)" in shoal("plan", "--mesh", "data=2", "--set", "states=replicated")[1]
     assert "states: replicated (chosen: sync = 'fast')" in shoal("plan", "--mesh", "data=2", "--fast")[1]
+
+
+def test_what_building_takes_is_told_by_worker_and_a_plan_that_cannot_be_built_is_refused(shoal, monkeypatch):
+    arguments = ("plan", "--mesh", "tensor=2", "--set", "model.layers=2", "--explain")
+    code, out, err = shoal(*arguments, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)["building"]
+    assert (told["how"], told["why"]) == ("in parts", "")
+    assert [row["rank"] for row in told["workers"]] == [0, 1]
+    assert all(row["peak"] == row["held"] + row["beside"] > 0 for row in told["workers"])
+    assert "building the model: in parts" in shoal(*arguments)[1]
+    monkeypatch.setattr("shoal.parallel.building_run.memory_bytes", lambda: 1 << 10)
+    code, out, err = shoal(*arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "building the model takes at least" in err
