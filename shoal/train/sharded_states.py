@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from shoal.comm import sgd
 from shoal.comm.exchange import Exchange, Terms
 from shoal.comm.group import Group, HostGroup
 from shoal.comm.server.optimizer import ELEMENTWISE, build
@@ -245,7 +246,7 @@ class Sharded(Everywhere):
         if self._inner is not None:
             for group, index in zip(self._inner.param_groups, self._groups, strict=True):
                 group.update(settings(self.optimizer.param_groups[index]))
-            self._inner.step()
+            sgd.update(self._inner)
         for holder in (*self.parts, *self.gradients.parameters):
             holder.grad = None  # the exchange writes the next one over it
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for before they step

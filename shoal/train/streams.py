@@ -13,4 +13,8 @@ def stream_seed(seed: int, step: int, shard: int, micro_batch: int) -> int:
 
 def enter_stream(seed: int, step: int, shard: int, micro_batch: int) -> None:
     """Make torch's default generators start at the stream of this micro-batch."""
-    torch.manual_seed(stream_seed(seed, step, shard, micro_batch))
+    number = stream_seed(seed, step, shard, micro_batch)
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:  # torch.manual_seed notes down where it was called, for each kind of accelerator that may come yet: 100 times
+        torch.default_generator.manual_seed(number)  # the time of seeding

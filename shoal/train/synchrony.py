@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from shoal.comm import sgd
 from shoal.comm.exchange import Denominators, Exchange, Placement, Terms
 from shoal.comm.group import Group, HostGroup
 from shoal.comm.layout import Layout
@@ -177,7 +178,7 @@ class Everywhere:
     def arrive(self) -> None: ...
 
     def step(self, number: int, figures: StepFigures) -> None:
-        self.optimizer.step()
+        sgd.update(self.optimizer)
         if self._pipeline is not None:
             self._pipeline.share_tied()
         self._told.append((number, figures, {}))
@@ -371,7 +372,7 @@ class Averaging(Everywhere):
         self._stop = self._stopping = False
 
     def step(self, number: int, figures: StepFigures) -> None:
-        self.optimizer.step()
+        sgd.update(self.optimizer)
         self._stop |= figures.stop
         exchange = self.gradients.exchange
         self._rows[number] = torch.cat([exchange.facts, torch.tensor([figures.norm], dtype=torch.float64)])

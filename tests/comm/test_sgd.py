@@ -1,4 +1,4 @@
-"""SGD on a server takes one pass over memory, to the bits of torch; the weights lie where their worker reads them."""
+"""SGD takes one pass over memory, to the bits of torch; on servers the weights lie where their worker reads them."""
 
 import pytest
 import torch
@@ -62,6 +62,30 @@ def test_what_the_kernel_cannot_do_is_left_to_torch():
     assert not usable(dtype=torch.bfloat16)
     assert not usable(torch.optim.Adam)
     assert not sgd.usable(torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, 4).t()[:2])], lr=0.1))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(4))], lr=0.1, momentum=0.9)
+    hook = optimizer.register_step_pre_hook(lambda *given: None)
+    assert not sgd.usable(optimizer)
+    hook.remove()
+    assert sgd.usable(optimizer)
+    optimizer.param_groups[0]["params"][0].grad = torch.zeros(4, dtype=torch.float32).to_sparse()
+    assert not sgd.usable(optimizer)
+    optimizer.step = lambda: None
+    optimizer.zero_grad()
+    assert not sgd.usable(optimizer)
+
+
+@compiled
+def test_schedulers_and_autograd_see_that_a_step_was_made():
+    weights = torch.nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.SGD([weights], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    kept = (weights * weights).sum()
+    kept.backward(retain_graph=True)
+    assert sgd.usable(optimizer)
+    sgd.update(optimizer)
+    scheduler.step()  # which would warn, and warnings are errors
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
 
 
 @compiled
