@@ -1,5 +1,6 @@
 """What each schedule is: legal for any numbers, the theory's own bubble and memory, and the order that torch has."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,18 @@ def test_times_of_each_chunk_and_of_the_link_move_the_timeline():
     assert line.starts == ((0.0, 25.0), (1.5, 6.5)), "F 1, link 0.5, F 5, B 7 + 11, link 0.5, B 2 + 3"
     assert line.span == 30.0
     assert line.bubble == pytest.approx(1 - (6 + 23) / 60)
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [("gpipe", 6), ("1f1b", 16), ("zb-h1", 12), ("zb-h2", 3), ("zb-v", 13), ("dualpipe-v", 12)],
+)
+def test_a_step_takes_longer_by_the_messages_that_wait_for_each_other(name, messages):
+    """As docs/schedules.md tells for 4 workers and 8 micro-batches."""
+    schedule = make_schedule(name, 4, 8)
+    late = 1 / 1024  # of a pass
+    with_messages = simulate(schedule, replace(Times.equal(schedule.chunks), link=late))
+    assert (with_messages.span - simulate(schedule).span) / late == messages
 
 
 def test_sizes_of_activations_count_by_chunk_and_by_what_a_weight_gradient_still_needs():
