@@ -80,7 +80,7 @@ def _apart(sizes: Sequence[int]) -> Tensor:
     if not elements:
         return torch.empty(sizes, device="cpu")
     memory = mmap.mmap(-1, 4 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=torch.float32, count=elements).view(*sizes)
+    return torch.frombuffer(memory, dtype=torch.float32, count=elements).view(tuple(sizes))
 
 
 @torch.no_grad()
