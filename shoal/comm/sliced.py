@@ -68,7 +68,8 @@ class SlicedExchange(DistributedExchange):
         uneven = len(set(map(len, self._placement.ownership))) > 1
         buckets = len(self.layout.buckets)
         rooms = self._room_elements * (buckets if uneven else min(ROOMS, buckets))
-        return self._own.nbytes + self._state.nbytes + rooms * self._like.itemsize
+        gathered = 2 * max(bucket.stop - bucket.start for bucket in self.layout.buckets)  # copies while gathers run
+        return self._own.nbytes + self._state.nbytes + (rooms + gathered) * self._like.itemsize
 
     def _partials_there(self) -> int:
         return sum(resident_bytes(pages.tensor) for pages in self._pages)

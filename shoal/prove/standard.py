@@ -81,6 +81,7 @@ EXACT: dict[str, tuple[Plan, ...]] = {
         data(4, states="zero3"),
         data(2, sync="parameter-server", servers=2),
         data(2, memory=MemoryPlan(offload_optimizer="disk")),
+        data(3, states="zero2", memory=MemoryPlan(offload_optimizer="disk")),
         over(pipe=2),
     ),
     "resnet": (
@@ -104,6 +105,7 @@ EXACT: dict[str, tuple[Plan, ...]] = {
         over(data=2, pipe=2),
         data(2, memory=MemoryPlan(recompute="full")),
         data(2, memory=MemoryPlan(offload_activations="disk")),
+        data(2, states="zero1", memory=MemoryPlan(peak_bytes="1GiB")),
     ),
     "gpt": (
         data(3),
@@ -116,6 +118,8 @@ EXACT: dict[str, tuple[Plan, ...]] = {
         over(data=2, pipe=2, states="zero2"),
         over("interleaved", 2, data=2, pipe=2, states="zero3"),
         data(2, memory=MemoryPlan(recompute="selective")),
+        data(2, states="zero3", memory=MemoryPlan(recompute="full")),
+        replace(over(data=2, pipe=2, states="zero1"), memory=MemoryPlan(offload_activations="disk")),
     ),
     "moe": (data(4), over(pipe=2), data(2, states="zero1")),
 }

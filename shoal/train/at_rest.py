@@ -29,6 +29,7 @@ class Corrupt(RunFailed):
 
 
 class _Sight(NamedTuple):
+    place: int  # among all that can be watched
     what: str
     tensor: Tensor
     version: int
@@ -56,12 +57,22 @@ class AtRest:
         everything = list(self._all())
         size = sum(tensor.nbytes for _, tensor in everything)
         parts = max(1, min(EVERY, max(size // WATCHED_BYTES, len(everything) // WATCHED_TENSORS)))
-        chosen = everything[step % parts :: parts]
-        self._seen = [_Sight(what, t, t._version, parameter_checksum([t])) for what, t in chosen]
+        chosen = list(enumerate(everything))[step % parts :: parts]
+        self._seen = [_Sight(place, what, t, t._version, parameter_checksum([t])) for place, (what, t) in chosen]
+
+    def follow(self) -> None:
+        """States have been moved, bit by bit, to other memory: from now on that is watched, and the old one let go."""
+        if not self._seen:
+            return
+        now = [tensor for _, tensor in self._all()]
+        for number, seen in enumerate(self._seen):
+            tensor = now[seen.place]
+            if tensor.data_ptr() != seen.tensor.data_ptr() and seen.tensor._version == seen.version:
+                self._seen[number] = seen._replace(tensor=tensor, version=tensor._version)
 
     def check(self, rank: int, step: int) -> None:
         """Right before the update of ``step``. Raises Corrupt."""
-        for what, tensor, version, checksum in self._seen:
+        for _, what, tensor, version, checksum in self._seen:
             if tensor._version == version and parameter_checksum([tensor]) != checksum:
                 raise Corrupt(rank, step, what)
         self._seen = []

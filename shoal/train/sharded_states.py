@@ -204,6 +204,7 @@ class Sharded(Everywhere):
                     self._inner.state[part] = state
         for slot, state in sorted(whole.items()):
             self.optimizer.state[self.gradients.parameters[slot]] = state
+        self.rest.follow()
 
     # --- a step -----------------------------------------------------------------------------------------------
 

@@ -94,3 +94,21 @@ def test_parameters_are_watched_where_nobody_else_has_them():
     flip(parameter)
     with pytest.raises(Corrupt, match="parameter 'weight'"):
         rest.check(0, 3)
+
+
+def test_states_that_were_moved_to_other_memory_are_watched_there():
+    """As a checkpoint of slices moves them: the old memory is let go, and a bit that flips in the new one is seen."""
+    state = {"exp_avg": torch.arange(8.0)}
+    rest = AtRest(lambda: [("weight", state)])
+    rest.keep(1)
+    before = state["exp_avg"]
+    state["exp_avg"] = before.clone()
+    rest.follow()
+    flip(before)
+    rest.check(0, 2)
+    rest.keep(2)
+    state["exp_avg"] = state["exp_avg"].clone()
+    rest.follow()
+    flip(state["exp_avg"])
+    with pytest.raises(Corrupt, match=r"rank 0: bits of the optimiser's 'exp_avg' of parameter 'weight' have changed"):
+        rest.check(0, 3)
