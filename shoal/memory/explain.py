@@ -57,12 +57,12 @@ def counted_change(need: Need, plan: Plan, micro_batches: tuple[int, ...], error
     asked = _asked(error)
     replicas = plan.axes.size("data")
     found: list[tuple[float, str]] = []
-    if replicas > 1 and not plan.shards_states and not plan.memory.changes_updates:
+    if replicas > 1 and not plan.shards_states and plan.memory.offload_parameters != "disk":
         found.append((need.optimizer * (1 - 1 / replicas), "states = 'zero1'"))
     for parts in _parts(micro_batches):
         told = f"micro_batches = {parts * micro_batches[0]} in the recipe (now {micro_batches[0]})"
         found.append((need.activations * (1 - 1 / parts), told))
-    if not plan.shards_states and plan.memory.offload_optimizer == "none":
+    if plan.memory.offload_optimizer == "none":
         found.insert(2, (need.optimizer, "memory.offload_optimizer = 'disk'"))
     for freed, told in found:
         if freed >= asked:

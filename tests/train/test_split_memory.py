@@ -233,5 +233,7 @@ def test_the_smallest_change_that_frees_what_was_asked_for_is_told():
     ):
         error = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {asked << 20} bytes."
         assert change in counted_change(need, Plan(mesh={"data": 2, "tensor": 2}), (1, 2, 4, 8, 16), error), asked
+    slices = Plan(mesh={"data": 2, "tensor": 2}, states="zero1")
+    assert "memory.offload_optimizer = 'disk'" in counted_change(need, slices, (1,), "allocate 1048576 bytes")
     told = counted_change(need, Plan(mesh={"tensor": 2}), (1, 2), "CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert "frees the 2048 MiB that it asked for: use more workers" in told
