@@ -29,6 +29,7 @@ from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import DataSpec, ModelSpec, OptimizerSpec, Recipe, Reporting, ScheduleSpec
 from shoal.run.run import Run
 from shoal.train.api import PRELOAD
+from shoal.train.notices import Notice
 
 AVERAGED = 4096  # samples
 
@@ -52,23 +53,30 @@ def arms(args: argparse.Namespace) -> dict[str, Recipe]:
     }
 
 
-def reached(events: Sequence[Mapping[str, Any]], target: float) -> dict[str, float] | None:
-    """Seconds, samples and steps of a run until its averaged loss is below ``target``; None when it never is."""
-    window: deque[tuple[int, float]] = deque()
-    seconds, samples, held, total = 0.0, 0, 0, 0.0
-    for event in (e for e in events if e["event"] == "committed"):
-        seconds += event["seconds"]
-        samples += event["samples"]
-        window.append((event["samples"], event["loss"]))
-        held += event["samples"]
-        total += event["samples"] * event["loss"]
-        while held - window[0][0] >= AVERAGED:
-            count, loss = window.popleft()
-            held -= count
-            total -= count * loss
-        if held >= AVERAGED and total / held < target:
-            return {"seconds": seconds, "samples": samples, "steps": event["step"]}
-    return None
+class Watch:
+    """Listens to a run until its averaged loss is below ``target``; then ``notice`` is there, and the run ends."""
+
+    def __init__(self, target: float, notice: Path) -> None:
+        self.target, self.notice = target, notice
+        self.reached: dict[str, float] | None = None
+        self._seconds, self._samples, self._held, self._total = 0.0, 0, 0, 0.0
+        self._window: deque[tuple[int, float]] = deque()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["event"] != "committed" or self.reached is not None:
+            return
+        self._seconds += event["seconds"]
+        self._samples += event["samples"]
+        self._window.append((event["samples"], event["loss"]))
+        self._held += event["samples"]
+        self._total += event["samples"] * event["loss"]
+        while self._held - self._window[0][0] >= AVERAGED:
+            count, loss = self._window.popleft()
+            self._held -= count
+            self._total -= count * loss
+        if self._held >= AVERAGED and self._total / self._held < self.target:
+            self.reached = {"seconds": self._seconds, "samples": self._samples, "steps": event["step"]}
+            self.notice.touch()
 
 
 def main() -> None:
@@ -88,11 +96,12 @@ def main() -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch, Agent(PRELOAD) as agent:
         for number, name in enumerate(turns(list(recipes), args.rounds)):
-            result = shoal.train(recipes[name], plan, run_dir=Path(scratch) / str(number), agent=agent)
-            events = Run(Path(result["run_dir"])).events()
-            row = reached(events, args.target)
+            watch = Watch(args.target, Path(scratch) / f"reached{number}")
+            folder, notice = Path(scratch) / str(number), Notice(str(watch.notice))
+            shoal.train(recipes[name], plan, run_dir=folder, agent=agent, progress=watch, notice=notice)
+            events, row = Run(folder).events(), watch.reached
             changes = [[e["step"], e["before"], e["batch"]] for e in events if e["event"] == "rebatched"]
-            found[name].append({"reached": row, "changes": changes, "loss": result["loss"]})
+            found[name].append({"reached": row, "changes": changes})
             told = f"{row['seconds']:.1f} s, {row['samples']} samples, {row['steps']} steps" if row else "not reached"
             print(f"{name:<12} loss {args.target}: {told}; {len(changes)} changes of the batch", flush=True)
     told_arguments = {key: value for key, value in vars(args).items() if key not in ("data", "out")}
