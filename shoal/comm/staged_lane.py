@@ -21,7 +21,7 @@ class StagedLane:
 
     def send(self, data: Tensor, to: int) -> None:
         """A flat tensor. Returns when it has been received."""
-        for part in data.contiguous().view(torch.uint8).split(STAGE_BYTES):
+        for part in torch.split(data.contiguous().view(torch.uint8), STAGE_BYTES):
             self._stages[self._rank, : len(part)].copy_(part)
             self._sent[to] += 1
             self._words.send(to, _THERE, self._sent[to])
@@ -29,7 +29,7 @@ class StagedLane:
 
     def receive(self, out: Tensor, origin: int) -> None:
         """Into a flat tensor, contiguous, as long as what is sent."""
-        for part in out.view(torch.uint8).split(STAGE_BYTES):
+        for part in torch.split(out.view(torch.uint8), STAGE_BYTES):
             self._received[origin] += 1
             self._words.receive(origin, _THERE, self._received[origin])
             part.copy_(self._stages[origin, : len(part)])

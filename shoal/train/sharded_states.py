@@ -66,7 +66,9 @@ class Slices(Protocol):
 class States(Protocol):
     """How states of pieces are brought together for a checkpoint."""
 
-    on_heap: bool  # they lie in memory that torch does not count
+    @property
+    def on_heap(self) -> bool:
+        """Whether they lie in memory that torch does not count."""
 
     def gather(self, pieces: Sequence[Piece], parts: Sequence[Tensor], states: Sequence[State]) -> dict[int, State]: ...
 
