@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from shoal.errors import UserError
+from shoal.serve.groups.mesh import several_hosts
 from shoal.serve.http.messages import HttpError
 from shoal.serve.service import Service
 
@@ -37,6 +38,8 @@ async def follow(service: Service, run: Path) -> None:
         try:
             if service.has_canary:  # nobody has promoted it: the newer one takes its place
                 await service.roll_back()
-            await service.reload(share=service.options.canary)
+            # each host would find a newest one of its own; one host loads a lost parent's again, when it may be gone
+            target = str(run / "checkpoints" / name) if several_hosts() else ""
+            await service.reload(target, service.options.canary)
         except HttpError as error:
             print(f"shoal: {name} is not served: {error.why}", file=sys.stderr)

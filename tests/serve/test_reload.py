@@ -185,9 +185,13 @@ def test_a_version_is_needed_until_the_last_request_that_began_with_it_has_ended
     assert {versions.begin() for _ in range(4)} == {0}
 
 
+@pytest.mark.parametrize("hosts", [1, 2])
 def test_a_followed_checkpoint_comes_as_a_canary_and_a_newer_one_takes_its_place(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    hosts: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    if hosts > 1:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
     done: list[Any] = []
     names = iter(["step-00000001", "step-00000002", "step-00000002", "step-00000003"])
 
@@ -195,8 +199,8 @@ def test_a_followed_checkpoint_comes_as_a_canary_and_a_newer_one_takes_its_place
         has_canary = False
         options = ServeOptions(canary=0.1, follow=True, admin_keys=(ADMIN,))
 
-        async def reload(self, share: float) -> None:
-            done.append(share)
+        async def reload(self, target: str, share: float) -> None:
+            done.append((target, share))
             self.has_canary = True
 
         async def roll_back(self) -> None:
@@ -206,7 +210,8 @@ def test_a_followed_checkpoint_comes_as_a_canary_and_a_newer_one_takes_its_place
     monkeypatch.setattr(following, "newest_name", lambda run: next(names))
     with pytest.raises(RuntimeError):  # no more names
         asyncio.run(following.follow(Asked(), tmp_path))  # type: ignore[arg-type]
-    assert done == [0.1, "rolled back", 0.1]
+    steps = ["", ""] if hosts == 1 else [str(tmp_path / "checkpoints" / f"step-0000000{n}") for n in (2, 3)]
+    assert done == [(steps[0], 0.1), "rolled back", (steps[1], 0.1)], "of all hosts the same one"
     with pytest.raises(UserError, match="needs --follow"):
         ServeOptions(canary=0.1)
     with pytest.raises(UserError, match="a share of the requests"):

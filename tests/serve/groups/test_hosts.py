@@ -18,13 +18,16 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from serve.conftest import Served, children, gone, save_bert
 from serve.groups.forked_groups import forked
+from serve.saved_runs import text_run
 
 import shoal
 from shoal.cli.main import main
 from shoal.errors import UserError
+from shoal.run.run import Run
 from shoal.serve.frames import encode
 from shoal.serve.groups.agents import Agents, Form, Hello, ToAgent, to_agents
 from shoal.serve.groups.broker import Broker, Host, Leave, Load, ToHost, to_hosts
@@ -32,6 +35,7 @@ from shoal.serve.intake.registry import open_intake
 from shoal.serve.payloads import Outputs
 from shoal.serve.target import load
 from shoal.serve.weights import share_weights
+from shoal.train import checkpoint
 
 Start = Callable[..., Served]
 TEXTS = ["a b c", "d e f g", "h", "red ?"]
@@ -301,3 +305,23 @@ def test_what_is_not_served_over_several_hosts_is_refused_in_one_line(
 def test_a_server_beside_a_program_is_not_spread_over_hosts(of_two: int) -> None:
     with pytest.raises(UserError, match="by the verb"):
         shoal.serve("anything")
+
+
+@pytest.mark.slow
+def test_two_hosts_follow_a_run_to_the_same_checkpoint(served: Start, tmp_path: Path) -> None:
+    run = Run.find(text_run(tmp_path))
+    port = unused_port()
+    arguments = (run.path, "--mesh", "pipe=2", "--follow")
+    with other_host(port, *arguments) as other:
+        server = served(*arguments, **variables(0, port))
+        before = server.post("/predict", {"text": "line 1"})[1]
+        held = checkpoint.newest(run.checkpoints)[0]
+        assert held is not None
+        turned = {n: -t if n == "model/classifier.weight" else torch.as_tensor(t) for n, t in held.tensors.items()}
+        checkpoint.save(checkpoint.Checkpoint(turned, {"step": 2}), run.checkpoints)
+        assert server.metric_reaches("shoal_reloads_total", 1, within_s=120)
+        assert server.post("/predict", {"text": "line 1"})[1] != before
+        (version,) = json.loads(server.get("/v1/models")[1])["data"][0]["versions"]
+        assert version["source"].endswith("at step 2")
+        assert server.end()[0] == 0
+        assert other.wait(20) == 0, "the server's end is that of all ranks"
