@@ -16,7 +16,7 @@ _own: dict[str, dict[str, str]] = {}  # subject -> the name of each option that 
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("subject", metavar="SUBJECT", help=f"what to measure: {', '.join(SUBJECTS)}")
+    parser.add_argument("subject", metavar="|".join(SUBJECTS), help="what to measure")
     parser.add_argument("target", metavar="TARGET", nargs="?", help="of serve: the URL of a server, or what to serve")
     for subject, module in SUBJECTS.items():
         group = parser.add_argument_group(subject, module.HELP)

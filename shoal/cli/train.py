@@ -170,8 +170,8 @@ def summary(result: Mapping[str, Any], sample: str | None = None) -> str:
     ended = "interrupted after" if result["interrupted"] else "trained"
     lines = [
         "",
-        f"{ended} {result['steps']} steps on {count(result['samples'])} samples in {duration(result['seconds'])}, "
-        f"loss {result['loss']:.4f}",
+        f"{ended} {result['steps']} {'step' if result['steps'] == 1 else 'steps'} on "
+        f"{count(result['samples'])} samples in {duration(result['seconds'])}, loss {result['loss']:.4f}",
     ]
     if result["figures"]:
         lines.append(f"held out: {figures(result['figures'])}")

@@ -114,7 +114,7 @@ def test_only_the_first_rank_of_torchrun_speaks(sweeps, shoal, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: SUBJECT"),
+        ([], "required: collectives|serve"),
         (["collective"], "unknown subject 'collective' in `shoal bench`: did you mean 'collectives'?"),
         (["collectives", "--op", "barrier"], "unknown option '--op' in `shoal bench`: did you mean '--ops'?"),
         (["collectives", "--ops", "allreduce"], "did you mean 'all_reduce'?"),

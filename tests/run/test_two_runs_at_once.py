@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from train.tiny_runs import recipe, splits
 
 from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run, origin
+from shoal.train.api import train
 
 HOLD = "import sys; from pathlib import Path; from shoal.run.run import Run\nwith Run(Path(sys.argv[1])).held(True): "
 
@@ -43,6 +45,14 @@ def test_a_run_that_another_process_trains_is_not_gone_on_with_until_that_one_ha
         "plan.toml",
         "recipe.toml",
     ]
+
+
+def test_training_goes_on_with_a_run_only_when_nobody_else_trains_it(agent, tmp_path):
+    given = {"plan": Plan(mesh={"data": 2}, device="cpu"), "data": splits("mlp", 101), "agent": agent}
+    run = Run(Path(train(recipe("mlp", steps=2), run_dir=tmp_path / "run", **given)["run_dir"]))
+    with run.held(True), pytest.raises(UserError, match="is being trained by another process"):
+        train(recipe("mlp", steps=3), resume=run.path, **given)
+    assert train(recipe("mlp", steps=3), resume=run.path, **given)["steps"] == 3
 
 
 def test_a_run_is_let_go_although_a_forked_child_lives_on(tmp_path):
