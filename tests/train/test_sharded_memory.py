@@ -165,7 +165,7 @@ def test_a_budget_is_kept_and_its_parts_are_those_of_slices(run, joined, states,
             assert 0.8 * need["peak"] <= peak <= need["peak"], (rank, need, peak)
     theirs, ours = events(whole, "started")[0]["memory"]["predicted"], predicted_and_observed(free)[0]
     assert ours[1]["optimizer"] == pytest.approx(theirs[1]["optimizer"] / 2, rel=0.1)
-    if states == "zero3" or not between_hosts:
+    if not between_hosts:  # there, two blocks and the ends of so small a model are all of it
         assert ours[1]["weights"] < theirs[1]["weights"]
 
 
