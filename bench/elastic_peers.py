@@ -169,7 +169,8 @@ class _Job:
     def start(self, stack: ExitStack, *command: str, **options: Any) -> "subprocess.Popen[Any]":
         root = str(Path(__file__).parents[1])
         inner = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        inner["RAY_raylet_start_wait_time_s"] = str(PATIENCE_S)  # a loaded machine takes longer than its 30 s
+        for wait in ("RAY_raylet_start_wait_time_s", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"):
+            inner[wait] = str(int(PATIENCE_S))  # a loaded machine takes longer than 30 s
         log = stack.enter_context((self.folder / "said").open("a"))
         given = {"stdout": log, "stderr": log, "env": inner, "start_new_session": True, **options}
         process = subprocess.Popen(command, **given)
