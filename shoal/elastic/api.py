@@ -143,6 +143,7 @@ def train_elastic(
         rebalance=rebalance,
         depth=plan.axes.size("pipe"),
         servers=plan.server_processes,
+        outlives=not faults,
     )
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:

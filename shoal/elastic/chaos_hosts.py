@@ -14,6 +14,7 @@ from shoal.comm.launch import Agent
 from shoal.elastic import roster
 from shoal.elastic.api import PRELOAD
 from shoal.elastic.chaos import Survived, explained, judged, lasted_s, of_the_user, unstopped
+from shoal.elastic.crew_of_hosts import HostsJob
 from shoal.elastic.emulated import EmulatedHosts, check_number, train_emulated
 from shoal.elastic.host_faults import LEADER, LINKS, SLOW, HostFault, usual_host_faults
 from shoal.elastic.hosts import check_hosts, jobs
@@ -124,7 +125,11 @@ class _Rough:
 
     def train(self, recipe: Recipe, plan: Plan, least: int, mine: Mapping[str, Any]) -> dict[str, Any]:
         given = (recipe, plan, None, self._run_dir, None, None, mine["model"], mine["data"])
-        make = jobs(*given, hosts=self._hosts, least=least)
+        of_run = jobs(*given, hosts=self._hosts, least=least)
+
+        def make(*where: Any) -> HostsJob:  # the network is this process's: without it they could but wait
+            return replace(of_run(*where), outlives=False)
+
         with EmulatedHosts(make, self._network, self._listen) as emulated:
             for number in range(self._hosts):
                 emulated.start(number)

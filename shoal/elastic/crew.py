@@ -45,6 +45,7 @@ class ElasticJob(Program):
     rebalance: bool = False  # move shards away from slow workers
     depth: int = 1  # stages that the plan cuts the model into
     servers: int = 0  # parameter servers beside the workers
+    outlives: bool = True  # a launcher that was killed: a rehearsal ends with it
 
     def carry_out(self, launcher: Connection, forward: Callable[[Any], None]) -> Ended:
         return ElasticCrew(self, launcher, forward).run()
@@ -143,14 +144,19 @@ class ElasticCrew:
         """What they have said, and what is to be said to them."""
 
     def _hear_launcher(self) -> None:
-        """A launcher that leaves says so. One that was killed is only missed: the run goes on to its end without."""
+        """A launcher that leaves says so. One that was killed is only missed: a run goes on to its end without."""
         try:
             if self.launcher.recv_bytes() == STOP:
                 self.ask_stop()
             else:
                 self.fail("the launcher ended the run")
         except (EOFError, ConnectionResetError):
-            self.orphaned = True
+            self._orphan()
+
+    def _orphan(self) -> None:
+        self.orphaned = True
+        if not self.job.outlives:
+            self.fail("the launcher was killed")
 
     def forward(self, message: Said) -> None:
         """A launcher that does not read, because it is stopped, misses events: they are in the log."""
@@ -161,7 +167,7 @@ class ElasticCrew:
             try:
                 self._forward(message)
             except (BrokenPipeError, ConnectionResetError):
-                self.orphaned = True
+                self._orphan()
 
     def _decide(self, event: m.Event) -> None:
         self._do(self.membership.on(event, time.monotonic()))

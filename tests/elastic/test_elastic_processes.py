@@ -43,3 +43,23 @@ def test_a_run_outlives_its_launcher_and_after_its_agent_goes_on_from_a_checkpoi
     alone = Run(folder / "orphan").result
     assert alone is not None
     assert (resumed["weights_sha256"], alone["weights_sha256"]) == (wanted, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(("--fault", "kill:rank=1,step=290"), marks=pytest.mark.soak, id="one host"),
+        pytest.param(("--emulate-hosts", "3", "--fault", "kill-host:host=1,step=290"), id="hosts"),
+    ],
+)
+def test_a_rehearsal_ends_with_its_launcher(mark, folder, how):  # noqa: F811
+    """Its agents could only wait for each other for ever: the network between them was the launcher's."""
+    command = ("-m", "shoal", "chaos", str(write_recipe(folder)), "--workers", "3", "--steps", "300", *how)
+    rehearsal = start(mark, folder, *command, "--run-dir", "rehearsal")
+    disturbed = folder / "rehearsal" / "disturbed" / "events.jsonl"
+    until(lambda: ("committed", 5) in told_lately(disturbed), "a step")
+    rehearsal.send_signal(signal.SIGKILL)
+    rehearsal.communicate()
+    until(lambda: not marked(mark), "an end of all processes")
+    assert Run(disturbed.parent).result is None
