@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -170,25 +171,21 @@ def _shares(held: Held, experts: Mapping[str, Split]) -> tuple[Share, ...]:
     everywhere = ("data", *split)
     apart = tuple(axis for axis in everywhere if axis != "expert")
     free = {each: group.split(axes.partition(*each)) for each in dict.fromkeys((everywhere, apart))}
+    # All workers split together over torch.distributed: the plan says how often, whatever their stages have.
+    of_slices = (False, True) if held.plan.compresses and axes.size("tensor") > 1 else (False,)
+    of_experts = (False, True) if "expert" in split else (False,)
     shares: list[Share] = []
-
-    def add(
-        number: int, summed: tuple[str, ...], parameters: Mapping[str, Parameter], buffers: Mapping[str, Tensor]
-    ) -> None:
-        channel = free[summed]
-        if any(share.axes == summed for share in shares):  # each set has messages of its own
-            channel = channel.split([range(channel.world)])
-        shares.append(Share(parameters, buffers, channel, summed, number))
-
+    taken: set[tuple[str, ...]] = set()
     for number, (trained, buffers) in _of_chunks(held).items():
-        add(number, everywhere, {n: p for n, p in trained.items() if n not in experts and n not in slices}, buffers)
-        if slices:
-            add(number, everywhere, {n: p for n, p in trained.items() if n not in experts and n in slices}, {})
-        own = {name: p for name, p in trained.items() if name in experts}
-        if own:
-            add(number, apart, {name: p for name, p in own.items() if name not in slices}, {})
-            if slices:
-                add(number, apart, {name: p for name, p in own.items() if name in slices}, {})
+        for expert, sliced in product(of_experts, of_slices):
+            summed = apart if expert else everywhere
+            channel = free[summed]
+            if summed in taken:  # each set has messages of its own
+                channel = channel.split([range(channel.world)])
+            taken.add(summed)
+            own = {n: p for n, p in trained.items() if ((n in experts), (n in slices)) == (expert, sliced)}
+            if own or not (expert or sliced):
+                shares.append(Share(own, {} if expert or sliced else buffers, channel, summed, number))
     return tuple(shares)
 
 

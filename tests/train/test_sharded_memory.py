@@ -98,7 +98,7 @@ def test_a_checkpoint_goes_on_with_other_states_on_another_number_of_workers(run
     assert same(rest, whole)
 
 
-def test_moments_of_slices_in_8_bits_go_on_in_32_bits_and_back(run, tmp_path, capfd):
+def test_moments_of_slices_in_8_bits_go_on_in_32_bits(run, tmp_path, capfd):
     data, wanted = splits("gpt", 67), wanted_of(steps=2)
     first = run(wanted, plan=plan(3, 5, states="zero2", memory=LOSSY["8 bits"]), data=data)
     capfd.readouterr()
@@ -169,8 +169,7 @@ def test_a_budget_is_kept_and_its_parts_are_those_of_slices(run, joined, states,
         assert ours[1]["weights"] < theirs[1]["weights"]
 
 
-def test_a_budget_that_slices_keep_and_whole_states_do_not(run):
-    """The same number of bytes; the line that refuses names what fills the memory."""
+def test_a_budget_leaves_the_bits_of_slices_and_one_too_small_is_refused_with_what_is_there(run):
     data, wanted = splits("gpt", 1024), wide()
     free = run(wanted, plan=plan(4, 4, states="zero1", memory=ROOMY), data=data)
     budget = MemoryPlan(
