@@ -1,11 +1,8 @@
 # make run: install and train. make test: install and test. Both need Python 3.11 or newer with venv, and nothing else.
-# PYTHON=python3.12 chooses another Python; ARGS='--steps 50' goes to `shoal train`, TESTS=tests/recipe to pytest, whose
-# files JOBS processes share: two keep two cores busy, as tests of several processes wait a third of their time.
+# PYTHON=python3.12 chooses another Python; ARGS='--steps 50' goes to `shoal train`, TESTS=tests/recipe to pytest.
 PYTHON ?= python3
 ARGS ?=
 TESTS ?=
-JOBS ?= 2
-PYTEST = .venv/bin/pytest --numprocesses $(JOBS) --dist loadfile
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: run test test-fast soak lint clean
@@ -14,10 +11,10 @@ run: .venv/.run
 	@.venv/bin/shoal train $(ARGS)
 
 test: .venv/.dev
-	$(PYTEST) -m 'not soak' $(TESTS)
+	.venv/bin/pytest -m 'not soak' $(TESTS)
 
 test-fast: .venv/.dev
-	$(PYTEST) -m 'not slow and not soak' $(TESTS)
+	.venv/bin/pytest -m 'not slow and not soak' $(TESTS)
 
 soak: .venv/.dev
 	.venv/bin/pytest -m soak $(TESTS)

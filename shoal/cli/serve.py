@@ -1,7 +1,6 @@
 """``shoal serve``: a run, a checkpoint or a Hugging Face folder, over HTTP."""
 
 import os
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import fields
@@ -109,9 +108,6 @@ def run(args: Namespace) -> int:
         from shoal.serve import ray_engine
 
         return ray_engine.run(options, lambda told: print(json_line(told) if args.json else told["url"], flush=True))
-
-    if not args.json:  # the first time on a machine, kernels are compiled, too
-        print(f"opening {args.target}: it says here when it is ready", file=sys.stderr, flush=True)
 
     def ready(told: dict[str, Any]) -> None:
         print(json_line(told) if args.json else _lines(told), flush=True)

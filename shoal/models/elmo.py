@@ -10,6 +10,7 @@ from shoal.models.dropout import Dropout
 from shoal.models.ends import Logits
 from shoal.models.facts import at_least_one, probability
 from shoal.models.initial_values import Constant, Initial, Normal, initialise
+from shoal.models.recurrent import LSTMLayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class Elmo(nn.Module):
         self.config = config
         width = config.width
         self.tokens = nn.Embedding(config.vocab, width)
-        self.forward_layers = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(config.layers))
-        self.backward_layers = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(config.layers))
+        self.forward_layers = nn.ModuleList(LSTMLayers(width, width, batch_first=True) for _ in range(config.layers))
+        self.backward_layers = nn.ModuleList(LSTMLayers(width, width, batch_first=True) for _ in range(config.layers))
         self.dropout = Dropout(config.dropout)
         self.head = None if config.tied else nn.Linear(width, config.vocab, bias=False)
         self.logits = Logits(("vocab", "width" if config.tied else "hidden"))

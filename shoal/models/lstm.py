@@ -10,6 +10,7 @@ from shoal.models.dropout import Dropout
 from shoal.models.ends import Logits
 from shoal.models.facts import at_least_one, probability
 from shoal.models.initial_values import Constant, Initial, Normal, initialise
+from shoal.models.recurrent import LSTMLayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class LSTM(nn.Module):
         hidden = config.hidden or config.width
         self.tokens = nn.Embedding(config.vocab, config.width)
         between = config.dropout if config.layers > 1 else 0.0
-        self.lstm = nn.LSTM(config.width, hidden, config.layers, dropout=between, batch_first=True)
+        self.lstm = LSTMLayers(config.width, hidden, config.layers, dropout=between, batch_first=True)
         self.dropout = Dropout(config.dropout)
         self.head = None if config.tied else nn.Linear(hidden, config.vocab, bias=False)
         self.logits = Logits(("vocab", "width" if config.tied else "hidden"))

@@ -1,5 +1,6 @@
 """SGD takes one pass over memory, to the bits of torch; on servers the weights lie where their worker reads them."""
 
+import cloudpickle
 import pytest
 import torch
 
@@ -18,6 +19,12 @@ OPTIONS = [
     {"lr": 0.03, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
 ]
 SIZES = (1, 17, 1023, 1024, 1025, 5000)
+
+
+@pytest.fixture(autouse=True)
+def sent_whole(request):
+    """Workers cannot import the test's module."""
+    cloudpickle.register_pickle_by_value(request.module)
 
 
 def pairs(dtype):

@@ -94,7 +94,7 @@ def test_building_takes_what_was_foretold_and_a_little_more(on_workers, case):
         assert foretold.how == "in parts"
         assert held < 0.6 * whole
         assert foretold.held == held or "pipe" in mesh, "these cuts were made by the clock"
-        assert 0.75 * foretold.held < grown < foretold.peak + ROOM < whole, (grown, foretold, whole)
+        assert 0.5 * foretold.held < grown < foretold.peak + ROOM < whole, (grown, foretold, whole)
 
 
 def test_the_measure_finds_a_worker_that_builds_the_whole(on_workers):
