@@ -1,6 +1,7 @@
 """Copies of what is too much for the caches: lines of memory that are overwritten whole need not be read first."""
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ LEAST_BYTES = 16 << 20  # of all that is copied in a row: less may still lie in 
 MOST_THREADS = 2  # from here on torch's own copy, on so many threads, is as fast as this one on one
 
 
-def pays(nbytes: int) -> bool:
-    """Whether so many bytes, copied one after the other, are better copied by `copy` than by torch."""
-    return nbytes >= LEAST_BYTES and torch.get_num_threads() <= MOST_THREADS and build.kernels() is not None
+def copier(nbytes: int) -> Callable[[Tensor, Tensor], object]:
+    """(into, source) -> ...: what copies so many bytes, one tensor after the other, best: `copy`, or torch's own."""
+    pays = nbytes >= LEAST_BYTES and torch.get_num_threads() <= MOST_THREADS and build.kernels() is not None
+    return copy if pays else Tensor.copy_
 
 
 def copy(into: Tensor, source: Tensor) -> None:

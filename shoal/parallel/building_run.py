@@ -19,11 +19,6 @@ def building_run(recipe: Recipe, plan: Plan) -> tuple[tuple[Building, ...], str]
     found = build_blank(recipe.model, source.facts)
     model, first = (found.module, found.first) if found is not None else (outline(recipe.model, source.facts), None)
     check_room(model, plan, first, memory_bytes())
-    batch = source.fetch(torch.arange(min(micro_batch(recipe), len(source))).numpy(), 0)
+    batch = source.fetch(torch.arange(min(recipe.samples_of_micro_batch, len(source))).numpy(), 0)
     example = arguments_of(task_for(recipe.model, source.facts).loss, model, batch)
     return building(model, plan, first, example), why_whole(plan, first)
-
-
-def micro_batch(recipe: Recipe) -> int:
-    """Samples of it."""
-    return max(1, recipe.batch // (recipe.shards * recipe.micro_batches))

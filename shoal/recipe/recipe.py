@@ -111,6 +111,11 @@ class Recipe:
             raise UserError("recipe: data.validation + data.test must be at least 0 and less than 1.")
 
     @property
+    def samples_of_micro_batch(self) -> int:
+        """Of the usual one; one, where the batch is smaller than all of them together."""
+        return max(1, self.batch // (self.shards * self.micro_batches))
+
+    @property
     def arithmetic_hash(self) -> str:
         """SHA-256 over all that decides the arithmetic. Where the data lies and what is reported do not count."""
         plain = to_mapping(self)

@@ -78,9 +78,9 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, sho
             "shoal: cannot write 'x.bin': No space left on device: free some space, or name another folder.\n",
         ),
         (
-            PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+            PermissionError(errno.EACCES, "Permission denied", "/closed/x"),
             2,
-            "shoal: '/root/x': Permission denied: check the path and who may use it.\n",
+            "shoal: '/closed/x': Permission denied: check the path and who may use it.\n",
         ),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from shoal.elastic.hosts import train_on_hosts
 from shoal.elastic.network import free_addresses
 from shoal.errors import RunFailed
 from shoal.recipe.plan import Plan
-from shoal.recipe.recipe import Recipe
+from shoal.recipe.recipe import Recipe, Reporting
 from shoal.run.events import read_events
 
 HOSTS = 3
+STEPS = 10**6  # a run that is asked to stop
+REPORT = Reporting(evaluate_every=10**9, checkpoint_every=10**9, sample=False)  # no disk to come back from
 
 
 class Hosts:
@@ -80,6 +83,16 @@ class Hosts:
         (weights,) = {result["weights_sha256"] for result in self.results.values()}
         return str(weights)
 
+    def ended_with_nothing_lost(self) -> tuple[str, int]:
+        """End a run whose hosts were lost; its weights, after so many steps."""
+        weights = self.drain()
+        steps = [e["step"] for e in self.of("committed")]
+        assert steps == list(range(1, len(steps) + 1)), "every step is told once, in order"
+        assert not self.of("resumed"), "what was lost came from peers, not from the disk: there is no checkpoint"
+        assert len(self.of("recovered")) == 2
+        assert all(e["redone"] <= 1 for e in self.of("recovered"))
+        return weights, len(steps)
+
     def close(self) -> None:
         for agent in self.agents.values():
             if agent._process.poll() is None:
@@ -107,6 +120,30 @@ class Hosts:
             started = [entry for row in rows for entry in row[3] if entry[2][0] == "Started"]
             terms[number] = max((entry[1], entry[2][1]) for entry in started)
         return max(terms.values())[1]
+
+
+def follower(hosts: Hosts) -> int:
+    """A host whose agent does not lead."""
+    leader = hosts.leader()
+    return next(number for number in range(HOSTS) if number != leader)
+
+
+def lose_one_and_then_the_leader(hosts: Hosts, one: Callable[[Hosts], int]) -> tuple[str, int]:
+    """Host ``one`` is lost with all its memory and comes back without, then that of the leader is; the weights of the
+    run at its end, and how many steps it had."""
+    everybody = set(range(HOSTS))
+    for number in everybody:
+        hosts.start(number)
+    hosts.trains_on(everybody, "the beginning")
+    lost = one(hosts)
+    hosts.kill(lost)
+    hosts.trains_on(everybody - {lost}, "the death of a host")
+    hosts.restart(lost)
+    hosts.trains_on(everybody, "its return, with empty memory")
+    leader = hosts.leader()
+    hosts.kill(leader)
+    hosts.trains_on(everybody - {leader}, "the death of the leader")
+    return hosts.ended_with_nothing_lost()
 
 
 def alive(pid: int) -> bool:

@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic.agents_here import Hosts
+from elastic.agents_here import REPORT, STEPS, Hosts, follower, lose_one_and_then_the_leader
 from train.tiny_runs import recipe, splits
 
 from shoal.recipe.plan import Plan
-from shoal.recipe.recipe import Reporting
 
 IMAGES, WORDS = splits("cnn", 101), splits("gpt", 101)
-REPORT = Reporting(evaluate_every=10**9, checkpoint_every=10**9, sample=False)
 DATA: dict[str, Any] = {"resnet": IMAGES, "gpt": WORDS}
-STEPS = 10**6
 
 
 @pytest.fixture
@@ -35,25 +32,6 @@ RUNS: list[Any] = [
 
 @pytest.mark.parametrize("hosts", RUNS, indirect=True, ids=["zero1", "zero2", "zero3"])
 def test_a_host_and_then_the_leaders_are_lost_with_all_their_memory(hosts, undisturbed):
-    for number in range(3):
-        hosts.start(number)
-    hosts.trains_on({0, 1, 2}, "the beginning")
-    leader = hosts.leader()
-    other, third = (number for number in range(3) if number != leader)
-
-    hosts.kill(other)
-    hosts.trains_on({leader, third}, "the death of an agent")
-    hosts.restart(other)
-    hosts.trains_on({0, 1, 2}, "its return, with empty memory")
-    leader = hosts.leader()
-    hosts.kill(leader)
-    hosts.trains_on({0, 1, 2} - {leader}, "the death of the leader")
-    weights = hosts.drain()
-
-    steps = [e["step"] for e in hosts.of("committed")]
-    assert steps == list(range(1, len(steps) + 1)), "every step is told once, in order"
-    assert not hosts.of("resumed"), "what was lost came from peers, not from the disk: there is no checkpoint"
-    assert len(hosts.of("recovered")) == 2
-    assert all(e["redone"] <= 1 for e in hosts.of("recovered"))
+    weights, steps = lose_one_and_then_the_leader(hosts, follower)
     kind = hosts.recipe.model.kind
-    assert weights == undisturbed(recipe(kind, steps=len(steps), report=REPORT), data=DATA[kind])
+    assert weights == undisturbed(recipe(kind, steps=steps, report=REPORT), data=DATA[kind])

@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic.agents_here import Hosts
+from elastic.agents_here import REPORT, STEPS, Hosts, follower, lose_one_and_then_the_leader
 from train.test_processes import until
 from train.tiny_runs import recipe, splits
 
 from shoal.recipe.plan import Plan
-from shoal.recipe.recipe import Reporting
 
 IMAGES, WORDS = splits("cnn", 101), splits("gpt", 101)
-REPORT = Reporting(evaluate_every=10**9, checkpoint_every=10**9, sample=False)
 DATA: dict[str, Any] = {"resnet": IMAGES, "gpt": WORDS}
-STEPS = 10**6
 
 
 @pytest.fixture
@@ -36,28 +33,9 @@ RUNS: list[Any] = [
 
 @pytest.mark.parametrize("hosts", RUNS, indirect=True, ids=["gpt", "resnet"])
 def test_stages_of_a_host_and_then_of_the_leaders_are_made_again_from_copies(hosts, undisturbed):
-    for number in range(3):
-        hosts.start(number)
-    hosts.trains_on({0, 1, 2}, "the beginning")
-    leader = hosts.leader()
-    other, third = (number for number in range(3) if number != leader)
-
-    hosts.kill(other)
-    hosts.trains_on({leader, third}, "the death of an agent: fewer stages")
-    hosts.restart(other)
-    hosts.trains_on({0, 1, 2}, "its return, with empty memory")
-    leader = hosts.leader()
-    hosts.kill(leader)
-    hosts.trains_on({0, 1, 2} - {leader}, "the death of the leader")
-    weights = hosts.drain()
-
-    steps = [e["step"] for e in hosts.of("committed")]
-    assert steps == list(range(1, len(steps) + 1)), "every step is told once, in order"
-    assert not hosts.of("resumed"), "what was lost came from peers, not from the disk: there is no checkpoint"
-    assert len(hosts.of("recovered")) == 2
-    assert all(e["redone"] <= 1 for e in hosts.of("recovered"))
+    weights, steps = lose_one_and_then_the_leader(hosts, follower)
     kind = hosts.recipe.model.kind
-    assert weights == undisturbed(recipe(kind, steps=len(steps), report=REPORT), data=DATA[kind])
+    assert weights == undisturbed(recipe(kind, steps=steps, report=REPORT), data=DATA[kind])
 
 
 @pytest.mark.soak
@@ -80,10 +58,5 @@ def test_of_two_hosts_the_leader_goes_on_alone_and_the_other_one_waits_and_says_
         hosts.restart(leader)
         until(lambda: len(hosts.of("recovered")) == 2, "the return of the leader")
         hosts.trains_on({0, 1}, "its return, with new workers")
-        weights = hosts.drain()
-
-        steps = [e["step"] for e in hosts.of("committed")]
-        assert steps == list(range(1, len(steps) + 1)), "every step is told once, in order"
-        assert not hosts.of("resumed")
-        assert all(e["redone"] <= 1 for e in hosts.of("recovered"))
-        assert weights == undisturbed(recipe("gpt", steps=len(steps), report=REPORT), data=WORDS)
+        weights, steps = hosts.ended_with_nothing_lost()
+        assert weights == undisturbed(recipe("gpt", steps=steps, report=REPORT), data=WORDS)

@@ -162,7 +162,7 @@ class ParameterServer:
         if len(given) != len(self._given):
             raise UserError(f"{len(given)} gradients for {len(self._given)} parameters.")
         weight = count if self.setup.synchronous else 1.0
-        copy = past_cache.copy if past_cache.pays(self._flat.nbytes) else Tensor.copy_
+        copy = past_cache.copier(self._flat.nbytes)
         unused = []
         for slot, (gradient, view) in enumerate(zip(given[::-1], self._views, strict=True)):
             if gradient is None:

@@ -93,7 +93,7 @@ class Store:
         self.optimizer = optimizers.build(setup.optimizer, setup.defaults, setup.groups, members)
         self._gradients: dict[int, list[Tensor]] = {}  # address of a flat gradient -> its views
         self._replicas: dict[int, dict[Tensor, Tensor]] = {}  # address of a replica -> parameter -> its run of it
-        self._past_cache = past_cache.pays(sum(bytes_of(setup, part) for part in self.parts))
+        self._copier = past_cache.copier(sum(bytes_of(setup, part) for part in self.parts))
         self._arriving: dict[tuple[int, int, str], Tensor] = {}
 
     def _shaped(self, part: Part, flat: Tensor) -> Tensor:
@@ -195,9 +195,8 @@ class Store:
 
     @torch.no_grad()
     def _copy(self, parameters: Sequence[Tensor], copies: Mapping[Tensor, Tensor]) -> None:
-        copy = past_cache.copy if self._past_cache else Tensor.copy_
         for parameter in parameters:
-            copy(copies[parameter], parameter.detach())
+            self._copier(copies[parameter], parameter.detach())
 
     def _replica(self, memory: Tensor) -> dict[Tensor, Tensor]:
         """Where each of the own parameters lies in a worker's replica."""

@@ -18,8 +18,7 @@ def explain_run(recipe: Recipe, plan: Plan, source: Source) -> list[Sending]:
     """For one micro-batch of the recipe; nothing is allocated for the model. Raises UserError for an illegal layout."""
     model = outline(recipe.model, source.facts)
     layout = layout_for(model, plan)
-    size = max(1, recipe.batch // (recipe.shards * recipe.micro_batches))
-    batch = source.fetch(torch.arange(min(size, len(source))).numpy(), 0)
+    batch = source.fetch(torch.arange(min(recipe.samples_of_micro_batch, len(source))).numpy(), 0)
     given = arguments_of(task_for(recipe.model, source.facts).loss, model, batch)
     at = given.pop("at", None)  # where a masked language model has targets
     targets = 1.0 if at is None else float(at.float().mean())
