@@ -5,6 +5,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
+import resident
 import torchrun_workers
 
 from shoal.comm.launch import Agent
@@ -13,7 +14,8 @@ from shoal.comm.launch import Agent
 @pytest.fixture
 def on_workers(agent: Agent, request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     """Run a function of the test's own module in a group of workers; their results, by rank."""
-    cloudpickle.register_pickle_by_value(request.module)
+    for module in (request.module, resident):
+        cloudpickle.register_pickle_by_value(module)
 
     def run(workers: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
         return agent.run(function, arguments, workers=workers, **options)

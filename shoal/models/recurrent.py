@@ -4,7 +4,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import wrap_torch_function
 
 
 class LSTMLayers(nn.LSTM):
@@ -13,10 +14,23 @@ class LSTMLayers(nn.LSTM):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As there: (input [n, T, features], (h, c) or None) -> (states [n, T, hidden], (h, c))."""
-        if input.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or _has_bfloat16():
+        if _can(input):
             return super().forward(input, hx)
         with torch.autocast("cpu", enabled=False):
             return super().forward(input.float(), hx)
+
+
+@wrap_torch_function(lambda input, *_: (input,))  # one call to whoever records a model's calls
+def lstm(input: Tensor, hx: tuple[Tensor, Tensor], *others: Any) -> Any:
+    """As `torch.lstm`, in the precision in which `LSTMLayers` computes."""
+    if _can(input):
+        return torch.lstm(input, hx, *others)
+    with torch.autocast("cpu", enabled=False):
+        return torch.lstm(input.float(), tuple(states.float() for states in hx), *others)
+
+
+def _can(input: Tensor) -> bool:
+    return input.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or _has_bfloat16()
 
 
 @cache

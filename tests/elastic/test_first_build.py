@@ -1,9 +1,8 @@
 """Before it knows what it will hold, a worker of an elastic pipeline has no memory for the model."""
 
-import gc
-from pathlib import Path
 from types import SimpleNamespace
 
+from resident import watch
 from train.tiny_runs import recipe, splits
 from worker_fixtures import on_workers
 
@@ -20,13 +19,6 @@ WHOLE = 4 * 8 * 12 * 512 * 512  # bytes of the blocks' matrices
 ROOM = 24 << 20  # a piece that is measured, activations, and what stands for values while a model is recorded
 
 
-def peak_bytes() -> int:
-    """Of the resident set, without files: code that is run for the first time is mapped then, and stays."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak, files = (int(status.partition(f"{key}:")[2].split()[0]) << 10 for key in ("VmHWM", "RssFile"))
-    return peak - files
-
-
 def begun(group, faulty: bool) -> tuple[int, int]:
     """(bytes by which the resident set grew at most, stages that the model can be cut into)."""
     seat = SimpleNamespace(alone=lambda: group, say=lambda *about: None)
@@ -41,11 +33,9 @@ def begun(group, faulty: bool) -> tuple[int, int]:
         return deepest
 
     start(SMALL)  # what is imported and allocated once
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts from here
-    before = peak_bytes()
+    grown = watch()
     deepest = start(LARGE)
-    return peak_bytes() - before, deepest
+    return grown(), deepest
 
 
 def test_a_worker_that_does_not_know_its_stages_yet_has_memory_for_a_piece(on_workers):

@@ -1,11 +1,10 @@
 """A worker of a split model has memory for what it holds of it, from the start."""
 
-import gc
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from resident import watch
 from train.tiny_runs import recipe, splits
 
 from shoal.errors import UserError
@@ -29,29 +28,20 @@ SPECS = {
 }
 
 
-def peak_bytes() -> int:
-    """Of the resident set, without files: code that is run for the first time is mapped then, and stays."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak, files = (int(status.partition(f"{key}:")[2].split()[0]) << 10 for key in ("VmHWM", "RssFile"))
-    return peak - files
-
-
 def placed(group, kind: str, mesh: dict[str, int], faulty: bool) -> tuple[int, int, int, Building]:
     """(bytes by which the resident set grew at most, bytes that are held, bytes of the whole model, what was
     predicted)."""
     torch.set_num_threads(1)
     spec = SPECS[kind]
     hold(group, replace(spec, options={**spec.options, "width": 32}), mesh)  # what is imported and allocated once
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts from here
-    before = peak_bytes()
+    grown = watch()
     kept = build_whole(spec) if faulty else None
     held, whole = hold(group, spec, mesh)
-    grown = peak_bytes() - before
+    most = grown()
     del kept
     parts = (held.chunks or {"": held.module}).values()
     there = {id(p): p.nbytes for part in parts for p in part.parameters()}
-    return grown, sum(there.values()), whole, foretold(spec, mesh)[group.rank]
+    return most, sum(there.values()), whole, foretold(spec, mesh)[group.rank]
 
 
 def foretold(spec: ModelSpec, mesh: dict[str, int]) -> tuple[Building, ...]:

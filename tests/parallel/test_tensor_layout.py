@@ -135,7 +135,7 @@ def test_with_one_worker_nothing_is_cut():
         ("gpt", {**SLICED, "heads": ""}, 2, "rules.sequence = 'tensor' needs rules.heads = 'tensor'"),
         ("gpt", {**SLICED, "up.ffn": "", "up.width": "tensor"}, 2, "up .* cannot be cut in this way while 'sequence'"),
         ("mlp", SLICED, 2, "a MLP has no modules that work on slices of the sequence: leave the rule out"),
-        ("lstm", {"width": "tensor", "vocab": ""}, 2, "has dimension 'width', and a LSTM is not split by it"),
+        ("lstm", {"width": "tensor", "vocab": ""}, 2, "has dimension 'width', and a LSTMLayers is not split"),
         ("lstm", {"vocab": ""}, 2, "splits nothing of this LSTM: give its dimensions .* a rule such as"),
         ("cnn", {**ROWS, "channels": "tensor"}, 2, "both 'rows' and 'channels' .* write rules.channels = ''"),
         ("cnn", ROWS, 5, "has 3 rows, fewer than the 5 workers"),

@@ -1,12 +1,12 @@
 """With zero3, workers of one host make the first values of a model together, where they will share them."""
 
-import gc
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from resident import watch
 from train.tiny_runs import recipe, splits
 
 from shoal.models.registry import build, build_blank, outline, task_for
@@ -27,13 +27,6 @@ def wanted(options: dict) -> Recipe:
     return recipe("gpt", model=ModelSpec(kind="gpt", options=options, freeze=("positions.*",)))
 
 
-def peak_bytes() -> int:
-    """Of the resident set, without files: code that is run for the first time is mapped then, and stays."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak, files = (int(status.partition(f"{key}:")[2].split()[0]) << 10 for key in ("VmHWM", "RssFile"))
-    return peak - files
-
-
 def placed(group, options: dict, parts: bool):
     data = splits("gpt", 64)
     order = Order(wanted(options), ZERO3, data=data)
@@ -51,12 +44,10 @@ def grown(group, parts: bool) -> tuple[int, int]:
     model)."""
     torch.set_num_threads(1)
     placed(group, SMALL, parts)  # what is imported and allocated once
-    gc.collect()
     group.gather(b"")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts from here
-    before = peak_bytes()
+    most = watch()
     _, made = placed(group, LARGE, parts)
-    return peak_bytes() - before, sum(p.nbytes for p in made.parameters())
+    return most(), sum(p.nbytes for p in made.parameters())
 
 
 def test_each_worker_has_memory_for_its_share_of_the_model_and_a_tensor_more(on_workers):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoal.models.recurrent import LSTMLayers, lstm
+
 _CALLS: dict[str, Callable[..., Any]] = {
     "LSTM": torch.lstm,
     "GRU": torch.gru,
@@ -21,7 +23,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
 def is_stack(module: nn.Module, args: Sequence[Any]) -> TypeGuard[nn.RNNBase]:
     """Whether ``layer_by_layer`` can stand in for the module's own forward with these arguments."""
     return (
-        type(module) in (nn.LSTM, nn.GRU, nn.RNN)
+        type(module) in (nn.LSTM, LSTMLayers, nn.GRU, nn.RNN)
         and isinstance(module, nn.RNNBase)
         and module.num_layers > 1
         and not (module._forward_hooks or module._forward_pre_hooks)
@@ -33,6 +35,7 @@ def is_stack(module: nn.Module, args: Sequence[Any]) -> TypeGuard[nn.RNNBase]:
 
 def layer_by_layer(stack: nn.RNNBase, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
     """As the module's forward: [T, n, inputs], or [n, T, inputs] if batch first, and first states or None."""
+    call = lstm if isinstance(stack, LSTMLayers) else _CALLS[stack.mode]
     x = input.transpose(0, 1) if stack.batch_first else input
     directions = 2 if stack.bidirectional else 1
     last: list[tuple[Tensor, ...]] = []
@@ -40,7 +43,7 @@ def layer_by_layer(stack: nn.RNNBase, input: Tensor, hx: Any = None) -> tuple[Te
         own = slice(layer * directions, (layer + 1) * directions)
         begin = _zeros(stack, x, directions) if hx is None else _of_layer(hx, own)
         weights = [getattr(stack, name) for names in stack._all_weights[own] for name in names]
-        x, *ends = _CALLS[stack.mode](x, begin, weights, stack.bias, 1, 0.0, stack.training, stack.bidirectional, False)
+        x, *ends = call(x, begin, weights, stack.bias, 1, 0.0, stack.training, stack.bidirectional, False)
         if stack.dropout and layer + 1 < stack.num_layers:
             x = F.dropout(x, stack.dropout, stack.training)
         last.append(tuple(ends))
