@@ -16,6 +16,7 @@ from tiny_models import TINY, Tiny
 from torch import Tensor, nn
 
 from shoal.errors import UserError
+from shoal.models import recurrent
 from shoal.parallel.partition.arguments import bind
 from shoal.parallel.partition.balance import balance
 from shoal.parallel.partition.chunks import OUTPUT, Chunks
@@ -227,6 +228,18 @@ def test_a_cut_goes_where_the_user_says() -> None:
     chunks = cut(lstm, 2, example=(TINY["lstm"].batch["tokens"],), cuts=["lstm.weight_ih_l1"]).chunks
     assert "lstm.weight_hh_l0" in chunks[0].parameters
     assert {"lstm.weight_ih_l1", "lstm.weight_hh_l1"} <= set(chunks[1].parameters)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["as it is", "without bfloat16 instructions"])
+def test_a_stack_of_lstm_layers_is_cut_between_them_in_bfloat16_too(monkeypatch, known):
+    if not known:
+        monkeypatch.setattr(recurrent, "_has_bfloat16", lambda: False)
+    tiny = TINY["lstm"]
+    model = tiny.build()
+    arguments = arguments_of(tiny, model, tiny.batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        chunks = cut(model, 2, example=arguments, cuts=["lstm.weight_ih_l1"])
+        assert in_chunks(model, chunks, arguments).differs(whole(model, arguments)) == []
 
 
 @pytest.mark.parametrize(
