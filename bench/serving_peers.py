@@ -37,7 +37,7 @@ class Model:
     def __init__(self, folder: str, dtype: str) -> None:
         import torch
 
-        from shoal.comm.agent import keep_freed_memory
+        from shoal.comm.freed_memory import keep_freed_memory
         from shoal.serve.forward import open_forward
         from shoal.serve.intake.registry import open_intake
         from shoal.serve.target import load

@@ -1,9 +1,10 @@
 """By how much the memory of a forked worker grows at most."""
 
-import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
+
+from shoal.comm.freed_memory import give_back_freed_memory
 
 
 def watch() -> Callable[[], int]:
@@ -11,7 +12,7 @@ def watch() -> Callable[[], int]:
 
     A worker inherits the heap of its agent, and what is free in it would be filled first, unseen."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed_memory()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts from here
     before = _peak_bytes()
     return lambda: _peak_bytes() - before

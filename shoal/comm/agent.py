@@ -14,13 +14,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from shoal.comm import descriptors
 from shoal.comm.arena import Arenas, arena_files
+from shoal.comm.freed_memory import keep_freed_memory
 from shoal.comm.group import HostGroup
 from shoal.comm.heap import Heap, anonymous_file, heap_file
 from shoal.comm.mesh import Mesh, PeerLost
@@ -209,14 +209,6 @@ class Crew:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-
-
-def keep_freed_memory() -> None:
-    """glibc: hand freed tensors out again instead of giving their pages back, which costs a fault each next time."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: its largest value
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def failure_of(error: BaseException) -> tuple[str, str, str]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from shoal.comm.agent import Said, failure_of, keep_freed_memory
+from shoal.comm.agent import Said, failure_of
+from shoal.comm.freed_memory import keep_freed_memory
 from shoal.comm.mesh import PeerLost
 from shoal.comm.status import StatusBoard
 from shoal.elastic.faults import Fault

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from shoal.comm.freed_memory import give_back_freed_memory
 from shoal.memory.budget import Need, Ways, mebibytes, tried
 from shoal.memory.choose import Candidate, candidates
 from shoal.memory.gauge import Gauge
@@ -37,6 +38,7 @@ def explained(
     Changes are tried on the spot, beside as much memory as all else will take, the smallest first: the first one that
     runs is told. Nothing of the failed step may be held any more when this is called."""
     gc.collect()
+    give_back_freed_memory()  # the heap of the failed step may hold all of the room that is left
     whole, change = need, ""
     try:
         stands_in = torch.empty(missing, dtype=torch.uint8, device=next(module.parameters()).device)

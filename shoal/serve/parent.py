@@ -4,7 +4,6 @@ It computes nothing, so that a fork of it is quick and safe: a new model process
 its weights are the memory that all the others map. It leaves when the HTTP side's socket closes, and its children
 with it."""
 
-import ctypes
 import gc
 import os
 import select
@@ -18,6 +17,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from shoal.comm.freed_memory import give_back_freed_memory
 from shoal.serve.control import (
     Broken,
     Fork,
@@ -178,8 +178,7 @@ class Parent:
         self._options = dict(order.options)
         gc.collect()
         gc.freeze()  # a collection in a child would touch, and so copy, every page of the parent's objects
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back_freed_memory()
         seconds = {
             "import": imported - self._begun,
             "load": loaded - imported,

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from shoal.comm.agent import die_with_parent, keep_freed_memory
+from shoal.comm.agent import die_with_parent
+from shoal.comm.freed_memory import keep_freed_memory
 from shoal.comm.group import Group
 from shoal.comm.mesh import PeerLost
 from shoal.errors import ShoalError

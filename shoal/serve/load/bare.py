@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.comm.agent import keep_freed_memory
+from shoal.comm.freed_memory import keep_freed_memory
 from shoal.errors import ShoalError, UserError
 from shoal.serve.forward import open_forward
 from shoal.serve.http.messages import HttpError
