@@ -16,6 +16,7 @@ from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS
 from shoal.errors import ShoalError, UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
+from shoal.run.run import Run
 from shoal.train.able import check_trainable
 from shoal.train.api import PRELOAD as TRAINS
 from shoal.train.api import order_of, tell_failure
@@ -123,6 +124,9 @@ def train_elastic(
     if len(faults) > MOST:
         raise UserError(f"{len(faults)} faults in one run: use at most {MOST}.")
     order = order_of(recipe, plan, origins, run_dir, resume, start, model, data, elastic=True)
+    folder = order.run_dir.absolute() if order.run_dir is not None else None
+    if folder is not None and not order.resume:
+        Run.check_new(folder)
     seen: list[Path] = []
 
     def listen(_: int, event: Any) -> None:
@@ -144,6 +148,7 @@ def train_elastic(
         depth=plan.axes.size("pipe"),
         servers=plan.server_processes,
         outlives=not faults,
+        run_dir=folder,
     )
     with nullcontext(agent) if agent else Agent(PRELOAD) as crew:
         try:

@@ -18,7 +18,7 @@ from shoal.comm.socket_pairs import SocketPairs
 from shoal.comm.status import StatusBoard
 from shoal.elastic import membership as m
 from shoal.elastic import roster
-from shoal.elastic.faults import happened
+from shoal.elastic.faults import Noticed
 from shoal.elastic.forks import Forks
 from shoal.elastic.kernel import look
 from shoal.elastic.pace import Pace
@@ -28,6 +28,8 @@ from shoal.elastic.replan import MOST_SERVERS, MOST_WORKERS, Formation, formatio
 from shoal.elastic.seat import DRAINS, ROWS
 from shoal.elastic.waste import Waste
 from shoal.elastic.watch import Watch
+from shoal.errors import UserError
+from shoal.run.hold import Hold
 
 POLL_S = 0.1  # between two looks at positions and at wanted.json
 MOST_ACCUSED = 8  # workers that a run parts from because they were wrong: more of them are no chance
@@ -46,6 +48,7 @@ class ElasticJob(Program):
     depth: int = 1  # stages that the plan cuts the model into
     servers: int = 0  # parameter servers beside the workers
     outlives: bool = True  # a launcher that was killed: a rehearsal ends with it
+    run_dir: Path | None = None  # None: the first worker makes one
 
     def carry_out(self, launcher: Connection, forward: Callable[[Any], None]) -> Ended:
         return ElasticCrew(self, launcher, forward).run()
@@ -53,10 +56,12 @@ class ElasticJob(Program):
 
 class ElasticCrew:
     tick_s = POLL_S  # the longest that it may look at nothing
+    shares = False  # the run directory, with the agents of other hosts
 
     def __init__(self, job: ElasticJob, launcher: Connection, forward: Callable[[Any], None]) -> None:
         self.job, self.launcher, self._forward = job, launcher, forward
         self.orphaned = False  # the launcher was killed
+        self.hold = Hold(shared=self.shares)  # this process's, since the launcher may end before the run
         self.host = socket.gethostname()
         self.board_file = anonymous_file(StatusBoard.SIZE)
         self.mirror = heap_file()  # what workers hold alone lies here too: see `shoal.elastic.mirror`
@@ -71,7 +76,7 @@ class ElasticCrew:
         self.formation = Formation(())
         self.failure: Ended | None = None
         self.ended_s: float | None = None  # when the run got its result
-        self.noticed: set[int] = set()  # faults of a rehearsal
+        self.noticed = Noticed(job.faults, self.board)  # faults of a rehearsal
         self.accused = 0  # workers that computed or held something wrong
         self.wish = 0  # the number of the last wish that was heard
         self.begun = 0  # the step that was under way when the last epoch broke
@@ -91,6 +96,7 @@ class ElasticCrew:
         finally:
             self.processes.end_all()
             self._leave()
+            self.hold.close()
             signal.signal(signal.SIGTERM, asked_before)
             self.board.close()
             os.close(self.board_file)
@@ -98,7 +104,16 @@ class ElasticCrew:
         return self.failure or Ended("")
 
     def _begin(self) -> None:
-        self._do(self.membership.begin(time.monotonic()))
+        if self.job.run_dir is None or self._holds(self.job.run_dir):
+            self._do(self.membership.begin(time.monotonic()))
+
+    def _holds(self, run_dir: Path) -> bool:
+        """Whether nobody else trains the run; else this agent gives up."""
+        try:
+            self.hold.take(run_dir, make=True)
+        except UserError as error:
+            self.fail(str(error), user_error=True)
+        return self.failure is None
 
     def _leave(self) -> None:
         """The workers have ended."""
@@ -109,9 +124,7 @@ class ElasticCrew:
         self.board.ask_stop()
 
     def _over(self) -> bool:
-        if self.ended_s is None:
-            return False
-        return not self.processes or time.monotonic() - self.ended_s > END_S
+        return self.ended_s is not None and (not self.processes or time.monotonic() - self.ended_s > END_S)
 
     def _turn(self) -> None:
         pipes = {process.pipe: seat for seat, process in self.processes.items()}
@@ -282,10 +295,9 @@ class ElasticCrew:
 
     def _look(self) -> None:
         """Members without progress; and what was done to some on purpose."""
-        for index, ago in happened(self.job.faults, self.board, self.noticed, ends=False):
-            self.noticed.add(index)
+        for fault, ago in self.noticed.lived_through():
             why = f"on purpose, {ago:.3f} s ago"
-            self._tell(m.Tell("rehearsed", why, 0.0, more=(("fault", str(self.job.faults[index])), ("ago_s", ago))))
+            self._tell(m.Tell("rehearsed", why, 0.0, more=(("fault", str(fault)), ("ago_s", ago))))
         active = [s for s, seat in self.membership.seats.items() if seat.at in m.MOVING and s in self.processes]
         rows, found = {seat % ROWS: seat for seat in active}, []
         for seat in active:
@@ -309,15 +321,12 @@ class ElasticCrew:
             seat = self.membership.members[int(wanted.drain)]
             self._decide(m.Drain(seat, wanted.why or f"{self._name(seat)} was asked to leave"))
         elif wanted.servers > 0 and self.servers:
-            self._serve_by(wanted.servers, wanted.why or f"{wanted.servers} servers were asked for")
+            workers, self.servers = self.membership.wanted - self.servers, min(wanted.servers, MOST_SERVERS)
+            asked = wanted.why or f"{wanted.servers} servers were asked for"
+            self._decide(m.Resize(workers + self.servers, asked))
         elif wanted.workers > 0:
             asked = wanted.why or f"{wanted.workers} workers were asked for"
             self._decide(m.Resize(wanted.workers + self.servers, asked))
-
-    def _serve_by(self, servers: int, why: str) -> None:
-        """With as many workers as before."""
-        workers, self.servers = self.membership.wanted - self.servers, min(servers, MOST_SERVERS)
-        self._decide(m.Resize(workers + self.servers, why))
 
     # --- what is told -----------------------------------------------------------------------------------------
 
@@ -326,7 +335,9 @@ class ElasticCrew:
         return f"{process.name} on {self.host} (pid {process.pid})"
 
     def _know(self, seat: int, path: Path) -> None:
-        """The run directory has a name; it may not be there yet."""
+        """The run directory has a name."""
+        if not self._holds(path):
+            return
         if self.record.run_dir is None:
             self.wish = roster.wanted_of(path).number  # older wishes are not for this process
         self.record.run_dir = path
@@ -349,7 +360,7 @@ class ElasticCrew:
                 "membership": self.membership.epoch,
                 "host": self.host,
                 "processes": who,
-                **self._noticed(tell),
+                **self.noticed.behind(tell.event),
                 **(redone if tell.event == "recovered" else {}),
                 **dict(tell.more),
                 **(self.waste.told(self._newest_begun, time.monotonic()) if lost else {}),
@@ -358,15 +369,6 @@ class ElasticCrew:
 
     def _newest_begun(self) -> int:
         return max((self.board.read(seat % ROWS).step for seat in self.waste.seats), default=0)
-
-    def _noticed(self, tell: m.Tell) -> dict[str, Any]:
-        """In a rehearsal: how long ago the fault that was noticed had happened."""
-        new = happened(self.job.faults, self.board, self.noticed, ends=True)
-        if tell.event not in ("lost", "suspected") or not new:
-            return {}
-        index, ago = new[0]
-        self.noticed.add(index)
-        return {"fault": str(self.job.faults[index]), "noticed_s": round(ago, 6)}
 
     def _rank(self, seat: int) -> int | None:
         return self.membership.members.index(seat) if seat in self.membership.members else None
@@ -444,4 +446,5 @@ class ElasticCrew:
     def _close_own(self) -> None:
         """In a forked worker: what is its agent's alone."""
         self.launcher.close()
+        self.hold.forget()
         self.record.close_log()

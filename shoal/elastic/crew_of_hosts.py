@@ -57,6 +57,7 @@ class HostsJob(ElasticJob):
 
 class CrewOfHosts(ElasticCrew):
     tick_s = 0.03
+    shares = True
     job: HostsJob
 
     def __init__(self, job: HostsJob, launcher: Connection, forward: Callable[[Any], None]) -> None:
@@ -96,6 +97,7 @@ class CrewOfHosts(ElasticCrew):
 
     def _begin(self) -> None:
         self.board.lease(1e-9)  # none yet
+        self._holds(self.job.run_dir)
 
     def _agents(self) -> list[socket.socket]:
         return self.links.sources

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shoal.comm.status import Phase, StatusBoard
 from shoal.elastic import deeds
@@ -113,10 +113,31 @@ class Rehearsal:
                     self._undo.append((step + deeds.LASTS, undo))
 
 
-def happened(faults: Sequence[Fault], board: StatusBoard, told: set[int], *, ends: bool) -> list[tuple[int, float]]:
-    """(number, seconds ago) of faults that have happened and are not in ``told``; in the order that they did.
+class Noticed:
+    """The agent's side of a rehearsal: which faults have happened, each told once."""
 
-    ``ends``: of those that cost a worker its life, or of the others."""
-    found = [(board.noted(number), number) for number in range(len(faults)) if number not in told]
-    now = time.monotonic()
-    return [(number, now - at) for at, number in sorted(found) if at and deeds.DEEDS[faults[number].kind].ends is ends]
+    def __init__(self, faults: Sequence[Fault], board: StatusBoard) -> None:
+        self._faults, self._board = faults, board
+        self._told: set[int] = set()
+
+    def lived_through(self) -> list[tuple[Fault, float]]:
+        """Faults that have cost no worker its life, and how many seconds ago they happened."""
+        found = self._new(ends=False)
+        self._told.update(number for number, _ in found)
+        return [(self._faults[number], ago) for number, ago in found]
+
+    def behind(self, event: str) -> dict[str, Any]:
+        """What is told with an event beside: the fault that is noticed by it, and how long ago that was."""
+        new = self._new(ends=True)
+        if event not in ("lost", "suspected") or not new:
+            return {}
+        number, ago = new[0]
+        self._told.add(number)
+        return {"fault": str(self._faults[number]), "noticed_s": round(ago, 6)}
+
+    def _new(self, *, ends: bool) -> list[tuple[int, float]]:
+        """(number, seconds ago), in the order that they happened. ``ends``: of those that cost a worker its life."""
+        untold = [number for number in range(len(self._faults)) if number not in self._told]
+        found = sorted((self._board.noted(number), number) for number in untold)
+        now = time.monotonic()
+        return [(n, now - at) for at, n in found if at and deeds.DEEDS[self._faults[n].kind].ends is ends]

@@ -7,7 +7,7 @@ import secrets
 import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from shoal.elastic.links import address_of
 from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
+from shoal.run.hold import Hold
 from shoal.train.api import order_of
 from shoal.train.notices import Notice, drains
 
@@ -129,7 +130,9 @@ def jobs(
     if order.run_dir is None:
         raise UserError("several hosts need to know where the run is: add --run-dir DIR, the same folder on all hosts.")
     order = replace(order, run_dir=(folder := order.run_dir.absolute()))
-    token = shared_token(folder)
+    with closing(Hold(shared=True)) as hold:
+        hold.take(folder, make=True)  # each agent keeps it from then on
+        token = shared_token(folder)
     told = [recipe.arithmetic_hash, plan.to_toml(), least, hosts, order.resume, str(order.start or "")]
 
     def make(number: int, addresses: tuple[tuple[str, int], ...], host: str) -> HostsJob:

@@ -3,6 +3,7 @@
 A line for each change: a checksum and [term, voted, before, entries]. A line that a kill has torn was never acted on.
 """
 
+import fcntl
 import json
 import os
 import zlib
@@ -26,13 +27,33 @@ class Promises:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            whole = self._read(agents)
-            os.ftruncate(self._file, whole)
-            os.lseek(self._file, whole, os.SEEK_SET)
-            if not whole:
-                self._write([agents])
+            try:
+                self._open(agents)
+            except BaseException:
+                os.close(self._file)
+                raise
         except OSError as error:
             raise UserError(f"cannot keep {str(path)!r}: {error.strerror}.") from None
+
+    def _open(self, agents: int) -> None:
+        self._lock()
+        whole = self._read(agents)
+        os.ftruncate(self._file, whole)
+        os.lseek(self._file, whole, os.SEEK_SET)
+        if not whole:
+            self._write([agents])
+
+    def _lock(self) -> None:
+        """For as long as this process lives: two agents of one number would break each other's promises."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"agent {self.path.stem} of the run in {str(self.path.parents[1])!r} is at work already: wait for its "
+                f"end, or give this one another --run-dir."
+            ) from None
+        except OSError:
+            pass  # NFS without a lock service, say
 
     def _read(self, agents: int) -> int:
         """How many bytes of the file are whole lines."""
@@ -58,7 +79,7 @@ class Promises:
 
     def close(self, *, forget: bool) -> None:
         """``forget``: the run has ended, and there is nothing to keep to."""
-        os.close(self._file)
+        os.close(self._file)  # of a forked child it lets nothing go: the lock is its agent's
         if forget:
             with suppress(OSError):
                 self.path.unlink()

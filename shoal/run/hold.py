@@ -3,33 +3,66 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from shoal.errors import UserError
 
 
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Nobody else may hold ``path`` while this context is open and this process alive, however it ends.
+class Hold:
+    """A process's hold on a run directory, until it is closed or the process ends, however it ends.
 
-    The lock is the directory's own: no file is left behind. A file system without locks is taken as it is.
-    Raises UserError when another process holds it."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    ``shared``: with others that say so too, the agents of one run. The lock is the directory's own: no file is left
+    behind. A file system without locks is taken as it is."""
+
+    def __init__(self, *, shared: bool = False) -> None:
+        self._how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        self._folder = -1
+        self._made: list[Path] = []
+
+    def take(self, path: Path, *, make: bool = False) -> None:
+        """Nothing is done where it is held already. ``make``: a folder that is not there is made, and goes again with
+        the hold unless something has come into it. Raises UserError when another process holds it."""
+        if self._folder >= 0:
+            return
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if make:
+                self._made = [place for place in (path, *path.parents) if not place.exists()]
+                path.mkdir(parents=True, exist_ok=True)
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {str(path)!r}: {error.strerror}.") from None
+        try:
+            fcntl.flock(folder, self._how | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(folder)
             raise UserError(
-                f"{str(path)!r} is being trained by another process: wait for its end, or start a new run from one of "
-                f"its checkpoints with --from."
+                f"{str(path)!r} is being trained by another process: wait for its end (`shoal drain` ends an elastic "
+                f"run), or start a new run from one of its checkpoints with --from."
             ) from None
         except OSError:
             pass  # NFS without a lock service, say
-        try:
-            yield
-        finally:
+        self._folder = folder
+
+    def forget(self) -> None:
+        """In a forked child: its parent holds the run."""
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
+
+    def close(self) -> None:
+        if self._folder >= 0:
+            for place in self._made:
+                with suppress(OSError):  # it is in use
+                    place.rmdir()
             with suppress(OSError):
-                fcntl.flock(folder, fcntl.LOCK_UN)  # closing is not enough: forked children have the same lock open
-    finally:
-        os.close(folder)
+                fcntl.flock(self._folder, fcntl.LOCK_UN)  # a child that somebody has forked may have it open, too
+        self.forget()
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Nobody else may hold ``path`` while this context is open. Raises UserError when another process does."""
+    with closing(Hold()) as hold:
+        hold.take(path)
+        yield

@@ -82,10 +82,8 @@ class Run:
         try:
             if path is None:
                 chosen = _of_its_own(chosen)
-            elif (chosen / "recipe.toml").exists():
-                raise UserError(
-                    f"{str(chosen)!r} holds a run already: continue it with --resume, or name another folder."
-                )
+            else:
+                Run.check_new(chosen)
             (chosen / "checkpoints").mkdir(parents=True, exist_ok=True)
             run = Run(chosen.absolute())
             run.write_inputs(recipe, plan, origins)
@@ -132,6 +130,12 @@ class Run:
             hint = f"did you mean {near[0]!r}?" if near else "a run directory holds recipe.toml. Try `shoal train`."
             raise UserError(f"no run in {str(path)!r}: {hint}")
         return Run(path.resolve())
+
+    @staticmethod
+    def check_new(path: Path) -> None:
+        """Raises UserError when the path holds a run already."""
+        if (path / "recipe.toml").exists():
+            raise UserError(f"{str(path)!r} holds a run already: continue it with --resume, or name another folder.")
 
     @staticmethod
     def check_place(path: Path | None) -> None:

@@ -9,6 +9,7 @@ import pytest
 from train.test_processes import folder, mark, marked, start, until, write_recipe  # noqa: F401  (two are fixtures)
 
 from shoal.elastic import roster
+from shoal.errors import UserError
 from shoal.recipe.recipe import Reporting
 from shoal.run.run import Run
 from shoal.run.tail import told_lately
@@ -29,6 +30,9 @@ def test_a_run_outlives_its_launcher_and_after_its_agent_goes_on_from_a_checkpoi
     orphan = start(mark, folder, *SHOAL, recipe, *ELASTIC, "--run-dir", "orphan")
     until(lambda: ("committed", 5) in told_lately(folder / "orphan" / "events.jsonl"), "a step")
     orphan.send_signal(signal.SIGKILL)
+    orphan.wait()
+    with pytest.raises(UserError, match="is being trained by another process"), Run(folder / "orphan").held(True):
+        pass
     orphan.communicate()
     broken = start(mark, folder, *SHOAL, recipe, *ELASTIC, "--run-dir", "broken")
     until(lambda: ("checkpointed", 10) in told_lately(folder / "broken" / "events.jsonl"), "a checkpoint")
