@@ -1,6 +1,5 @@
 """Fault rehearsal: the same recipe undisturbed, and with faults at chosen places, compared step by step."""
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from shoal.errors import UserError, unknown_name
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
+from shoal.run.scratch import scratch_folder
 from shoal.train.able import check_repeatable
 from shoal.train.api import order_of, train
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 APART = 4  # steps from one fault to the next: a lost worker's place should be taken by then
 EVERY = 4  # steps between two evaluations and checkpoints, so that faults can happen in these too
 LEADS = ("evaluating", "saving")  # phases that rank 0 is sure to come to
+SCRATCH = "shoal-chaos-"  # what folders of rehearsals that are not kept begin with
 USUAL: Mapping[str, Sequence[str]] = {  # kind -> where it happens when no phases are named
     "kill": PHASES,
     "stop": ("forward", "exchanging", "updating"),  # each costs two seconds and more until it is noticed
@@ -105,7 +106,7 @@ def rehearse(
     report = replace(recipe.report, evaluate_every=EVERY, checkpoint_every=EVERY, sample=False, tensorboard=False)
     recipe = replace(recipe, steps=steps, epochs=0, report=report)
     with (
-        nullcontext(folder) if folder else tempfile.TemporaryDirectory(prefix="shoal-chaos-") as place,
+        nullcontext(folder) if folder else scratch_folder(SCRATCH) as place,
         nullcontext(agent) if agent else Agent(PRELOAD) as crew,
     ):
         common: dict[str, Any] = {"progress": progress, "model": model, "data": data, "agent": crew}

@@ -1,7 +1,6 @@
 """Fault rehearsal on several hosts that this machine plays: agents killed and stopped, links cut, slow and lossy."""
 
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.comm.launch import Agent
 from shoal.elastic import roster
 from shoal.elastic.api import PRELOAD
-from shoal.elastic.chaos import Survived, explained, judged, lasted_s, of_the_user, unstopped
+from shoal.elastic.chaos import SCRATCH, Survived, explained, judged, lasted_s, of_the_user, unstopped
 from shoal.elastic.crew_of_hosts import HostsJob
 from shoal.elastic.emulated import EmulatedHosts, check_number, train_emulated
 from shoal.elastic.host_faults import LEADER, LINKS, SLOW, HostFault, usual_host_faults
@@ -23,6 +22,7 @@ from shoal.errors import RunFailed, UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.run import Run
+from shoal.run.scratch import scratch_folder
 from shoal.train.able import check_repeatable
 from shoal.train.api import train
 
@@ -72,7 +72,7 @@ def rehearse_hosts(
     mine: dict[str, Any] = {"model": model, "data": data}
     shapes = any(fault.kind in SLOW for fault in faults)
     with (
-        nullcontext(folder) if folder else tempfile.TemporaryDirectory(prefix="shoal-chaos-") as made,
+        nullcontext(folder) if folder else scratch_folder(SCRATCH) as made,
         closing(make_network(network, hosts, shapes=shapes)) as between,
     ):
         place = Path(made)

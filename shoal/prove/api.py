@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.comm.launch import Agent
 from shoal.errors import UserError
-from shoal.prove.folder import proof_folder
 from shoal.prove.place import place_of
 from shoal.prove.plans import label, of_families, standard_plans
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
+from shoal.run.scratch import scratch_folder
 from shoal.train.able import check_trainable
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def prove(
     report = replace(recipe.report, checkpoint_every=0, evaluate_samples=recipe.batch, sample=False, tensorboard=False)
     short = replace(recipe, steps=steps, epochs=0, report=report)
     crew_of_its_own = nullcontext(agent) if agent else Agent(PRELOAD)
-    with crew_of_its_own as crew, proof_folder() as folder:
+    with crew_of_its_own as crew, scratch_folder("shoal-prove-") as folder:
         [settled] = crew.run(settle, (short,), workers=1, threads=short.threads)
         subject = Subject(settled, model, data)
         reference = launch_reference(crew, subject, folder, values=any(map(by_value, plans)))

@@ -1,12 +1,7 @@
 """The pure parts of the prover: plans, trees, the first difference, closeness."""
 
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,18 +23,10 @@ from shoal.prove.fingerprint import (
     layer_of,
     tensor_print,
 )
-from shoal.prove.folder import proof_folder
 from shoal.prove.plans import FAMILIES, families, label, of_families, standard_plans, uneven_placement
 from shoal.prove.reference import block_norm, tree_sum
 from shoal.recipe.plan import Plan
 
-LEFT = """
-import time
-from shoal.prove.folder import proof_folder
-with proof_folder() as folder:
-    print(folder, flush=True)
-    time.sleep(600)
-"""
 NAMES = ("gradient/a", "gradient/b", "model/a", "model/b", "optimizer/a/step")
 
 
@@ -153,22 +140,6 @@ def test_a_proof_that_would_fill_the_disk_is_refused(tmp_path):
     check_room(tmp_path, GRADIENTS, steps=20)
     with pytest.raises(UserError, match="use fewer --steps"):
         check_room(tmp_path, GRADIENTS, steps=10**18)
-
-
-def test_what_a_killed_proof_left_goes_with_the_next_one_and_one_at_work_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed = subprocess.Popen(
-        [sys.executable, "-c", LEFT], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
-    )
-    left = Path(killed.stdout.readline().decode().strip())
-    with proof_folder() as first:
-        assert left.exists(), "its process lives"
-        killed.kill()
-        killed.wait()
-        killed.stdout.close()
-        with proof_folder() as second:
-            assert {*tmp_path.iterdir()} == {first, second}
-    assert not list(tmp_path.iterdir())
 
 
 def test_weights_are_left_out_where_they_are_no_measure_and_losses_name_their_shards(tmp_path):
