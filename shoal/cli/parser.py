@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal.errors import UserError, unknown_name
+from shoal.recipe.layers import keys_named
 
 
 def folder(text: str) -> Path:
@@ -26,6 +27,12 @@ class OneLineParser(ArgumentParser):
         """Raises UserError naming the first argument that the verb does not know, with the nearest option."""
         for argument in extra:
             if argument.startswith("-"):
-                raise unknown_name("option", argument.split("=")[0], self._option_string_actions, f"`{self.prog}`")
+                option = argument.split("=")[0]
+                name = option.lstrip("-").replace("-", "_")
+                keys = keys_named(name) if "--set" in self._option_string_actions else []
+                if keys:
+                    written = " or ".join(f"--set {key}=VALUE" for key in keys)
+                    raise UserError(f"unknown option {option!r} in `{self.prog}`: write {written}.")
+                raise unknown_name("option", option, self._option_string_actions, f"`{self.prog}`")
         if extra:
             self.error(f"unexpected argument {extra[0]!r}")

@@ -187,8 +187,19 @@ def owner(key: str, where: str) -> type[Recipe] | type[Plan]:
     for cls in (Recipe, Plan):
         if key.split(".")[0] in {f.name for f in fields(cls)}:
             return cls
+    raise unknown_key(key, _settable(), where)
+
+
+def keys_named(name: str) -> list[str]:
+    """Dotted keys that somebody may mean who says this: "layers" -> ["model.layers"], "model" -> ["model.kind"]."""
+    if name in CHOOSERS:
+        return [f"{name}.{CHOOSERS[name]}"]
+    return sorted({key for key in _settable() if name in (key, key.rpartition(".")[2])})
+
+
+def _settable() -> list[str]:
     of_presets = [option for name in presets.names() for option in flatten(presets.load(name))]  # model.layers, ...
-    raise unknown_key(key, [*dotted_keys(Recipe), *dotted_keys(Plan), *of_presets], where)
+    return [*dotted_keys(Recipe), *dotted_keys(Plan), *of_presets]
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
