@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,16 @@ def agent() -> "Iterator[Agent]":
     with Agent((*PRELOAD, "shoal.prove.trial", "torch.distributed.fsdp", "torch.distributed.tensor")) as agent:
         agent.run(id, workers=1)  # it has imported everything, and has no file of a module open any more
         yield agent
+
+
+@pytest.fixture
+def launches_here(agent: "Agent", monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agents of commands and library calls of this process are forks of the agent of all tests."""
+    from forked_agents import ForkedAgent
+
+    names = ("shoal.train.api", "shoal.prove.api", "shoal.elastic.api", "shoal.comm.launch")
+    for module in [import_module(name) for name in names]:
+        monkeypatch.setattr(module, "Agent", lambda preload=(): ForkedAgent(agent))
 
 
 @pytest.fixture(scope="session")

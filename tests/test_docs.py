@@ -6,14 +6,12 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from shoal.comm.launch import Agent
 from shoal.run.run import Run
 from shoal.train.checkpoint import newest as load_newest
 
@@ -34,13 +32,11 @@ def run(program: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def said_by(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    launches_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[[str], str]:
-    """What the program of a page prints: run in this process, with the agent of all tests for its launches. That a
-    program runs by itself is shown for the README's; what workers print goes past it."""
-    modules = [import_module(f"shoal.{name}.api") for name in ("train", "prove")]
-    for module in (import_module("shoal.comm.launch"), *modules):
-        monkeypatch.setattr(module, "Agent", lambda preload=(): nullcontext(agent))
+    """What the program of a page prints: run in this process, with forks of the agent of all tests for its launches.
+    That a program runs by itself is shown for the README's; what workers print goes past it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # runs that a page makes go with the test
 
     def run_page(page: str) -> str:
         program = tmp_path / "program.py"

@@ -26,11 +26,14 @@ test = 0.1
 """
 
 
-@pytest.mark.slow
-def test_a_run_is_trained_resumed_evaluated_reported_inspected_and_exported(shoal, monkeypatch):
-    monkeypatch.setenv("SHOAL_CACHE", str(Path("cache").absolute()))
+def write_tiny() -> None:
     Path("text.txt").write_text("all fish swim as one body\n" * 300, encoding="utf-8")
     Path("tiny.toml").write_text(TINY, encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_resumed_evaluated_reported_inspected_and_exported(launches_here, shoal):
+    write_tiny()
 
     code, out, err = shoal("train", "tiny.toml", "--workers", "2", "--run-dir", "two", "--json")
     assert code == 0, err
@@ -66,10 +69,8 @@ def test_a_run_is_trained_resumed_evaluated_reported_inspected_and_exported(shoa
 
 
 @pytest.mark.slow
-def test_prove_tells_that_a_real_recipe_has_the_same_bits_on_every_worker_count(shoal, monkeypatch):
-    monkeypatch.setenv("SHOAL_CACHE", str(Path("cache").absolute()))
-    Path("text.txt").write_text("all fish swim as one body\n" * 300, encoding="utf-8")
-    Path("tiny.toml").write_text(TINY, encoding="utf-8")
+def test_prove_tells_that_a_real_recipe_has_the_same_bits_on_every_worker_count(launches_here, shoal):
+    write_tiny()
     code, out, err = shoal("prove", "tiny.toml", "--workers", "1,3", "--steps", "3", "--json")
     assert code == 0, err
     assert all(plan["ok"] for plan in json.loads(out.splitlines()[-1])["plans"])

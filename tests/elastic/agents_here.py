@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forked_agents import ForkedAgent
 from train.test_processes import until
 
 from shoal.comm.launch import Agent
 from shoal.elastic import roster
-from shoal.elastic.api import PRELOAD
 from shoal.elastic.hosts import train_on_hosts
 from shoal.elastic.network import free_addresses
 from shoal.errors import RunFailed
@@ -28,7 +28,11 @@ REPORT = Reporting(evaluate_every=10**9, checkpoint_every=10**9, sample=False)  
 class Hosts:
     """An agent for each host, and a run that they train together, until it is asked to stop."""
 
-    def __init__(self, folder: Path, run: Recipe, data: Any, plan: Plan | None = None, hosts: int = HOSTS) -> None:
+    def __init__(
+        self, stock: Agent, folder: Path, run: Recipe, data: Any, plan: Plan | None = None, hosts: int = HOSTS
+    ) -> None:
+        """Their agents are forked by ``stock``."""
+        self.stock = stock
         self.folder, self.recipe, self.data = folder, run, data
         self.plan = plan or Plan(mesh={"data": hosts}, device="cpu")
         self.addresses = [f"{host}:{port}" for host, port in free_addresses(hosts)]
@@ -38,7 +42,7 @@ class Hosts:
         self.failures: dict[int, str] = {}
 
     def start(self, number: int) -> None:
-        agent = self.agents[number] = Agent(PRELOAD).__enter__()
+        agent = self.agents[number] = ForkedAgent(self.stock).__enter__()
 
         def train() -> None:
             try:

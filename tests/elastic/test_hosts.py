@@ -11,6 +11,7 @@ import pytest
 from elastic.agents_here import HOSTS, Hosts, alive
 from train.tiny_runs import recipe, splits
 
+from shoal.comm.launch import Agent
 from shoal.elastic.commands import drain
 from shoal.elastic.emulated import train_emulated
 from shoal.elastic.hosts import train_on_hosts
@@ -23,8 +24,8 @@ LONG = recipe("cnn", steps=10**6, report=Reporting(evaluate_every=10**9, checkpo
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    made = Hosts(tmp_path / "run", LONG, DATA)
+def hosts(agent: Agent, tmp_path: Path) -> Iterator[Hosts]:
+    made = Hosts(agent, tmp_path / "run", LONG, DATA)
     yield made
     made.close()
 

@@ -8,6 +8,7 @@ import pytest
 from elastic.agents_here import REPORT, STEPS, Hosts, lose_one_and_then_the_leader
 from train.tiny_runs import recipe, splits
 
+from shoal.comm.launch import Agent
 from shoal.elastic import roster
 from shoal.recipe.plan import Plan
 
@@ -16,10 +17,10 @@ RESNET = recipe("resnet", steps=STEPS, clip=0.05, report=REPORT)  # buffers, a n
 
 
 @pytest.fixture
-def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
+def hosts(agent: Agent, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
     workers, servers = request.param
     plan = Plan(mesh={"data": workers}, device="cpu", sync="parameter-server", servers=servers)
-    made = Hosts(tmp_path / "run", RESNET, DATA, plan)
+    made = Hosts(agent, tmp_path / "run", RESNET, DATA, plan)
     yield made
     made.close()
 

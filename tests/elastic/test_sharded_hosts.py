@@ -8,6 +8,7 @@ import pytest
 from elastic.agents_here import REPORT, STEPS, Hosts, follower, lose_one_and_then_the_leader
 from train.tiny_runs import recipe, splits
 
+from shoal.comm.launch import Agent
 from shoal.recipe.plan import Plan
 
 IMAGES, WORDS = splits("cnn", 101), splits("gpt", 101)
@@ -15,10 +16,10 @@ DATA: dict[str, Any] = {"resnet": IMAGES, "gpt": WORDS}
 
 
 @pytest.fixture
-def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
+def hosts(agent: Agent, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
     states, kind, workers = request.param
     plan = Plan(mesh={"data": workers}, device="cpu", states=states)
-    made = Hosts(tmp_path / "run", recipe(kind, steps=STEPS, report=REPORT), DATA[kind], plan)
+    made = Hosts(agent, tmp_path / "run", recipe(kind, steps=STEPS, report=REPORT), DATA[kind], plan)
     yield made
     made.close()
 

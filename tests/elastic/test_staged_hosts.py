@@ -10,6 +10,7 @@ from elastic.agents_here import REPORT, STEPS, Hosts, follower, lose_one_and_the
 from train.test_processes import until
 from train.tiny_runs import recipe, splits
 
+from shoal.comm.launch import Agent
 from shoal.recipe.plan import Plan
 
 IMAGES, WORDS = splits("cnn", 101), splits("gpt", 101)
@@ -17,10 +18,10 @@ DATA: dict[str, Any] = {"resnet": IMAGES, "gpt": WORDS}
 
 
 @pytest.fixture
-def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
+def hosts(agent: Agent, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
     kind, mesh = request.param
     plan = Plan(mesh=mesh, device="cpu")
-    made = Hosts(tmp_path / "run", recipe(kind, steps=STEPS, report=REPORT), DATA[kind], plan)
+    made = Hosts(agent, tmp_path / "run", recipe(kind, steps=STEPS, report=REPORT), DATA[kind], plan)
     yield made
     made.close()
 
@@ -39,9 +40,9 @@ def test_stages_of_a_host_and_then_of_the_leaders_are_made_again_from_copies(hos
 
 
 @pytest.mark.soak
-def test_of_two_hosts_the_leader_goes_on_alone_and_the_other_one_waits_and_says_so(tmp_path, undisturbed):
-    plan = Plan(mesh={"pipe": 2}, device="cpu")
-    with closing(Hosts(tmp_path / "run", recipe("gpt", steps=STEPS, report=REPORT), WORDS, plan, hosts=2)) as hosts:
+def test_of_two_hosts_the_leader_goes_on_alone_and_the_other_one_waits_and_says_so(agent, tmp_path, undisturbed):
+    made, plan = recipe("gpt", steps=STEPS, report=REPORT), Plan(mesh={"pipe": 2}, device="cpu")
+    with closing(Hosts(agent, tmp_path / "run", made, WORDS, plan, hosts=2)) as hosts:
         for number in range(2):
             hosts.start(number)
         hosts.trains_on({0, 1}, "the beginning")
