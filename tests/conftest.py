@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import TYPE_CHECKING
 
 import pytest
+from forked_programs import Source
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -50,6 +52,25 @@ def launches_here(agent: "Agent", monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("shoal.train.api", "shoal.prove.api", "shoal.elastic.api", "shoal.comm.launch")
     for module in [import_module(name) for name in names]:
         monkeypatch.setattr(module, "Agent", lambda preload=(): ForkedAgent(agent))
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Source]:
+    """A process that has imported what commands and servers use: programs that are forked from it need not do so.
+
+    Without uvloop, which remakes descriptors of its own, whoever has them by then, in each fork of a process."""
+    import shoal.cli
+    import shoal.serve
+    from shoal.elastic.api import PRELOAD
+
+    modules = ["torch", *PRELOAD]
+    for package in (shoal.cli, shoal.serve):
+        modules += [each.name for each in walk_packages(package.__path__, f"{package.__name__}.")]
+    programs = ("shoal.serve.ray_engine", "shoal.serve.load")  # each by itself, where it is run
+    starters = ["shoal.serve.replicas", "shoal.serve.groups.host"]
+    source = Source([name for name in modules if not name.startswith(programs)], starters, absent=["uvloop"])
+    yield source
+    source.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,20 +8,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.client import HTTPConnection, HTTPResponse
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from browser import browser
+from forked_programs import Program, Source, with_forks
 from serve import served_models
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from shoal.models.bert import Bert, BertConfig, Head
 from shoal.models.huggingface import save_folder
 
-__all__ = ["browser", "folders", "scripted", "served"]  # the fixtures
+__all__ = ["browser", "folders", "scripted", "served", "served_afresh"]  # the fixtures
 ADMIN = "the-admins-own-key"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, *"abcdefgh", "who", "what", "is", "was", "red", "blue", "green", ".", "?"]
@@ -83,7 +86,7 @@ class Asking:
         answer, told = self.raw("GET", path, **headers)
         return answer.status, told
 
-    def metric_reaches(self, name: str, value: float, within_s: float = 10.0) -> bool:
+    def metric_reaches(self, name: str, value: float, within_s: float = 60.0) -> bool:
         """Model processes tell their figures once a second."""
         end = time.monotonic() + within_s
         while self.metric(name) < value and time.monotonic() < end:
@@ -128,11 +131,21 @@ def gone(pids: list[int], within_s: float = 5.0) -> bool:
     return True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def parents_are_forked(warm: Source) -> Iterator[None]:
+    """What servers in this process start has imported everything, too. That a server with interpreters of its own does
+    the same, `scripted` shows, and what uses `served_afresh`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for starter in map(import_module, ("shoal.serve.replicas", "shoal.serve.load.subject")):
+            patch.setattr(starter, "subprocess", with_forks(starter, warm))
+        yield
+
+
 class Served(Asking):
     """``shoal serve`` as a process of its own."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
+    def __init__(self, arguments: list[str], env: dict[str, str], start: Callable[..., Any] = subprocess.Popen) -> None:
+        self.process = start(
             [sys.executable, "-m", "shoal", "serve", *arguments, "--port", "0", "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -153,7 +166,7 @@ class Served(Asking):
         """The model processes: the children of the parent."""
         return self.pids()[1:]
 
-    def processes_become(self, count: int, within_s: float = 20.0) -> bool:
+    def processes_become(self, count: int, within_s: float = 60.0) -> bool:
         """The parents and the model processes."""
         end = time.monotonic() + within_s
         while len(self.pids()) != count and time.monotonic() < end:
@@ -168,12 +181,22 @@ class Served(Asking):
 
 
 @pytest.fixture
-def served() -> Iterator[Callable[..., Served]]:
-    """Starts servers; afterwards none of their processes may be left."""
+def served(warm: Source) -> Iterator[Callable[..., Served]]:
+    """Starts servers, in forks; afterwards none of their processes may be left."""
+    yield from _starting(partial(Program, source=warm))
+
+
+@pytest.fixture
+def served_afresh() -> Iterator[Callable[..., Served]]:
+    """As `served`, with an interpreter of its own for each process that would have one."""
+    yield from _starting(subprocess.Popen)
+
+
+def _starting(program: Callable[..., Any]) -> Iterator[Callable[..., Served]]:
     made: list[Served] = []
 
     def start(*arguments: str | Path, **env: str) -> Served:
-        made.append(Served([str(a) for a in arguments], env))
+        made.append(Served([str(a) for a in arguments], env, program))
         return made[-1]
 
     yield start
