@@ -45,7 +45,7 @@ class Building:
 
 def shared_from_the_start(plan: Plan) -> bool:
     """Whether workers of one host make the parameters of a model that is not split where they will share them."""
-    alone = plan.splits_model or plan.state_group or plan.memory.changes_updates
+    alone = plan.splits_model or plan.state_group or plan.memory.changes_weights
     return plan.states == "zero3" and not alone and plan.workers > 1
 
 

@@ -48,8 +48,8 @@ def _against(plan: Plan, recipe: Recipe, *, elastic: bool, joined: bool, foreign
         return "what every worker has is not lost with one"
     if joined:
         return "workers that torchrun started share no memory"
-    if plan.memory.changes_updates or plan.memory.budget_bytes:
-        return plan.memory.changes_updates or "memory.peak_bytes"
+    if plan.memory.offload_parameters == "disk":
+        return "memory.offload_parameters = 'disk'"
     if recipe.optimizer.name.lower() not in _OWN_NAMES:
         return f"{recipe.optimizer.name} does not treat each element by itself"
     if foreign or recipe.model.kind == "custom" or recipe.model.loss:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from resident import watch
+from train.test_exactness import trail
 from train.tiny_runs import recipe, splits
 
 from shoal.models.registry import build, build_blank, outline, task_for
 from shoal.parallel.building import building
+from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import DataSpec, ModelSpec, Recipe
 from shoal.train.first_batch import subject_of
@@ -27,11 +29,11 @@ def wanted(options: dict) -> Recipe:
     return recipe("gpt", model=ModelSpec(kind="gpt", options=options, freeze=("positions.*",)))
 
 
-def placed(group, options: dict, parts: bool):
+def placed(group, options: dict, parts: bool, plan: Plan = ZERO3):
     data = splits("gpt", 64)
-    order = Order(wanted(options), ZERO3, data=data)
-    worker = worker_of(group, ZERO3, order.recipe)
-    assert in_shared_memory(ZERO3, group, worker.device)
+    order = Order(wanted(options), plan, data=data)
+    worker = worker_of(group, plan, order.recipe)
+    assert in_shared_memory(plan, group, worker.device)
     made, first = model_to_place(order, data, parts=parts)
     task = task_for(order.recipe.model, data.train.facts)
     subject = subject_of(order.recipe, data, task, worker.device, first) if parts else None
@@ -65,18 +67,34 @@ def test_the_measure_finds_workers_that_build_the_whole(on_workers):
         assert peak > 0.9 * whole  # it had some free memory already
 
 
-def hashes(group) -> tuple[str, list[bool]]:
-    _, made = placed(group, SMALL, True)
+def hashes(group, memory: MemoryPlan) -> tuple[str, list[bool]]:
+    _, made = placed(group, SMALL, True, replace(ZERO3, memory=memory))
     return weights_sha256(dict(made.state_dict())), [p.requires_grad for p in made.parameters()]
 
 
-def test_they_are_the_first_values_of_one_process_frozen_ones_among_them(on_workers):
+@pytest.mark.parametrize("memory", [{}, {"optimizer_bits": 8, "offload_optimizer": "disk"}], ids=str)
+def test_they_are_the_first_values_of_one_process_frozen_ones_among_them(on_workers, memory):
     torch.manual_seed(wanted(SMALL).seed)
     alone = build(wanted(SMALL).model, splits("gpt", 64).train.facts)
-    found = on_workers(4, hashes)
+    found = on_workers(4, hashes, MemoryPlan(**memory))
     expected = weights_sha256(dict(alone.state_dict())), [p.requires_grad for p in alone.parameters()]
     assert found == [expected] * 4
     assert not all(expected[1])
+
+
+def test_weights_that_workers_made_together_are_trained_with_states_in_8_bits_on_disk(run):
+    spec = ModelSpec(kind="gpt", options={"layers": 2, "heads": 2, "width": 72, "dropout": 0.1})
+    memory = MemoryPlan(optimizer_bits=8, offload_optimizer="disk")
+    alone, two = (
+        run(
+            recipe("gpt", model=spec, steps=3),
+            plan=Plan(mesh={"data": workers}, states="zero3", device="cpu", memory=memory),
+            data=splits("gpt", 35),
+        )
+        for workers in (1, 2)
+    )
+    assert trail(two) == trail(alone)
+    assert two["weights_sha256"] == alone["weights_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +102,7 @@ def test_they_are_the_first_values_of_one_process_frozen_ones_among_them(on_work
     [
         replace(ZERO3, states="zero2"),
         replace(ZERO3, state_group=2),
+        replace(ZERO3, memory=MemoryPlan(parameters="bfloat16-stochastic")),
         Plan(mesh={"data": 2, "tensor": 2}, states="zero3"),
     ],
 )

@@ -9,6 +9,7 @@ from shoal.recipe.memory_plan import MemoryPlan
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import ModelSpec, OptimizerSpec, Recipe
 from shoal.run.run import Run
+from shoal.train.able import check_trainable
 from shoal.train.states_choice import settled_states
 
 ONE, TWO = Recipe(steps=1), {"data": 2}
@@ -28,9 +29,7 @@ def test_workers_of_one_host_share_what_they_would_all_compute():
         ({"sync": "fast"}, {}, {}, "sync = 'fast'"),
         ({"sync": "parameter-server"}, {}, {}, "sync = 'parameter-server'"),
         ({"compression": "int8"}, {}, {}, "compression = 'int8'"),
-        ({"memory": MemoryPlan(optimizer_bits=8)}, {}, {}, "memory.optimizer_bits = 8"),
-        ({"memory": MemoryPlan(offload_optimizer="disk")}, {}, {}, "memory.offload_optimizer = 'disk'"),
-        ({"memory": MemoryPlan(peak_bytes="1GiB")}, {}, {}, "memory.peak_bytes"),
+        ({"memory": MemoryPlan(offload_parameters="disk")}, {}, {}, "memory.offload_parameters = 'disk'"),
         ({}, {"optimizer": OptimizerSpec(name="Adafactor")}, {}, "Adafactor does not treat each element by itself"),
         ({}, {"model": ModelSpec(kind="custom", factory="a:b")}, {}, "a model or a loss of your own"),
         ({}, {}, {"foreign": True}, "a model or a loss of your own"),
@@ -42,6 +41,24 @@ def test_states_stay_whole_where_sharding_is_not_carried_out_or_costs_something(
     settled, told = settled_states(Plan(**{"mesh": TWO, **plan}), replace(ONE, **recipe), **how)
     assert settled.states == "replicated"
     assert why in told["states"]
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"optimizer_bits": 8},
+        {"parameters": "bfloat16-compensated"},
+        {"offload_optimizer": "disk"},
+        {"offload_parameters": "host"},
+        {"recompute": "full"},
+        {"peak_bytes": "1GiB"},
+    ],
+    ids=str,
+)
+def test_whoever_saves_memory_has_states_once_a_host_too(memory):
+    plan = Plan(mesh=TWO, memory=MemoryPlan(**memory))
+    assert settled_states(plan, ONE)[0] == replace(plan, states="zero1")
+    check_trainable(replace(plan, states="zero1"), ONE)
 
 
 @pytest.mark.parametrize("states", ["replicated", "zero2"])
