@@ -4,8 +4,6 @@ import os
 import select
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 
 from shoal.train import checkpoint, checkpoint_files
 from shoal.train.checkpoint import Checkpoint, best, listing, newest, prune, save
+from shoal.train.snapshot import BackgroundWriter
 
 EFFECTS = ("mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir")
 SMALL = {"shard_bytes": 8, "chunk_bytes": 128}  # two shards of several chunks: every kind of effect, and few of each
@@ -34,8 +33,8 @@ def is_from(loaded: Checkpoint | None, step: int) -> bool:
     )
 
 
-def forked(work: Callable[[], None]) -> int:
-    """Run in a forked child; its wait status."""
+def begun(work: Callable[[], None]) -> int:
+    """Run in a forked child; its process id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: this process has idle threads
         pid = os.fork()
@@ -45,7 +44,12 @@ def forked(work: Callable[[], None]) -> int:
         except BaseException:
             os._exit(1)
         os._exit(0)
-    return os.waitpid(pid, 0)[1]
+    return pid
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run in a forked child; its wait status."""
+    return os.waitpid(begun(work), 0)[1]
 
 
 def effects_of(work: Callable[[], None]) -> list[str]:
@@ -184,30 +188,32 @@ def test_a_writer_without_the_temporary_folder_would_leave_a_bad_newest(tmp_path
     assert len(torn) > 10
 
 
-SAVE_FOR_EVER = """
-import sys
-from pathlib import Path
-import torch
-from shoal.train.snapshot import BackgroundWriter
-
-state = {f"model/{i}": torch.zeros(2000) for i in range(8)}
-with BackgroundWriter(Path(sys.argv[1]), like=state, keep=2, shard_bytes=20_000, chunk_bytes=4096) as writer:
-    for step in range(100_000):
-        for tensor in state.values():
-            tensor.fill_(step)
-        writer.submit(state, {"step": step})
-        print(step, flush=True)
-"""
+def save_for_ever(folder: Path, told: int) -> None:
+    """A byte after each submit."""
+    state = {f"model/{i}": torch.zeros(2000) for i in range(8)}
+    with BackgroundWriter(folder, like=state, keep=2, shard_bytes=20_000, chunk_bytes=4096) as writer:
+        for step in range(100_000):
+            for tensor in state.values():
+                tensor.fill_(step)
+            writer.submit(state, {"step": step})
+            os.write(told, b".")
 
 
 @pytest.mark.parametrize("saves", [1, 5, 12])
 def test_kill_9_of_a_training_process_leaves_a_whole_newest_checkpoint(tmp_path, saves):
-    with subprocess.Popen(
-        [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as process:
+    heard, told = os.pipe()
+
+    def train() -> None:
+        os.close(heard)
+        save_for_ever(tmp_path, told)
+
+    pid = begun(train)
+    os.close(told)
+    with os.fdopen(heard, "rb", buffering=0) as progress:
         for _ in range(saves + 1):  # the submit after a save has waited for it
-            assert process.stdout.readline()
-        process.kill()
+            assert progress.read(1)
+        os.kill(pid, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     loaded, _, skipped = newest(tmp_path)
     assert skipped == []
     assert loaded.step >= saves - 1
@@ -229,12 +235,7 @@ def test_leftovers_of_a_live_writer_are_left_alone(tmp_path):
         os.rename = wait_then_rename
         save(made_at(2), tmp_path, **SMALL)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:
-        slow()
-        os._exit(0)
+    pid = begun(slow)
     assert select.select([stopped[0]], [], [], 30)[0], "the child never came to its rename"
     save(made_at(1), tmp_path, **SMALL)
     hidden = [name for name in os.listdir(tmp_path) if name.startswith(".writing-")]

@@ -61,13 +61,13 @@ def test_a_file_cut_short_at_any_byte_is_refused(two, same):
     assert same(load(torn), 2)
 
 
-@pytest.mark.parametrize("bit", [0, 5, 7])  # 5: the case of a letter
-def test_a_flipped_bit_in_any_byte_of_any_file_is_refused(two, same, bit):
+def test_a_flipped_bit_in_any_byte_of_any_file_is_refused(two, same):
     torn = two / "step-00000002"
     for file in files_of(torn):
         whole = file.read_bytes()
         with file.open("r+b", buffering=0) as writer:
             for place, byte in enumerate(whole):
+                bit = 5 if chr(byte).isalpha() else place % 8  # 5: the case of a letter
                 os.pwrite(writer.fileno(), bytes([byte ^ (1 << bit)]), place)
                 assert str(file) in refusal(torn), f"byte {place}"
                 os.pwrite(writer.fileno(), bytes([byte]), place)
@@ -75,7 +75,7 @@ def test_a_flipped_bit_in_any_byte_of_any_file_is_refused(two, same, bit):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_span_overwritten_with_other_bytes_is_refused_and_walked_back_from(two, same, data):
     torn = two / "step-00000002"
     file = data.draw(st.sampled_from(files_of(torn)))

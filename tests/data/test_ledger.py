@@ -109,7 +109,7 @@ def test_an_indivisible_batch_is_refused_with_both_numbers():
         Ledger(0, 4, 4, 1, 0)
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(ledgers(), st.integers(0, 40))
 def test_a_clean_log_is_proved_and_the_open_ids_are_those_still_to_come(ledger, steps):
     account = ledger.verify(committed(ledger, range(steps)))

@@ -141,7 +141,7 @@ def test_a_service_survives_any_message_and_goes_on_serving_as_if_there_had_been
     twin = torch.nn.Linear(13, 7)
     plain = torch.optim.AdamW(twin.parameters(), lr=0.1)
 
-    @settings(max_examples=150)
+    @settings(max_examples=75)
     @given(st.lists(MESSAGES, min_size=1, max_size=6), st.integers(0, 99))
     def strangers_talk(messages, seed):
         for message in messages:
@@ -166,7 +166,7 @@ def test_a_service_survives_a_worker_that_has_joined_and_then_talks_nonsense(mon
     _, server = joined(monkeypatch, service, mode="ssp", staleness=1)
     service.handle(1, Message(Kind.join, words={"fingerprint": server.setup.fingerprint}))
 
-    @settings(max_examples=150)
+    @settings(max_examples=75)
     @given(st.lists(MESSAGES, max_size=6))
     def it_talks(messages):
         for message in messages:
