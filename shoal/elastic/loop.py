@@ -258,6 +258,7 @@ class ElasticLoop(Loop):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
+        self.texts: dict[int, str] = {}  # of `recent`, by step: each is written once
         self.told: set[tuple[str, int]] = set()  # (event, step) that an earlier rank 0 has told already
         self.told_up_to = 0
         self.last_of_epoch = False
@@ -287,6 +288,7 @@ class ElasticLoop(Loop):
         """An epoch begins, from a step that ``mirror`` holds."""
         self.mirror, self.parts = mirror, None
         self.mirrored = MirroredEpoch(mirror, place, step, self.worker.step) if mirror is not None else None
+        self.worker.publishes_later = self.mirrored is not None and self.mirrored.copies is None
 
     def state(self) -> Checkpoint:
         """All that another worker needs to be in this one's place."""
@@ -297,9 +299,9 @@ class ElasticLoop(Loop):
         worker = self.worker
         if self.mirrored is None:
             return
-        if self.parts is None:
-            assert worker._update is not None
-            self.parts = HeldParts(worker.held, worker._update, self._optimizer)
+        update = worker._update
+        assert update is not None
+        self.parts = self.parts or HeldParts(worker.held, update, self._optimizer)
         facts = {
             "step": worker.step,
             "optimizer": self.parts.facts(),
@@ -310,10 +312,13 @@ class ElasticLoop(Loop):
         }
         self.mirrored.write(worker.step, self.parts.tensors(), facts)
         if self.mirrored.copies is None:
-            worker.settle()  # servers answer once they have mirrored the step
-            worker.group.gather(b"")  # nobody begins a step before this one is whole: a loss costs one, not two
+            update.publish()  # servers answer once they have mirrored the step
+            worker.settle()  # nobody begins a step before this one is whole: a loss costs one, not two
+            if not update.meets:
+                worker.group.gather(b"")
 
     def _stand(self) -> dict[str, Any]:
+        self.texts = {told["step"]: self.texts.get(told["step"]) or json.dumps(told) for told in self.recent}
         return {
             "best": self.best,
             "samples": self.samples,
@@ -323,7 +328,7 @@ class ElasticLoop(Loop):
             "last_of_epoch": self.last_of_epoch,
             "spent_s": time.perf_counter() - self.began_s,  # clocks of two hosts have nothing in common
             "precision": self.recipe.precision,
-            "recent": list(self.recent),
+            "recent": list(self.texts.values()),
             **self.batching.facts(),
         }
 
@@ -332,7 +337,7 @@ class ElasticLoop(Loop):
         self.best, self.samples, self.loss = facts["best"], facts["samples"], facts["loss"]
         self.figures, self.checkpoint = facts["figures"], facts["checkpoint"]
         self.last_of_epoch, self.began_s = facts["last_of_epoch"], time.perf_counter() - facts["spent_s"]
-        self.recent = deque(facts["recent"], maxlen=REMEMBERED)
+        self.recent, self.texts = deque(map(json.loads, facts["recent"]), maxlen=REMEMBERED), {}
         self.batching.take(self.worker, facts)
 
     def take_rank(self) -> None:

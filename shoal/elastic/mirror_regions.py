@@ -54,9 +54,9 @@ class Pen:
         if form != self._form:
             self._lay_out(parts)
             self._form = form
-        with torch.no_grad():
-            for place, part in zip(self._places, parts, strict=True):
-                place.copy_(part.tensor)
+        if parts:
+            with torch.no_grad():
+                torch._foreach_copy_(self._places, [part.tensor for part in parts])
         raw = json.dumps(facts).encode()
         self._write_facts(raw)
         return Packed(self._table, raw, memoryview(self._memory)[: self._end])

@@ -45,12 +45,15 @@ class Watch:
         each. Who waits for another one is not late, unless all do; and of one that computes, the time counts that it
         has had a core: a machine that is too busy is no worker's fault. ``whole``: these are all members."""
         late = []
-        for position, (state, cpu_s) in found:
+        for position, (ask, cpu_s) in found:
             said, before, since = self._begun.get(position.rank, (math.nan, 0.0, 0.0))
             if said != position.since_s:  # believed where it lies between two looks: clocks may be wrong
                 before, since = cpu_s, position.since_s if self._looked <= position.since_s <= now else now
                 self._begun[position.rank] = (position.since_s, before, since)
-            stood, limit = now - since, self.limit_s(position.phase, state)
+            stood = now - since
+            if stood <= min(LEAST_S, self.patience_s):
+                continue  # no limit is shorter
+            limit = self.limit_s(position.phase, state := ask())
             if position.phase is Phase.waiting and state != STOPPED:
                 continue
             if stood > limit and (state != COMPUTING or cpu_s - before > limit):

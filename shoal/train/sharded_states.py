@@ -133,7 +133,7 @@ class Sharded(Everywhere):
         super().__init__(optimizer)
         self._slices = slices
         self.gradients, self.weights, self.states, self.pieces = gradients, weights, states, pieces
-        self.equal = weights.shared
+        self.equal = self.meets = weights.shared
         self.parts = [weights.piece(piece) for piece in pieces]
         slot_of = {id(parameter): slot for slot, parameter in enumerate(gradients.parameters)}
         groups = [{slot_of[id(p)] for p in g["params"] if id(p) in slot_of} for g in optimizer.param_groups]
@@ -254,6 +254,10 @@ class Sharded(Everywhere):
             holder.grad = None  # the exchange writes the next one over it
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for before they step
         self._remember()  # before anybody goes on, and may write
+        if not self.publishes_later:
+            self.publish()
+
+    def publish(self) -> None:
         self.weights.updated()
 
     def _gradient(self, piece: Piece, part: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Mapping[str, Any]]:
-    names = _names(model)
+    names = _names(model) if optimizer.state else {}  # slices have none, and ask after each step
     try:
         return {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
     except KeyError:

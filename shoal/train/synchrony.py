@@ -42,6 +42,8 @@ class Update(Protocol):
     rest: AtRest  # what nobody writes to between two updates
     watches: bool  # each worker knows what it has left of its slices of weights that are there once for all
     votes: bool  # in each step, workers compare the parameters that they hold alike, or say whether slices are as left
+    publishes_later: bool  # `step` leaves it to its caller to `publish`
+    meets: bool  # `settle` waits until all workers have published the step
 
     def check_readable(self) -> None:
         """Raises UserError when not all weights are on this worker right now: `settle` brings them."""
@@ -54,6 +56,9 @@ class Update(Protocol):
 
     def step(self, number: int, figures: StepFigures) -> None:
         """Update the weights with the gradient that has just been finished; they are there after `arrive`."""
+
+    def publish(self) -> None:
+        """Let the others go on from what `step` has done here."""
 
     def take_back(self) -> None:
         """Instead of `step`, called by all workers: the gradient that has just been finished is made again."""
@@ -155,6 +160,7 @@ class Everywhere:
     equal = True
     watches = False
     votes = False
+    publishes_later = meets = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, pipeline: Pipeline | None = None) -> None:
         self.optimizer, self._pipeline = optimizer, pipeline
@@ -183,6 +189,7 @@ class Everywhere:
             self._pipeline.share_tied()
         self._told.append((number, figures, {}))
 
+    def publish(self) -> None: ...
     def take_back(self) -> None: ...
 
     def stops(self, number: int, figures: StepFigures) -> bool:
@@ -272,12 +279,19 @@ class _OnServers(Everywhere):
 class Served(_OnServers):
     """Synchronous: the bits of every worker making the same update."""
 
+    meets = True  # an update is made once all have committed
+
     def step(self, number: int, figures: StepFigures) -> None:
-        assert isinstance(self.exchange, ServedExchange)
-        self.exchange.commit(optimizers.options_of(self.optimizer), self.gradients.unused())
+        self._commits = optimizers.options_of(self.optimizer), self.gradients.unused()
+        if not self.publishes_later:
+            self.publish()
         for parameter in self.gradients.parameters:
             parameter.grad = None  # the servers scale it, use it up and write the next one over it
         self._told.append((number, figures, {}))
+
+    def publish(self) -> None:
+        assert isinstance(self.exchange, ServedExchange)
+        self.exchange.commit(*self._commits)
 
     def take_back(self) -> None:
         assert isinstance(self.exchange, ServedExchange)

@@ -70,6 +70,7 @@ class Worker:
         self.device = device_for(plan.device, group.rank)
         self.step = 0  # committed so far
         self.stopping = False  # the run was asked to stop; no further step is yielded
+        self.publishes_later = False  # see `Update`: what this worker has done of a step is copied first
         self.ledger: Ledger | None = None
         self.batches: Changes = ()  # that are not the first one
         self._fingerprint = ""
@@ -246,6 +247,7 @@ class Worker:
             self._resumed = None
         if self._update is None:
             self._update = update_of(self.held, reduction.sets, self._optimizer)
+            self._update.publishes_later = self.publishes_later
         if self.held.experts is not None:
             fetched = source.fetch(ledger.ids(0)[:1], 0)
             self.nothing = {name: tensor[:0].to(self.device) for name, tensor in fetched.items()}
