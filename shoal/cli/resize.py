@@ -11,8 +11,8 @@ HELP = "train a running run on more or fewer workers or servers, from its next s
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run directory ('latest': the newest)")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--workers", type=int, default=0, metavar="N", help="how many it is to have")
-    which.add_argument("--servers", type=int, default=0, metavar="N", help="or how many parameter servers")
+    which.add_argument("--workers", type=int, metavar="N", help="how many it is to have")
+    which.add_argument("--servers", type=int, metavar="N", help="or how many parameter servers")
     parser.add_argument("--wait", type=float, default=120.0, metavar="S", help="seconds to wait until it is so (120)")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object")
 
@@ -21,7 +21,7 @@ def run(args: Namespace) -> int:
     from shoal.elastic.commands import resize
 
     done = resize(args.run, args.workers, servers=args.servers, wait_s=args.wait)
-    what = "servers" if args.servers else "workers"
+    what = "servers" if args.servers is not None else "workers"
     if args.json:
         print(json_line(done))
     elif done["step"] is None:

@@ -14,7 +14,9 @@ from shoal.train.notices import needed_s
 LOOK_S = 0.05
 
 
-def resize(target: str | Path, workers: int = 0, *, servers: int = 0, wait_s: float = 120.0) -> dict[str, Any]:
+def resize(
+    target: str | Path, workers: int | None = None, *, servers: int | None = None, wait_s: float = 120.0
+) -> dict[str, Any]:
     """Train a running run on so many workers, or with so many parameter servers; returns when it does: before, workers
     or servers, step, pause_s, why.
 
@@ -22,13 +24,13 @@ def resize(target: str | Path, workers: int = 0, *, servers: int = 0, wait_s: fl
     run = Run.find(target)
     trained = _trained(run)
     serve = sum(not entry.shards for entry in trained)
-    what, asked_for = ("servers", servers) if servers else ("workers", workers)
-    before = serve if servers else len(trained) - serve
-    most = MOST_SERVERS if servers else run.recipe.shards * run.plan.axes.size("pipe")
-    if servers and not serve:
+    what, asked_for = ("servers", servers) if servers is not None else ("workers", workers or 0)
+    before = serve if what == "servers" else len(trained) - serve
+    most = MOST_SERVERS if what == "servers" else run.recipe.shards * run.plan.axes.size("pipe")
+    if what == "servers" and not serve:
         raise UserError(f"--servers {servers}: {str(run.path)!r} has no parameter servers: use --workers.")
     if not 1 <= asked_for <= most:
-        each = f"the run has {run.recipe.shards} shards, each worker needs one" if workers else "that cannot be"
+        each = f"the run has {run.recipe.shards} shards, each worker needs one" if what == "workers" else "that cannot be"
         raise UserError(f"--{what} {asked_for}: {each}: use 1 to {most}.")
     asked = time.time()
     if before == asked_for:

@@ -59,6 +59,7 @@ def test_every_verb_says_what_it_does_and_shows_its_options(verb, shoal):
         (["eval", "x", "--split", "tset"], "argument --split: invalid choice: 'tset'"),
         (["doctor", "it"], "unexpected argument 'it'."),
         (["report", "nowhere"], "no run in 'nowhere'"),
+        (["resize", "nowhere", "--workers", "0"], "no run in 'nowhere'"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, shoal):
