@@ -30,7 +30,9 @@ def resize(
     if what == "servers" and not serve:
         raise UserError(f"--servers {servers}: {str(run.path)!r} has no parameter servers: use --workers.")
     if not 1 <= asked_for <= most:
-        each = f"the run has {run.recipe.shards} shards, each worker needs one" if what == "workers" else "that cannot be"
+        each = (
+            f"the run has {run.recipe.shards} shards, each worker needs one" if what == "workers" else "that cannot be"
+        )
         raise UserError(f"--{what} {asked_for}: {each}: use 1 to {most}.")
     asked = time.time()
     if before == asked_for:

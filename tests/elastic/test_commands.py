@@ -56,7 +56,7 @@ def test_a_number_that_the_recipe_has_no_shards_for_is_refused_before_anything_i
     trained(run)
     with pytest.raises(UserError, match="use 1 to 8"):
         resize(run.path, 9)
-    with pytest.raises(UserError, match="--servers 0: .* has no parameter servers"):
+    with pytest.raises(UserError, match=r"--servers 0: .* has no parameter servers"):
         resize(run.path, servers=0)
     with pytest.raises(UserError, match="ranks 0 to 1"):
         drain(run.path, rank=2)
