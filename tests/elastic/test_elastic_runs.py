@@ -46,14 +46,13 @@ PLACES = [
     ("backward", 1),
     ("waiting", 1),
     ("exchanging", 0),
-    ("exchanging", 2),
     ("updating", 0),
-    ("updating", 1),
     ("evaluating", 1),
     ("saving", 0),
     ("bucket", 1),
     ("updated", 2),
 ]
+AGAIN: list[Any] = [pytest.param(*place, marks=pytest.mark.soak) for place in (("exchanging", 2), ("updating", 1))]
 
 
 def test_every_phase_is_among_those_that_are_tried():
@@ -61,7 +60,7 @@ def test_every_phase_is_among_those_that_are_tried():
     assert {phase for phase, _ in PLACES} | elsewhere == set(PHASES)
 
 
-@pytest.mark.parametrize(("phase", "rank"), PLACES)
+@pytest.mark.parametrize(("phase", "rank"), [*PLACES, *AGAIN])
 def test_a_kill_in_any_phase_costs_at_most_a_step_and_no_bit(disturb, undisturbed, phase, rank):
     step = 8 if phase in ("evaluating", "saving") else 6
     run = disturb(RESNET, faults=[Fault("kill", rank, step, phase)], data=DATA)
@@ -152,7 +151,7 @@ def asks(**what: Any) -> Any:
     return lambda path: roster.wish(path, **what)
 
 
-@pytest.mark.parametrize("workers", [1, 5])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 5])
 def test_another_number_of_workers_takes_no_step_back(disturb, undisturbed, workers):
     long = recipe("cnn", steps=60)
     run = disturb(long, data=DATA, progress=on_commit(3, asks(workers=workers)))

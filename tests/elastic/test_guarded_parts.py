@@ -17,7 +17,7 @@ SERVED = {"sync": "parameter-server", "servers": 1}
     [
         (STAGES, "rank 1 (stage 1): the gradient is not finite at step 5 although the loss is ("),
         (SERVED, "rank 1: the gradient is not finite at step 5 although the loss is ("),
-        pytest.param({"states": "zero1"}, "rank 1: the gradient is not finite at step 5", marks=pytest.mark.slow),
+        pytest.param({"states": "zero1"}, "rank 1: the gradient is not finite at step 5", marks=pytest.mark.soak),
     ],
     ids=["a stage", "a worker of a server", "slices"],
 )
@@ -31,7 +31,7 @@ def test_a_nan_that_comes_once_costs_a_step_and_no_worker(disturb, undisturbed, 
     assert run.steps == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_stage_whose_bits_have_flipped_leaves_before_they_are_used(disturb, undisturbed, rank):
     run = disturb(RESNET, workers=2, how=STAGES, faults=[Fault("flip", rank, 5, "forward")], data=DATA)
     assert run.result["weights_sha256"] == undisturbed(RESNET, data=DATA)

@@ -12,7 +12,7 @@ from shoal.elastic.consensus import Agent, Role
 from shoal.elastic.hosts_simulation import HostsSimulation
 from shoal.elastic.simulation import Wrong
 
-SCHEDULES = 200
+SCHEDULES = 100
 
 
 def test_no_drawn_schedule_of_deaths_stops_and_cuts_makes_two_epochs_commit_and_a_thousand_take_less_than_a_minute():
@@ -99,7 +99,7 @@ def with_mistake(*, fleet=None, agent=None):
     ids=["no lease", "no fence", "no promises", "old lives", "too soon"],
 )
 def test_a_mistake_is_found(kind):
-    for seed in range(SCHEDULES):
+    for seed in range(3 * SCHEDULES):
         try:
             kind(seed).run()
         except Wrong:

@@ -28,7 +28,7 @@ GPT = recipe(
     [
         {"optimizer_bits": 8, "offload_optimizer": "disk"},
         pytest.param({"parameters": "bfloat16-compensated", "offload_parameters": "disk"}, marks=pytest.mark.slow),
-        pytest.param({"parameters": "bfloat16-stochastic", "offload_activations": "disk"}, marks=pytest.mark.slow),
+        pytest.param({"parameters": "bfloat16-stochastic", "offload_activations": "disk"}, marks=pytest.mark.soak),
     ],
 )
 def test_what_is_kept_in_fewer_bits_or_on_disk_is_gone_on_from_to_the_bit(disturb, agent, tmp_path, memory):

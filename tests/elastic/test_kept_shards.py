@@ -18,7 +18,9 @@ def lost(disturb, undisturbed, *faults: str, **how):
     return run
 
 
-@pytest.mark.parametrize("phase", ["loading", "forward", "backward"])
+@pytest.mark.parametrize(
+    "phase", [*(pytest.param(phase, marks=pytest.mark.soak) for phase in ("loading", "forward")), "backward"]
+)
 def test_only_the_shards_of_the_lost_worker_are_computed_again(disturb, undisturbed, phase):
     (recovered,) = lost(disturb, undisturbed, f"kill:rank=1,step=5,phase={phase}").of("recovered")
     assert recovered["redone"] <= 1
@@ -33,7 +35,9 @@ def test_what_survivors_had_finished_is_kept(disturb, undisturbed):
     assert [(e["kept"], e["again"]) for e in run.of("recovered")] == [(3 * OWN, OWN)]
 
 
-@pytest.mark.parametrize("phase", ["bucket", "exchanging", "waiting"])
+@pytest.mark.parametrize(
+    "phase", ["exchanging", *(pytest.param(phase, marks=pytest.mark.soak) for phase in ("bucket", "waiting"))]
+)
 def test_sums_that_others_may_have_added_to_are_not_used(disturb, undisturbed, phase):
     """Whose sums come into whose: with four workers, those of ranks 0 and 2 are added to."""
     run = lost(disturb, undisturbed, f"kill:rank=1,step=5,phase={phase}")

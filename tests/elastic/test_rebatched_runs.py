@@ -4,6 +4,7 @@ the same decisions."""
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import pytest
@@ -58,8 +59,15 @@ def test_one_then_three_then_two_workers_and_a_batch_that_follows(disturb, undis
     check(run, LONG, undisturbed)
 
 
-@pytest.mark.parametrize("phase", ["backward", "updated"])
-@pytest.mark.parametrize("rank", [0, 2])
+PLACES: list[Any] = [
+    ("backward", 0),
+    ("updated", 2),
+    pytest.param("backward", 2, marks=pytest.mark.soak),
+    pytest.param("updated", 0, marks=pytest.mark.soak),
+]
+
+
+@pytest.mark.parametrize(("phase", "rank"), PLACES)
 def test_a_worker_that_dies_at_a_change_of_the_batch_changes_nothing(disturb, undisturbed, rank, phase):
     """The clock of that host is a formula, so that the change is known to come after step 22; whoever dies between his
     update and the commit has not told of it, and a survivor does."""
@@ -91,7 +99,7 @@ def test_noise_of_shards_that_survivors_had_finished_is_kept_with_their_sums(dis
         check(run, SGD, undisturbed)
 
 
-@pytest.mark.parametrize("states", ["zero1", "zero3"])
+@pytest.mark.parametrize("states", [pytest.param("zero1", marks=pytest.mark.soak), "zero3"])
 @pytest.mark.slow
 def test_what_the_mirror_holds_has_the_batches_too(disturb, undisturbed, states):
     run = disturb(MADE, 3, data=DATA, model=OnHost(), how={"states": states}, faults=[Fault("kill", 1, 30, "forward")])

@@ -1,4 +1,4 @@
-"""Real processes under one fault or several, with four oracles each time; a dozen always, all in a soak.
+"""Real processes under one fault or several, with four oracles each time; eight always, all in a soak.
 
 The oracles: weights after each saved step, and loss and norm of every step, are those of an undisturbed run, to the
 bit; the sample ledger agrees with the log; the log is linear, and so are its epochs; nothing is left (processes and
@@ -76,10 +76,10 @@ def _cases() -> Iterator[tuple[str, int, list[str]]]:
 
 CASES = {name: (workers, faults) for name, workers, faults in _cases()}
 OFTEN = (
-    *("kill rank 0, updated", "kill rank 2, bucket", "flip rank 0, updated", "flip rank 1 of two", "nan rank 1"),
-    *("skew rank 1", "fill rank 0, 0", "rot rank 1", "tear rank 0", "kill in recovery", "flip and kill"),
-    "nan and kill",
+    *("flip rank 1 of two", "skew rank 1", "fill rank 0, 0", "rot rank 1", "tear rank 0", "kill in recovery"),
+    *("flip and kill", "nan and kill"),
 )
+ELSEWHERE = {"stop", "thaw"}  # kinds that test_elastic_runs.py and test_chaos.py always play
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def play(disturb: Callable[..., Any], calm: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OFTEN)
-def test_a_dozen_faults_leave_weights_ledger_log_and_machine_as_they_should_be(disturb, calm, name):
+def test_faults_of_every_kind_leave_weights_ledger_log_and_machine_as_they_should_be(disturb, calm, name):
     play(disturb, calm, name)
 
 
@@ -148,9 +148,10 @@ def test_every_fault_leaves_weights_ledger_log_and_machine_as_they_should_be(dis
     play(disturb, calm, name)
 
 
-def test_there_are_at_least_sixty_scenarios_and_a_dozen_of_them_are_always_played():
+def test_there_are_at_least_sixty_scenarios_and_each_kind_of_fault_is_always_played():
     assert len(CASES) >= 60
-    assert len(set(OFTEN)) == 12
+    played = {at(text).kind for name in OFTEN for text in CASES[name][1]}
+    assert played >= {at(text).kind for _, faults in CASES.values() for text in faults} - ELSEWHERE
     assert set(OFTEN) <= set(CASES)
 
 
@@ -224,12 +225,12 @@ def storm(disturb: Callable[..., Any], calm: Run, seed: int) -> None:
     check(calm, run.run, memory)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_drawn_faults_and_resizes_of_real_processes_lose_and_double_no_sample(disturb, calm, seed):
     storm(disturb, calm, seed)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(3, 60))
+@pytest.mark.parametrize("seed", range(2, 60))
 def test_many_drawn_faults_and_resizes_of_real_processes_lose_and_double_no_sample(disturb, calm, seed):
     storm(disturb, calm, seed)

@@ -37,11 +37,9 @@ PLACES: list[Any] = [  # ranks 0 and 1 are workers, 2 and 3 servers
     ("updating", 2),  # a push has come
     ("waiting", 3),
     ("forward", 0),
-    ("exchanging", 1),
-    pytest.param("updating", 0, marks=pytest.mark.slow),
-    pytest.param("evaluating", 1, marks=pytest.mark.slow),
-    pytest.param("saving", 0, marks=pytest.mark.slow),
-]
+    *(pytest.param(*place, marks=pytest.mark.soak) for place in
+      (("exchanging", 1), ("updating", 0), ("evaluating", 1), ("saving", 0))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("phase", "rank"), PLACES)

@@ -30,7 +30,7 @@ PLACES: list[Any] = [
     ("zero2", "exchanging", 2),
     ("zero3", "updating", 1),
     ("zero1", "saving", 0),
-    *(pytest.param(*place, marks=pytest.mark.slow) for place in
+    *(pytest.param(*place, marks=pytest.mark.soak) for place in
       (("zero1", "loading", 0), ("zero2", "updating", 0), ("zero3", "waiting", 1), ("zero3", "evaluating", 1))),
 ]  # fmt: skip
 
@@ -64,7 +64,7 @@ def dies_after_its_update(file: str, kind: str = "resnet") -> torch.nn.Module:
     return build(model(kind), {"shape": (1, 8, 8), "classes": CLASSES})
 
 
-@pytest.mark.parametrize("states", ["zero1", "zero3"])
+@pytest.mark.parametrize("states", [pytest.param("zero1", marks=pytest.mark.soak), "zero3"])
 def test_slices_that_were_half_updated_are_updated_once(disturb, undisturbed, tmp_path, states):
     make = partial(dies_after_its_update, str(tmp_path / "died"))
     run = disturb(RESNET, how={"states": states}, model=make, data=IMAGES)
@@ -89,7 +89,7 @@ def test_kills_in_a_row_and_during_recovery_are_survived_down_to_one_worker(dist
     assert len(run.of("lost")) == len(faults)
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 4])
 def test_slices_are_cut_anew_for_another_number_of_workers_without_a_step_lost(disturb, undisturbed, workers):
     long = recipe("gpt", steps=40)
     how = {"states": "zero2"}

@@ -25,7 +25,7 @@ PLACES: list[Any] = [
     ("backward", 1),
     ("exchanging", 0),
     ("updating", 1),
-    *(pytest.param(*place, marks=pytest.mark.slow) for place in
+    *(pytest.param(*place, marks=pytest.mark.soak) for place in
       (("waiting", 1), ("updating", 0), ("evaluating", 1), ("saving", 0))),
 ]  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_stages_that_die_in_a_row_and_during_recovery_cost_no_bit(disturb, undis
     assert len(run.of("lost")) == len(faults)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), pytest.param(3, marks=pytest.mark.slow)])
 def test_the_depth_of_a_pipeline_changes_between_two_steps_and_none_is_lost(disturb, undisturbed, workers):
     long = recipe("gpt", steps=30)
     run = disturb(long, how=TWO, data=WORDS, progress=on_commit(3, asks(workers=workers)))
