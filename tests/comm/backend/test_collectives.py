@@ -13,7 +13,11 @@ COMPLEX = [torch.complex64, torch.complex128]
 EVERY = [*FLOATING, *WHOLE, torch.bool, *COMPLEX]
 MOVED = [*EVERY, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2]
 SIZES = [0, 1, 3, 127, 4099, 70001]
-WORLDS = [(1, True), (2, True), (3, True), (4, True), (2, False), (3, False)]  # ranks; whether the library is there
+MOVED_SIZES = [0, 3, 4099, 70001]
+SOAK = pytest.mark.soak  # cases that lie between others
+WORLDS = [  # ranks; whether the library is there
+    (1, True), (2, True), pytest.param(3, True, marks=SOAK), (4, True), pytest.param(2, False, marks=SOAK), (3, False)
+]  # fmt: skip
 
 
 def numbers(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -94,7 +98,7 @@ def _reductions(rank: int, world: int, types: list[torch.dtype] = EVERY) -> None
                 same(out, wanted, ("reduce_scatter", *what))
 
 
-def _moves(rank: int, world: int, types: list[torch.dtype] = MOVED, sizes: list[int] = SIZES) -> None:
+def _moves(rank: int, world: int, types: list[torch.dtype] = MOVED, sizes: list[int] = MOVED_SIZES) -> None:
     for dtype in types:
         for size in sizes:
             what = (world, dtype, size)
@@ -137,7 +141,9 @@ def test_what_is_moved_arrives(in_group, world, is_compiled):
     in_group(world, _moves, is_compiled=is_compiled)
 
 
-HOSTS = [[0, 1], [0, 0, 1, 1], [0, 1, 1], [0, 1, 0, 1], [0, 1, 2]]  # equal, unequal, interleaved; more than two
+HOSTS = [  # equal, unequal, interleaved; more than two
+    [0, 1], pytest.param([0, 0, 1, 1], marks=SOAK), [0, 1, 1], [0, 1, 0, 1], [0, 1, 2]
+]  # fmt: skip
 FEW = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
 
 
