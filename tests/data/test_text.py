@@ -4,13 +4,13 @@ import errno
 import json
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import PIPE
 
 import numpy as np
 import pytest
 import torch
+from forked_programs import Program
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -190,16 +190,15 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(poem, cache, monkeypatch
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
-def test_processes_that_open_at_once_share_one_cache_file(poem, cache):
+def test_processes_that_open_at_once_share_one_cache_file(poem, cache, warm):
     program = (
         "import sys; from shoal.data.corpus import open_corpus; from shoal.data.tokens import tokenise; "
         "from shoal.data.tokenizer import corpus_tokenizer; corpus = open_corpus(sys.argv[1]); "
         "print(tokenise(corpus, corpus_tokenizer('bpe', 300, corpus)).sha256)"
     )
     command = [sys.executable, "-c", program, str(poem)]
-    with ExitStack() as stack:
-        processes = [stack.enter_context(Popen(command, stdout=PIPE, text=True)) for _ in range(3)]
-        digests = {process.communicate(timeout=60)[0] for process in processes}
+    processes = [Program(command, source=warm, stdout=PIPE, text=True) for _ in range(3)]
+    digests = {process.communicate(timeout=60)[0] for process in processes}
     assert len(digests) == 1
     assert cache_file(cache).is_file()
     assert all(process.returncode == 0 for process in processes)

@@ -1,7 +1,7 @@
 """Every element has one server, and servers hold as much as each other."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.comm.layout import ALIGNMENT, BLOCK, flat_layout
@@ -24,6 +24,7 @@ def units(layout, gradients):
     return end // ALIGNMENT
 
 
+@settings(max_examples=30, deadline=None)  # each looks at every unit of up to two million elements
 @given(layouts(), st.integers(1, 5), st.booleans())
 def test_every_element_lies_on_one_server_in_one_piece_of_one_bucket(made, servers, whole):
     gradients, layout = made

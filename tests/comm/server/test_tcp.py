@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import zmq
+from forked_programs import Program
 
 from shoal.comm.mesh import PeerLost
 from shoal.comm.server import wire
@@ -237,19 +238,17 @@ def test_a_worker_whose_connection_ends_blocks_nobody():
         workers[0].leave()
 
 
-@pytest.mark.slow
-def test_a_killed_worker_blocks_nobody_and_a_new_one_joins_where_the_slowest_is():
+def test_a_killed_worker_blocks_nobody_and_a_new_one_joins_where_the_slowest_is(warm):
     token = new_token()
     environment = {**os.environ, "SHOAL_SERVER_TOKEN": token.hex()}
     command = [sys.executable, "-m", "shoal.comm.server", "--until-empty"]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
+    server = Program(command, source=warm, env=environment, stdout=subprocess.PIPE, text=True)
     address = json.loads(server.stdout.readline())["address"]
     assert address.startswith("127.0.0.1:")
 
-    def worker(rank: int, steps: int) -> subprocess.Popen:
+    def worker(rank: int, steps: int) -> Program:
         program = [sys.executable, "-c", WORKER, address, token.hex(), str(rank), str(steps)]
-        return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return Program(program, source=warm, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     net = torch.nn.Linear(8, 8)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -269,7 +268,8 @@ def test_a_killed_worker_blocks_nobody_and_a_new_one_joins_where_the_slowest_is(
                 assert third.stdout.readline() == "joined\n"
                 assert third.stdout.readline() == "step 0 1\n"  # it began where we, the slowest, were
             finally:
-                third.communicate("")
+                third.stdin.close()
+                third.communicate(60)
             me.push([torch.ones(8, 8), torch.ones(8)])
             assert me.pull() == 4
         assert server.wait(60) == 0
@@ -277,16 +277,14 @@ def test_a_killed_worker_blocks_nobody_and_a_new_one_joins_where_the_slowest_is(
         for process in (other, server):
             process.kill()
             process.communicate()
+        other.stdin.close()
 
 
-@pytest.mark.slow
-def test_a_server_that_dies_is_named():
+def test_a_server_that_dies_is_named(warm):
     token = new_token()
     environment = {**os.environ, "SHOAL_SERVER_TOKEN": token.hex()}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "shoal.comm.server"], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdout is not None
+    command = [sys.executable, "-m", "shoal.comm.server"]
+    server = Program(command, source=warm, env=environment, stdout=subprocess.PIPE, text=True)
     address = json.loads(server.stdout.readline())["address"]
     net = model()
     me = ParameterServer(
@@ -301,12 +299,13 @@ def test_a_server_that_dies_is_named():
 
 
 @pytest.mark.parametrize("token", ["", "12", "xy" * 32])
-def test_a_server_without_a_token_says_how_to_make_one(token):
+def test_a_server_without_a_token_says_how_to_make_one(token, warm):
     command, environment = [sys.executable, "-m", "shoal.comm.server"], {**os.environ, "SHOAL_SERVER_TOKEN": token}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "token_hex(32)" in done.stderr
+    server = Program(command, source=warm, env=environment, stderr=subprocess.PIPE, text=True)
+    _, said = server.communicate(60)
+    assert server.returncode == 2
+    assert len(said.splitlines()) == 1
+    assert "token_hex(32)" in said
 
 
 def test_strangers_garbage_and_replays_are_counted_and_the_honest_worker_sees_nothing_of_them():
