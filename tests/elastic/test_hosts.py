@@ -18,6 +18,7 @@ from shoal.elastic.hosts import train_on_hosts
 from shoal.errors import UserError
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Reporting
+from shoal.run.run import Run
 
 DATA = splits("cnn", 101)
 LONG = recipe("cnn", steps=10**6, report=Reporting(evaluate_every=10**9, checkpoint_every=10**9, sample=False))
@@ -35,6 +36,8 @@ def test_agents_that_are_stopped_killed_and_started_anew_cost_no_bit_and_no_old_
     for number in range(HOSTS):
         hosts.start(number)
     hosts.trains_on({0, 1, 2}, "the beginning")
+    with pytest.raises(UserError, match="is being trained by another process"), Run(hosts.folder).held(True):
+        pass
 
     leader = hosts.leader()
     stopped, other = (number for number in range(HOSTS) if number != leader)
