@@ -304,7 +304,7 @@ class ElasticLoop(Loop):
         self.parts = self.parts or HeldParts(worker.held, update, self._optimizer)
         facts = {
             "step": worker.step,
-            "optimizer": self.parts.facts(),
+            "optimizer": self.parts.facts(groups=worker.rank == 0),
             "kept": {name: thing.state_dict() for name, thing in worker._kept.items()},
             "batches": [list(change) for change in worker.batches],
             "aliases": self.parts.aliases,

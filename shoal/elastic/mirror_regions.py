@@ -43,6 +43,7 @@ class Pen:
         self._sizes = mmap.mmap(file, PAGE, offset=start)
         self._facts = mmap.mmap(file, PAGE, offset=start + _FACTS)
         self._form: list[Any] | None = None
+        self._parts: Sequence[HeldPart] = ()  # of the last time
         self._table = b""
         self._memory = _numbers(file, start, 0)
         self._end = 0
@@ -50,10 +51,11 @@ class Pen:
 
     def write(self, parts: Sequence[HeldPart], facts: Mapping[str, Any]) -> Packed:
         """What was written, valid until the next write."""
-        form = [(p.name, p.start, p.shape, p.tensor.shape, p.tensor.dtype) for p in parts]
-        if form != self._form:
-            self._lay_out(parts)
-            self._form = form
+        if parts is not self._parts:
+            form = [(p.name, p.start, p.shape, p.tensor.shape, p.tensor.dtype) for p in parts]
+            if form != self._form:
+                self._lay_out(parts)
+            self._form, self._parts = form, parts
         if parts:
             with torch.no_grad():
                 torch._foreach_copy_(self._places, [part.tensor for part in parts])

@@ -26,12 +26,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def optimizer_facts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What the optimiser holds beside tensors: the settings of its groups and plain per-parameter values."""
-    groups = [{k: _plain(v, k) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return {"groups": optimizer_groups(optimizer), "values": optimizer_values(model, optimizer)}
+
+
+def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{k: _plain(v, k) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def optimizer_values(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     values = {
         name: {key: _plain(value, key) for key, value in state.items() if not isinstance(value, Tensor)}
         for name, state in _named_state(model, optimizer).items()
     }
-    return {"groups": groups, "values": {name: state for name, state in values.items() if state}}
+    return {name: state for name, state in values.items() if state}
 
 
 def values_of(facts: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

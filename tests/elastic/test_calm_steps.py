@@ -1,9 +1,14 @@
 """What a step of an elastic run says that one of a plain run does not, counted by the run's own log."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from train.tiny_runs import recipe, splits
+
+from shoal.train.held_parts import HeldParts
 
 DATA = splits("mlp", 101)
 HOW: list[Any] = [
@@ -25,3 +30,22 @@ def test_a_step_is_known_to_be_in_the_mirror_without_a_message_of_its_own(distur
         for comm in told
     ]
     assert gathers == [votes] * 5
+
+
+def test_what_is_held_is_listed_anew_only_when_it_is_held_in_other_tensors():
+    module = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(module.parameters())
+    parts = HeldParts(SimpleNamespace(module=module, coordinates={}), SimpleNamespace(), optimizer)
+
+    def step() -> list[Any]:
+        module(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return parts.tensors()
+
+    assert [part.name for part in parts.tensors()] == ["model/weight", "model/bias"]
+    whole = step()
+    assert {part.name for part in whole} >= {"model/bias", "optimizer/weight/exp_avg", "optimizer/bias/exp_avg_sq"}
+    assert step() is whole
+    moved = optimizer.state[module.weight]["exp_avg"].clone()
+    optimizer.state[module.weight]["exp_avg"] = moved
+    assert any(part.tensor is moved for part in step())
