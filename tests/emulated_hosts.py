@@ -18,8 +18,8 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class EmulatedHosts:
     count: int
     gbit_per_s: tuple[float, ...]  # of each interface of a host, in each direction
     holders: tuple[int, ...]  # process ids, whose namespaces are the hosts'
+    popen: Callable[..., Any] = subprocess.Popen  # starts the process whose forks the ranks are
 
     def address(self, host: int, interface: int = 0) -> str:
         return f"10.77.{interface}.{host + 1}"
@@ -74,21 +75,25 @@ class EmulatedHosts:
             "address": f"tcp://{self.address(ranks[0])}:29500",
             "env": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"} | (env or {}),
         }
-        command = [sys.executable, str(HERE / "emulated_ranks.py")]
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # these hosts have no name service, and torch would say so
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with subprocess.Popen(command, text=True, env={**os.environ, **quiet}, **pipes) as launcher:
-            assert launcher.stdin is not None
-            assert launcher.stdout is not None
-            limit = threading.Timer(timeout_s, launcher.kill)  # whose ranks die with it
-            limit.start()
-            try:
-                launcher.stdin.write(json.dumps(order) + "\n")  # it stays open: its end would end the ranks
-                launcher.stdin.flush()
-                answer = launcher.stdout.read()
-            finally:
-                limit.cancel()
-                launcher.kill()
+        paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+        launcher = self.popen(
+            [sys.executable, "-m", "emulated_ranks"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **quiet, "PYTHONPATH": paths},
+        )  # fmt: skip
+        limit = threading.Timer(timeout_s, launcher.kill)  # whose ranks die with it
+        limit.start()
+        try:
+            launcher.stdin.write(json.dumps(order) + "\n")  # it stays open: its end would end the ranks
+            launcher.stdin.flush()
+            answer = launcher.stdout.read()
+        finally:
+            limit.cancel()
+            launcher.kill()
+            launcher.wait()
+            for pipe in (launcher.stdin, launcher.stdout):
+                with suppress(BrokenPipeError):
+                    pipe.close()
         if not answer.startswith("["):
             raise RuntimeError(f"{job}: {answer.strip() or 'the ranks ended without a word, perhaps out of time'}")
         return json.loads(answer)
@@ -103,7 +108,9 @@ def _inside(holder: int, *command: str) -> None:
 
 
 @contextmanager
-def emulated_hosts(count: int, gbit_per_s: Sequence[float]) -> Iterator[EmulatedHosts]:
+def emulated_hosts(
+    count: int, gbit_per_s: Sequence[float], popen: Callable[..., Any] = subprocess.Popen
+) -> Iterator[EmulatedHosts]:
     with ExitStack() as stack:
         switch = _holder(stack, "switch")
         holders = tuple(_holder(stack, f"h{host}") for host in range(count))
@@ -112,7 +119,7 @@ def emulated_hosts(count: int, gbit_per_s: Sequence[float]) -> Iterator[Emulated
             _inside(switch, "ip", "link", "set", f"net{interface}", "up")
             for host, holder in enumerate(holders):
                 _plug(switch, holder, host, interface, rate)
-        yield EmulatedHosts(count, tuple(gbit_per_s), holders)
+        yield EmulatedHosts(count, tuple(gbit_per_s), holders, popen)
 
 
 def _holder(stack: ExitStack, name: str) -> int:

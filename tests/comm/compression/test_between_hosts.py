@@ -1,8 +1,11 @@
 """Between hosts with a limited link, compressed sums put on the wire what they claim, and pay where the model says."""
 
+from functools import partial
+
 import pytest
 from benches import bench
 from emulated_hosts import emulated_hosts, why_not
+from forked_programs import Program, Source
 
 limited = bench("hosts")
 
@@ -13,8 +16,8 @@ CONTROL = 30_000  # bytes of the barriers around what is counted
 
 @pytest.mark.slow
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-def test_the_kernel_counts_the_bytes_of_the_formula_and_all_pay_over_a_slow_link() -> None:
-    with emulated_hosts(2, (0.5,)) as hosts:
+def test_the_kernel_counts_the_bytes_of_the_formula_and_all_pay_over_a_slow_link(warm: Source) -> None:
+    with emulated_hosts(2, (0.5,), partial(Program, source=warm)) as hosts:
         job = {"nbytes": NBYTES, "rounds": 2, "bytes_per_s": 0.5 * limited.GBIT}
         ranks = hosts.run("compressed_hosts:compressed", (0, 1), **job)
     for rank in ranks:

@@ -2,11 +2,13 @@
 right, and the model says of hierarchy and of a second interface what the virtual clock says. No clock decides here."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 from benches import bench
 from emulated_hosts import emulated_hosts, why_not
+from forked_programs import Program
 
 from shoal.cluster.topology import Topology
 from shoal.comm.collectives.choose import choose
@@ -25,8 +27,8 @@ CONTROL = 30_000  # bytes of the barriers around what is counted
 
 
 @pytest.fixture(scope="module")
-def two_hosts():
-    with emulated_hosts(2, RATES) as hosts:
+def two_hosts(warm):
+    with emulated_hosts(2, RATES, partial(Program, source=warm)) as hosts:
         yield hosts
     for holder in hosts.holders:
         with pytest.raises(ProcessLookupError):

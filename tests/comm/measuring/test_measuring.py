@@ -1,23 +1,22 @@
 """What ranks do when collectives are measured: they go together, get right results, and a wrong one is seen."""
 
+import io
+import json
 import os
-import subprocess
-import sys
+import socket
 import time
-from pathlib import Path
+from contextlib import redirect_stdout
 
 import pytest
 import torch
 
 from shoal.comm.measuring import checkup, figures, groups, sweep
-from shoal.comm.measuring.cases import OPS, Settings
+from shoal.comm.measuring.cases import OPS, Settings, cells
 from shoal.comm.measuring.gate import gate
 from shoal.comm.measuring.operations import DIGITS, PERIOD, tensors
 from shoal.comm.measuring.rank import measure
 from shoal.comm.native import build
 from shoal.errors import UserError
-
-ROOT = Path(__file__).parents[3]
 
 
 def reference(op, ranks):
@@ -128,8 +127,6 @@ QUICK = {"sizes": (4 * 1000,), "rounds": 1, "seconds": 0.2, "least": 2, "most": 
 def test_every_operation_is_measured_on_odd_numbers_of_ranks_and_bytes(on_workers):
     told = []
     settings = Settings(workers=3, ops=OPS, dtypes=("float32", "bfloat16"), **QUICK)
-    from shoal.comm.measuring.cases import cells
-
     ranks = on_workers(3, measure, settings, listen=lambda rank, event: told.append(event))
     assert figures.wrong(ranks) == []
     rows = figures.rows(cells(settings), ranks)
@@ -170,7 +167,7 @@ def test_a_wrong_sum_is_seen_whenever_it_happens_and_the_rank_is_named(on_worker
     assert len(lines) == (2 if when == "a repetition" else 1), "a sum that goes on spreads"
 
 
-def test_a_sweep_starts_its_own_ranks_and_tells_of_machine_and_settings():
+def test_a_sweep_starts_its_own_ranks_and_tells_of_machine_and_settings(launches_here):
     result = sweep.sweep(Settings(workers=2, ops=("broadcast",), **QUICK))
     (row,) = result["rows"]
     assert row["algorithm_bytes_per_s"] == pytest.approx(4000 / row["latency_s"])
@@ -184,20 +181,30 @@ def test_sizes_beyond_the_memory_are_refused_before_anything_starts():
         sweep.sweep(Settings(workers=2, **{**QUICK, "sizes": (1 << 39,)}))
 
 
-@pytest.mark.slow
-def test_under_torchrun_the_ranks_that_are_there_are_measured_and_one_speaks(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "shoal",
-               "bench", "collectives", "--ops", "all_reduce,all_gather", "--sizes", "4KiB", "--transports", "gloo",
+def _command_under_torchrun(group, port, command):
+    """What it prints, in the environment that torchrun gives."""
+    from shoal.cli.main import main
+
+    ranks = {"RANK": str(group.rank), "WORLD_SIZE": str(group.world), "LOCAL_RANK": str(group.rank)}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    with redirect_stdout(io.StringIO()) as said:
+        assert main(command) == 0
+    return said.getvalue()
+
+
+def test_under_torchrun_the_ranks_that_are_there_are_measured_and_one_speaks(on_workers, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = ["bench", "collectives", "--ops", "all_reduce,all_gather", "--sizes", "4KiB", "--transports", "gloo",
                "--seconds", "0.5", "--rounds", "1", "--json", "--plot", str(tmp_path / "plot.svg")]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('"rows"') == 1
+    first, second = on_workers(2, _command_under_torchrun, port, command)
+    assert {row["ranks"] for row in json.loads(first)["rows"]} == {2}
+    assert second == ""
     assert (tmp_path / "plot.svg").read_text().startswith("<svg")
 
 
-def test_the_checkup_times_short_and_long_sums_over_what_is_there(monkeypatch):
+def test_the_checkup_times_short_and_long_sums_over_what_is_there(launches_here, monkeypatch):
     monkeypatch.setenv("SHOAL_NATIVE", "0")
     found = checkup.checkup()
     assert found["trouble"] == ""
@@ -215,19 +222,20 @@ def test_without_dev_shm_there_is_none(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler to make shm with")
-def test_shm_is_measured_beside_gloo_staged_and_on_its_heap_and_by_the_algorithms_over_it():
+def test_shm_is_measured_beside_gloo_staged_and_on_its_heap_and_by_the_algorithms_over_it(on_workers):
     made = {**QUICK, "transports": ("gloo", "shm", "hier"), "zero_copy": True, "algorithms": ("native", "ring")}
-    result = sweep.sweep(Settings(workers=3, ops=OPS, **{**made, "sizes": (4000, 300_000)}))
-    assert result["wrong"] == []
-    arms = {
-        (row["transport"], row["algorithm"], row["zero_copy"]) for row in result["rows"] if row["op"] == "all_reduce"
-    }
+    ops = ("all_reduce", "all_gather", "reduce_scatter", "send_recv", "barrier")
+    settings = Settings(workers=3, ops=ops, **{**made, "sizes": (4000, 300_000)})
+    ranks = on_workers(3, measure, settings)
+    assert figures.wrong(ranks) == []
+    rows = figures.rows(cells(settings), ranks)
+    arms = {(row.transport, row.algorithm, row.zero_copy) for row in rows if row.op == "all_reduce"}
     assert arms == {(t, a, False) for t in made["transports"] for a in made["algorithms"]} | {
         ("shm", "native", True), ("hier", "native", True)
     }  # fmt: skip
-    assert all((row["against"] is None) == (row is first) for row, first in _with_first_of_its_cell(result["rows"]))
+    assert all((row.against is None) == (row is first) for row, first in _with_first_of_its_cell(rows))
 
 
 def _with_first_of_its_cell(rows):
     first = {}
-    return [(row, first.setdefault((row["op"], row["bytes"]), row)) for row in rows]
+    return [(row, first.setdefault((row.op, row.bytes), row)) for row in rows]
