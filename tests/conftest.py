@@ -67,7 +67,7 @@ def warm() -> Iterator[Source]:
     for package in (shoal.cli, shoal.serve):
         modules += [each.name for each in walk_packages(package.__path__, f"{package.__name__}.")]
     programs = ("shoal.serve.ray_engine", "shoal.serve.load")  # each by itself, where it is run
-    starters = ["shoal.serve.replicas", "shoal.serve.groups.host"]
+    starters = ["shoal.comm.launch", "shoal.serve.replicas", "shoal.serve.groups.host"]
     source = Source([name for name in modules if not name.startswith(programs)], starters, absent=["uvloop"])
     yield source
     source.close()

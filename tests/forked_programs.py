@@ -18,6 +18,7 @@ from functools import partial
 from importlib import import_module
 from io import TextIOBase
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -50,11 +51,12 @@ class Source:
 
     def _started(self) -> "subprocess.Popen[bytes]":
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with theirs:
             return subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno()), *self._words],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, **paths, "OPENBLAS_NUM_THREADS": "1"},  # NumPy's would start threads at once
             )
 
     def close(self) -> None:
@@ -78,6 +80,7 @@ class Program:
         text: bool = False,
         start_new_session: bool = False,
         env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
     ) -> None:
         assert command[0] == sys.executable, "a program of Python"
         assert command[1] in ("-c", "-m")
@@ -104,7 +107,7 @@ class Program:
             "places": [0, 1, 2, *pass_fds],
             "session": start_new_session,
             "env": dict(os.environ if env is None else env),
-            "folder": str(Path.cwd()),
+            "folder": str(cwd or Path.cwd()),
         }
         self.returncode: int | None = None
         descriptors = [*theirs, *pass_fds]
@@ -157,6 +160,22 @@ class Program:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def run(
+    command: Sequence[str], source: Source, cwd: str | Path | None = None, timeout: float = 600.0
+) -> "subprocess.CompletedProcess[str]":
+    """As `subprocess.run`, with all output captured."""
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        program = Program(command, source=source, stdout=out.fileno(), stderr=err.fileno(), cwd=cwd)
+        try:
+            code = program.wait(timeout)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            raise
+        for each in (out, err):
+            each.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
 
 def _left(stream: Any) -> Any:

@@ -1,16 +1,18 @@
 """What the pages say is run."""
 
 import difflib
-import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import forked_programs
 import pytest
+from forked_programs import Source
 
 from shoal.run.run import Run
 from shoal.train.checkpoint import newest as load_newest
@@ -23,11 +25,17 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def run(program: Path, *arguments: str) -> str:
-    command = [sys.executable, str(program), *arguments]
-    done = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(warm: Source) -> Callable[..., str]:
+    """What a program prints, in a process of its own."""
+
+    def run_program(program: Path, *arguments: str) -> str:
+        code = f"import runpy; runpy.run_path({str(program)!r}, run_name='__main__')"
+        done = forked_programs.run([sys.executable, "-c", code, *arguments], warm, cwd=program.parent)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run_program
 
 
 @pytest.fixture
@@ -50,7 +58,9 @@ def said_by(
 def test_the_readme_program_gives_the_same_hash_on_one_process_and_on_two(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("\n".join(blocks("README.md", "python")))
-    hashes = run(program).split()
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    hashes = done.stdout.split()
     assert len(hashes) == 2
     assert re.fullmatch(r"[0-9a-f]{64}", hashes[0])
     assert hashes[0] == hashes[1]
@@ -63,7 +73,7 @@ def test_the_page_shows_the_difference_between_the_two_scripts() -> None:
     assert blocks("docs/your_own_loop.md", "diff") == ["\n".join(lines) + "\n"]
 
 
-def test_the_script_with_shoal_learns_what_the_plain_one_learns() -> None:
+def test_the_script_with_shoal_learns_what_the_plain_one_learns(run: Callable[..., str]) -> None:
     """With the whole set as one batch the order of samples does not matter: only the order of sums differs."""
     plain = float(run(ROOT / "examples/plain.py", "2048", "6").split()[-1])
     for workers in "12":
@@ -71,7 +81,9 @@ def test_the_script_with_shoal_learns_what_the_plain_one_learns() -> None:
         assert ours == pytest.approx(plain, abs=1e-5)  # float32: 195 weights, each summed in another order
 
 
-def test_the_recording_on_the_page_about_communication_counts_what_the_step_did(tmp_path: Path) -> None:
+def test_the_recording_on_the_page_about_communication_counts_what_the_step_did(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
     program = tmp_path / "program.py"
     program.write_text("\n".join(blocks("docs/communication.md", "python")))
     said = run(program)
@@ -95,7 +107,7 @@ def test_the_page_about_proofs_shows_what_its_program_prints(said_by: Callable[[
     assert said_by("docs/prove.md") == blocks("docs/prove.md", "text")[0]
 
 
-def test_the_page_about_serving_runs_as_printed(tmp_path: Path) -> None:
+def test_the_page_about_serving_runs_as_printed(run: Callable[..., str], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("\n".join(blocks("docs/serving.md", "python")))
     assert run(program).splitlines() == ["fish are nearer to fish: True", "numbers over HTTP: 384"]
@@ -121,24 +133,26 @@ def events_of_the_design() -> dict[str, set[str]]:
     return {name: set(re.findall(r"\w+", row)) for names, row in rows for name in re.findall(r"\w+", names)}
 
 
+def carried_out(script: str, folder: Path, warm: Source) -> str:
+    """What commands of `shoal` print, which are forks; all else of a script is the shell's."""
+    said = ""
+    for part in re.split(r"^(shoal .*)\n", script, flags=re.MULTILINE):
+        if part.startswith("shoal "):
+            done = forked_programs.run([sys.executable, "-m", *shlex.split(part)], warm, cwd=folder)
+        else:
+            done = subprocess.run(["bash", "-ec", part], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{part}: {done.stderr}"
+        said += done.stdout
+    return said
+
+
 @pytest.mark.slow
-def test_the_case_studies_run_as_printed_and_learn_the_same(tmp_path: Path) -> None:
+def test_the_case_studies_run_as_printed_and_learn_the_same(warm: Source, tmp_path: Path) -> None:
     (tmp_path / "page.txt").write_text(
         "where the work runs may change the time and the memory, never the result. " * 60
     )
-    script = "set -e\n" + "\n".join(blocks("docs/case_studies.md", "sh"))
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "attention.qkv" in done.stdout, "what each layer sends"
+    said = carried_out("\n".join(blocks("docs/case_studies.md", "sh")), tmp_path, warm)
+    assert "attention.qkv" in said, "what each layer sends"
     weights = [load_newest(tmp_path / name / "checkpoints")[0] for name in ("megatron", "rules")]
     assert (tmp_path / "both.html").stat().st_size > 10_000
     assert [found.step for found in weights if found] == [3, 2], "one of them went on under the rules"

@@ -6,12 +6,11 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from forked_programs import Program, Source
 from safetensors.torch import load_file, save_file
 from serve.conftest import Served, children, gone, save_bert
 from serve.groups.forked_groups import forked
@@ -50,16 +50,23 @@ def unused_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@contextmanager
-def other_host(port: int, *arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "shoal", "serve", *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables(1, port)}
-    process = subprocess.Popen(command, env=env)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+OtherHost = Callable[..., AbstractContextManager[Program]]
+
+
+@pytest.fixture
+def other_host(warm: Source) -> OtherHost:
+    @contextmanager
+    def run(port: int, *arguments: str | Path) -> Iterator[Program]:
+        command = [sys.executable, "-m", "shoal", "serve", *map(str, arguments)]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables(1, port)}
+        process = Program(command, source=warm, env=env)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    return run
 
 
 class Asking:
@@ -118,7 +125,7 @@ def of_one_process(folder: Path) -> list[Any]:
     ids=["in short", "whole"],
 )
 def test_two_hosts_answer_as_one_process_whoever_of_them_is_killed_and_take_other_weights(
-    served: Start, tmp_path: Path, whole: bool
+    served: Start, other_host: OtherHost, tmp_path: Path, whole: bool
 ) -> None:
     """Two groups over both hosts, under load all the time."""
     folder = save_bert(tmp_path / "bert", "classification", classes=3)
@@ -173,7 +180,7 @@ def test_two_hosts_answer_as_one_process_whoever_of_them_is_killed_and_take_othe
                     thread.join()
                 pids = [back.pid, *children(back.pid), *server.pids()]
                 code, _ = server.end()
-                assert (code, back.wait(20)) == (0, 0), "the server's end is that of all ranks"
+                assert (code, back.wait(60)) == (0, 0), "the server's end is that of all ranks"
                 assert gone(pids)
     assert [one for one in asking.told if one not in (right, then)] == [], "of one version each, and no error"
     assert len([one for one in asking.told[from_here:] if one != then]) <= 2, "those that were under way"
@@ -308,7 +315,7 @@ def test_a_server_beside_a_program_is_not_spread_over_hosts(of_two: int) -> None
 
 
 @pytest.mark.slow
-def test_two_hosts_follow_a_run_to_the_same_checkpoint(served: Start, tmp_path: Path) -> None:
+def test_two_hosts_follow_a_run_to_the_same_checkpoint(served: Start, other_host: OtherHost, tmp_path: Path) -> None:
     run = Run.find(text_run(tmp_path))
     port = unused_port()
     arguments = (run.path, "--mesh", "pipe=2", "--follow")
@@ -324,4 +331,4 @@ def test_two_hosts_follow_a_run_to_the_same_checkpoint(served: Start, tmp_path: 
         (version,) = json.loads(server.get("/v1/models")[1])["data"][0]["versions"]
         assert version["source"].endswith("at step 2")
         assert server.end()[0] == 0
-        assert other.wait(20) == 0, "the server's end is that of all ranks"
+        assert other.wait(60) == 0, "the server's end is that of all ranks"
