@@ -58,7 +58,7 @@ def test_where_work_splits_well_and_cores_are_free_the_run_ends_at_the_fastest_s
 
 
 @given(bounds, st.data(), st.floats(0.001, 10.0))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)  # of a thousand windows each
 def test_where_more_workers_bring_nothing_the_run_stays_small_and_tries_ever_less_often(bound, data, seconds):
     most = bound[1]
     start = data.draw(st.sampled_from(policy_of(*bound).useful()))

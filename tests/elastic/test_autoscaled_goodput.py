@@ -31,7 +31,7 @@ class ElsewhereMeasured(Autoscale):
 
 @pytest.mark.slow
 def test_workers_and_batch_may_follow_together_and_the_bits_are_those_of_the_replayed_run(disturb, undisturbed):
-    long = replace(MADE, steps=90)
+    long = replace(MADE, steps=60)
     policy = ElsewhereMeasured(1, 2, long.shards, window=3, window_s=0.0)
     run = disturb(long, 1, autoscale=policy, data=DATA, model=OnHost(fixed=0.1, a=0.02, rest=0.2))
     assert [e["workers"] for e in run.of("resized")] == [2]

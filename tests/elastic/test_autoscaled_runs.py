@@ -13,7 +13,7 @@ from shoal.errors import UserError
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the agent cannot import a file of tests
 
 DATA = splits("cnn", 101)
-LONG = recipe("cnn", steps=160)
+LONG = recipe("cnn", steps=64)
 
 
 class ElsewhereMeasured(Autoscale):
@@ -28,7 +28,7 @@ class ElsewhereMeasured(Autoscale):
 @pytest.mark.slow
 def test_a_run_grows_as_long_as_that_pays_goes_back_where_it_does_not_and_keeps_its_bits(disturb, undisturbed):
     policy = ElsewhereMeasured(1, 3, LONG.shards, window=3, window_s=0.0)
-    run = disturb(LONG, 1, autoscale=policy, faults=[Fault("kill", 1, 100, "backward")], data=DATA)
+    run = disturb(LONG, 1, autoscale=policy, faults=[Fault("kill", 1, 50, "backward")], data=DATA)
     assert run.result["weights_sha256"] == undisturbed(LONG, data=DATA)
     decided = [(e["before"], e["workers"]) for e in run.of("autoscaled")]
     assert decided[:4] == [(1, 2), (2, 2), (2, 3), (3, 2)], "a try, a verdict, a try, a verdict"
@@ -36,7 +36,7 @@ def test_a_run_grows_as_long_as_that_pays_goes_back_where_it_does_not_and_keeps_
     assert [(before, workers) for before, workers, _ in resized[:3]] == [(1, 2), (2, 3), (3, 2)]
     assert resized[0][2] == "2 workers tried: 4.0 idle cores"
     assert resized[2][2].endswith("+0% in speed, where the shards allow +33% and at least +17% is wanted; 2 it is")
-    assert run.steps == list(range(1, 161)), "no step is lost or told twice"
+    assert run.steps == list(range(1, 65)), "no step is lost or told twice"
     (lost,) = run.of("lost")
     assert "SIGKILL" in lost["why"], "no worker ended but the one that was killed: those that are sent away only leave"
     assert {e["before"] for e in run.of("recovered")} == {2}

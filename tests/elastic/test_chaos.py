@@ -12,6 +12,7 @@ from shoal.elastic.deeds import DEEDS
 from shoal.elastic.faults import KINDS, PHASES, Fault
 from shoal.errors import UserError
 from shoal.recipe.plan import Plan
+from shoal.run.scratch import LOCK
 
 DATA = splits("cnn", 101)
 RESNET = recipe("resnet", steps=12, clip=0.05)
@@ -124,7 +125,16 @@ class Counting(torch.nn.Module):
 
 
 def test_a_model_that_keeps_something_to_itself_is_found_out(agent):
-    found = rehearse(RESNET, plan(2), [Fault("kill", 1, 4, "forward")], data=DATA, model=Counting, agent=agent)
+    places: set[tuple[Path, bool]] = set()
+
+    def listen(event):
+        place = Path(event["run_dir"]).parent
+        places.add((place, (place / LOCK).exists()))
+
+    faults = [Fault("kill", 1, 4, "forward")]
+    found = rehearse(RESNET, plan(2), faults, data=DATA, model=Counting, agent=agent, progress=listen)
+    ((place, locked),) = places
+    assert (locked, place.exists()) == (True, False), "where it is killed, the next rehearsal removes what it leaves"
     assert not found["ok"]
     assert not found["bits_equal"]
     assert found["differs_at"] >= 4

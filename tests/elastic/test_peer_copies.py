@@ -162,7 +162,7 @@ def stack() -> Iterator[ExitStack]:
         yield made
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(15), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(15, 40))])
 def test_whatever_host_is_lost_in_the_middle_of_whatever_step_no_more_than_that_step_is(stack, seed):
     draw = random.Random(seed)
     count = draw.randrange(2, 5)
@@ -189,7 +189,7 @@ def test_whatever_host_is_lost_in_the_middle_of_whatever_step_no_more_than_that_
         number = step or 0
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(8, 20))])
 def test_of_two_hosts_that_are_lost_at_once_nothing_half_written_is_taken_for_a_step(stack, seed):
     draw = random.Random(seed)
     hosts = Hosts(4)

@@ -21,7 +21,7 @@ from shoal.train.noise import PassSquares
 cloudpickle.register_pickle_by_value(goodput_hosts)
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-LONG = replace(MADE, steps=90)
+LONG = replace(MADE, steps=70)
 
 
 def replayed(run) -> Recipe:
@@ -52,7 +52,7 @@ def resizing(**after: int):
 def test_one_then_three_then_two_workers_and_a_batch_that_follows(disturb, undisturbed):
     """With more workers, the rest of a step, which does not become less, is worth more samples."""
     run = disturb(
-        LONG, 1, data=DATA, model=OnHost(fixed=0.1, a=0.02, rest=0.2), progress=resizing(step_30=3, step_60=2)
+        LONG, 1, data=DATA, model=OnHost(fixed=0.1, a=0.02, rest=0.2), progress=resizing(step_20=3, step_50=2)
     )
     assert [(e["before"], e["workers"]) for e in run.of("resized")] == [(1, 3), (3, 2)]
     assert rebatched(run.events), "the batch has changed"
