@@ -47,6 +47,7 @@ class Library:
     paths: tuple[str, ...]  # -I and the like: where things lie on this machine decides nothing
     libraries: tuple[str, ...]  # at the end of the command line
     key: str  # what beside sources and flags decides the result
+    together: tuple[Path, ...] = ()  # sources whose common headers take longest: several of them are compiled as one
 
     def file_name(self, compiler: str = "") -> str:
         """The file's name in the cache; without ``compiler``, among the prebuilt ones, whoever compiled them."""
@@ -106,10 +107,10 @@ def backend_library() -> Library:
     import torch
 
     root = Path(torch.__file__).parent
-    include = root / "include"
+    include, own = root / "include", _sources("backend")
     return Library(
         "backend",
-        (*_sources("backend"), *_transport_sources()),
+        (*own, *_transport_sources()),
         (
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             "-DTORCH_EXTENSION_NAME=shoal_backend",
@@ -125,6 +126,7 @@ def backend_library() -> Library:
         # No run path: torch is imported before, so its libraries are in the process already.
         ("-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"),
         f"{platform.machine()} torch {torch.__version__} python {sys.version}",
+        own,
     )  # fmt: skip
 
 
@@ -276,18 +278,29 @@ def _compile(compiler: str, library: Library, file: Path) -> None:
     if library.name == "backend":
         print("shoal: compiling the shared-memory backend, once: about a minute", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        objects = [Path(scratch) / f"{number}.o" for number in range(len(library.sources))]
+        units = _units(library, Path(scratch))
+        objects = [Path(scratch) / f"{number}.o" for number in range(len(units))]
         base = [compiler, *FLAGS, *library.flags, *library.paths]
         with ThreadPoolExecutor(_cores()) as pool:
             works = [
                 pool.submit(_told, [*base, "-c", str(source), "-o", str(made)], library)
-                for source, made in zip(library.sources, objects, strict=True)
+                for source, made in zip(units, objects, strict=True)
             ]
         for work in works:
             work.result()
         made = Path(scratch) / file.name
         _told([*base, "-shared", *map(str, objects), "-o", str(made), *library.libraries], library)
         made.rename(file)
+
+
+def _units(library: Library, scratch: Path) -> list[Path]:
+    """What is compiled by itself: sources, and files that include those which are compiled together, one a core."""
+    units = []
+    for number in range(min(_cores(), len(library.together))):
+        units.append(scratch / f"unit{number}.cpp")
+        included = library.together[number :: _cores()]
+        units[-1].write_text("".join(f'#include "{source}"\n' for source in included), encoding="utf-8")
+    return [*units, *(source for source in library.sources if source not in library.together)]
 
 
 def _told(command: list[str], library: Library) -> None:

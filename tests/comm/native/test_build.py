@@ -72,6 +72,21 @@ def test_a_changed_source_header_flag_key_or_compiler_is_never_answered_by_an_ol
 
 
 @needs_compiler
+def test_sources_whose_headers_take_longest_are_compiled_as_one_for_each_core(
+    tiny, fake_compiler, tmp_path, monkeypatch
+):
+    calls = fake_compiler(f'exec {build.compiler()} "$@"')
+    monkeypatch.setattr(build, "_cores", lambda: 2)
+    parts = tuple(tmp_path / f"part{number}.cpp" for number in range(3))
+    for number, part in enumerate(parts):
+        part.write_text(f"int part{number}() {{ return {10**number}; }}\n")
+    whole = tiny.sources[0].read_text().replace("ANSWER", "part0() + part1() + part2()")
+    tiny.sources[0].write_text("int part0(); int part1(); int part2();\n" + whole)
+    assert answer(build.compiled(replace(tiny, sources=(*parts, *tiny.sources), together=parts))) == 111
+    assert len([line for line in calls.read_text().splitlines() if " -c " in line]) == 3
+
+
+@needs_compiler
 def test_a_prebuilt_library_needs_no_compiler(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
     made = build.compiled(tiny)
@@ -216,14 +231,18 @@ def test_a_file_that_is_no_library_is_gone_without(fresh_tries, fake_compiler, t
 
 
 def _wheel(tmp_path: Path, **environment: str) -> tuple[str, list[str], str]:
-    """The name of a wheel of this checkout, its files in native/, and what the build said."""
+    """The name of a wheel of this checkout, its files in native/, and what the build said.
+
+    Without the transport's and the generation's sources: two libraries that would take a minute to compile, and are
+    made as the kernels are."""
     copy = tmp_path / "checkout"
     if not copy.exists():
         copy.mkdir()
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, copy)
-        leave = shutil.ignore_patterns("__pycache__", "prebuilt", "*.so")
+        leave = shutil.ignore_patterns("__pycache__", "prebuilt", "*.so", "shm_*.cpp")
         shutil.copytree(ROOT / "shoal", copy / "shoal", ignore=leave)
+        shutil.rmtree(copy / "shoal" / "comm" / "native" / "generation")
     program = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], cwd=copy, capture_output=True, text=True, check=False,
