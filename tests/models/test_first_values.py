@@ -1,9 +1,6 @@
 """A model without memory gets, tensor by tensor, what building it whole would have given; and it is one only where that
 is the truth."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -132,17 +129,6 @@ def test_a_file_gives_parts_of_what_it_holds_and_the_rest_is_drawn(tmp_path):
     first = found.first.over(given)
     assert torch.equal(first.part("tokens.weight", {0: [(1, 3), (9, 10)]}), trained["tokens.weight"][[1, 2, 9]])
     assert torch.equal(first.part("classifier.weight"), tiny.build(3).classifier.weight)
-
-
-def test_a_model_on_the_meta_device_needs_no_compiler():
-    """Its import takes over a second and 70 MB of each process."""
-    code = (
-        "import sys\nfrom shoal.models.registry import build\nfrom shoal.recipe.recipe import ModelSpec\n"
-        "build(ModelSpec(kind='gpt', options={'layers': 1, 'heads': 1, 'width': 8}), {'vocab': 11, 'context': 4})\n"
-        "print('torch._dynamo' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_under_the_meta_device_building_gives_shapes_alone():
