@@ -139,7 +139,7 @@ def test_bfloat16_gives_the_classes_of_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [image_run, text_run])
-def test_a_run_is_served_without_its_data(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+def test_a_run_is_served_without_its_data(launches_here: None, tmp_path: Path, make: Callable[[Path], Path]) -> None:
     """Training keeps in the run what is to be known of them: exactly what serving would have found in them."""
     recipe = Run.find(make(tmp_path / "data")).recipe
     run = Path(shoal.train(recipe, Plan(), run_dir=tmp_path / "run")["run_dir"])

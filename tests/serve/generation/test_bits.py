@@ -1,5 +1,7 @@
 """The same request gets the same bits, whatever it was batched with; and they are the model's own answers."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -147,9 +149,15 @@ def test_greedy_answers_are_those_of_the_model_run_alone_token_by_token(kind, op
 
 
 MIXED = [
-    Ask(tokens, 24, temperature=(0.0, 0.7, 1.3)[i % 3], choices=1 + i % 3, seed=i, top_p=0.9, logprobs=2)
+    Ask(tokens, 16, temperature=(0.0, 0.7, 1.3)[i % 3], choices=1 + i % 3, seed=i, top_p=0.9, logprobs=2)
     for i, tokens in enumerate(prompts(3, 40, 17, 64, 30, 9))
 ]
+
+
+@cache
+def mixed_alone(kind, **options):
+    model = tiny_gpt(**options)
+    return [generate(model, [ask], Options(kernels=kind))[0].answers for ask in MIXED]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,11 +173,10 @@ MIXED = [
     ids=["memory runs out", "prompts in small pieces", "few at a time", "guessed ahead", "a mixture, little memory"],
 )
 def test_all_that_is_told_is_the_same_to_the_bit_alone_or_together_however_it_is_scheduled(kind, options):
-    experts = options.get("experts")
-    model = tiny_gpt(**({"experts": experts} if experts else {}))
+    sizes = {name: value for name, value in options.items() if name == "experts"}
     options = {name: value for name, value in options.items() if name != "experts"}
-    alone = [generate(model, [ask], Options(kernels=kind))[0].answers for ask in MIXED]
-    generator = open_generator(model, Options(kernels=kind, **options))
+    alone = mixed_alone(kind, **sizes)
+    generator = open_generator(tiny_gpt(**sizes), Options(kernels=kind, **options))
     assert [each.answers for each in run_all(generator, MIXED)] == alone
     assert generator.scheduler.pool.held == 0
     if "cache_bytes" in options:
@@ -182,8 +189,7 @@ def test_all_that_is_told_is_the_same_to_the_bit_alone_or_together_however_it_is
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_small_model_that_guesses_changes_no_bit_and_a_good_one_saves_steps(kind):
-    model = tiny_gpt()
-    alone = [generate(model, [ask], Options(kernels=kind))[0].answers for ask in MIXED]
+    model, alone = tiny_gpt(), mixed_alone(kind)
     steps = {}
     for name, draft in {"itself": model, "another": tiny_gpt(layers=1, heads=1, width=8, context=64)}.items():
         generator = open_generator(model, Options(kernels=kind, speculate=3), draft)
@@ -192,7 +198,7 @@ def test_a_small_model_that_guesses_changes_no_bit_and_a_good_one_saves_steps(ki
         assert 0 < counts.accepted <= counts.drafted or name == "another"
         assert generator._drafts._pool.check(list(generator._drafts._blocks.values())) is None
         steps[name] = counts.steps
-    greedy = [Ask(ask.tokens, 24, temperature=0) for ask in MIXED]
+    greedy = [Ask(ask.tokens, 16, temperature=0) for ask in MIXED]
     plain, guessed = open_generator(model, Options(kernels=kind)), open_generator(model, Options(kernels=kind), model)
     assert run_all(plain, greedy) == run_all(guessed, greedy)
     assert guessed.counts.steps < plain.counts.steps / 2, "its own guesses are all right"

@@ -1,10 +1,11 @@
 """What docs/generation.md says is run."""
 
 import re
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+
+from forked_programs import run
 
 from shoal.serve.generation.bodies import ChatBody, CompletionBody
 from shoal.serve.generation.options import Options
@@ -12,13 +13,10 @@ from shoal.serve.generation.options import Options
 PAGE = (Path(__file__).parents[3] / "docs" / "generation.md").read_text(encoding="utf-8")
 
 
-def test_the_page_shows_what_its_program_prints(tmp_path):
+def test_the_page_shows_what_its_program_prints(warm):
     (program,) = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
     (printed,) = re.findall(r"^```text\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
-    (tmp_path / "program.py").write_text(program)
-    done = subprocess.run(
-        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run([sys.executable, "-c", program], warm)
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed
 

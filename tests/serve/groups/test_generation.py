@@ -31,12 +31,12 @@ Told = tuple[dict[int, list[int]], dict[int, list[float]], Outcome]  # of each c
 def asked() -> list[Ask]:
     short, long, shared, other = prompts(5, 70, 40, 9)
     return [
-        Ask(short, most=24, temperature=0, logprobs=0),
-        Ask(long, most=20, temperature=0.9, seed=3, logprobs=0),
-        Ask(shared, most=18, choices=3, top_p=0.9, seed=4, logprobs=0),
-        Ask([*shared, 7], most=12, temperature=0, logprobs=0),
-        Ask(other, most=10, choices=2, beams=3),
-        Ask(short, most=30, temperature=0.5, seed=9, repetition=1.2, logprobs=0),
+        Ask(short, most=12, temperature=0, logprobs=0),
+        Ask(long, most=10, temperature=0.9, seed=3, logprobs=0),
+        Ask(shared, most=9, choices=3, top_p=0.9, seed=4, logprobs=0),
+        Ask([*shared, 7], most=6, temperature=0, logprobs=0),
+        Ask(other, most=6, choices=2, beams=3),
+        Ask(short, most=15, temperature=0.5, seed=9, repetition=1.2, logprobs=0),
     ]
 
 
