@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -147,9 +148,16 @@ class Program:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
-        """What is in its pipes when it has ended, whoever else holds them."""
-        self.wait(timeout)
-        return _left(self.stdout), _left(self.stderr)
+        """What comes through its pipes until it has ended, whoever else holds them: a full one would hold it up."""
+        last = None if timeout is None else time.monotonic() + timeout
+        out, err = b"", b""
+        while self.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                self.wait(0.02)
+            out, err = out + _there(self.stdout), err + _there(self.stderr)
+            if self.returncode is None and last is not None and time.monotonic() > last:
+                raise subprocess.TimeoutExpired("python", timeout or 0.0)
+        return _ended(self.stdout, out), _ended(self.stderr, err)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -178,15 +186,23 @@ def run(
         return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
 
-def _left(stream: Any) -> Any:
-    """What nobody has read yet; it is closed."""
+def _there(stream: Any) -> bytes:
+    """What nobody has read yet."""
+    found = b""
+    if stream is not None:
+        os.set_blocking(stream.fileno(), False)
+        with suppress(BlockingIOError):
+            while data := os.read(stream.fileno(), 1 << 16):
+                found += data
+    return found
+
+
+def _ended(stream: Any, found: bytes) -> Any:
+    """All that came, with what is still there; the stream is closed."""
     if stream is None:
         return None
-    os.set_blocking(stream.fileno(), False)
-    found = b""
-    with stream, suppress(BlockingIOError):
-        while data := os.read(stream.fileno(), 1 << 16):
-            found += data
+    with stream:
+        found += _there(stream)
     return found.decode() if isinstance(stream, TextIOBase) else found
 
 

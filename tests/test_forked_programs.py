@@ -93,3 +93,10 @@ print("torch" in sys.modules, child.wait(60))
     process = popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.wait(60) == 0
     assert process.communicate()[0] == "True 0\n"
+
+
+def test_a_program_that_writes_more_than_its_pipes_hold_is_read_while_it_runs(start: Start) -> None:
+    writes = "import sys; sys.stderr.write('e' * 300_000); sys.stdout.write('o' * 200_000)"
+    process = start([sys.executable, "-c", writes], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.communicate(timeout=120) == ("o" * 200_000, "e" * 300_000)
+    assert process.returncode == 0

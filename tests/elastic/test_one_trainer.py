@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_nobody_goes_on_with_a_run_while_it_trains_elastically(disturb, undisturbed):
-    wanted = recipe("mlp")
+    wanted = recipe("mlp", steps=20)
     tried: list[str] = []
 
     def others_try(event):
