@@ -3,15 +3,19 @@
 A batch leaves when it is full, or when waiting longer would break the latency target of the one that has waited
 longest (Clipper: Crankshaw et al., 2017), as far as the time of a forward pass can be foretold (Clockwork: Gujarati et
 al., 2020). Without a target it leaves as soon as the model is free. Each batch is built around the request that must
-go next, out of those whose length is nearest to its own: lengths are grouped, and nobody starves.
+go next, out of those whose length is nearest to its own: lengths are grouped, and nobody starves. Who would be
+answered too late by it stays behind: the others are done the sooner.
 """
 
+import math
+from bisect import bisect_left
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import msgspec
 
 GRAIN = 8  # tokens: lengths are padded up to a multiple, so that few shapes occur
+MEMORY = 32  # batches, after which a size that has not come again is forgotten
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -21,6 +25,7 @@ class Waiting(msgspec.Struct, frozen=True):
     group: Hashable  # only requests of one group can share a batch: names, dtypes and shapes of their arrays
     arrived: float  # seconds
     priority: int = 0
+    deadline: float = math.inf  # an answer is of use until then
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -28,6 +33,7 @@ class Batch(msgspec.Struct, frozen=True):
     rows: int
     length: int  # padded: [rows, length] goes into the model
     tokens: int  # that are not padding; rows where there are no tokens
+    late: tuple[int, ...] = ()  # would have been answered too late, and wait no longer: not among ``ids``
 
     @property
     def padding(self) -> int:
@@ -37,25 +43,37 @@ class Batch(msgspec.Struct, frozen=True):
 
 @dataclass
 class ForwardTime:
-    """Foretells the seconds of a forward pass: one figure a shape where it has been seen, a line through all else.
+    """Foretells the seconds of a forward pass: a line between two sizes that have been seen, in proportion beyond them.
 
-    New times count a quarter, so that a slower machine is noticed after a few batches."""
+    New times count a quarter, so that a slower machine is noticed after a few batches. A size that has not come again
+    for ``MEMORY`` batches is forgotten: who stays away from a size because it was slow once would never know better."""
 
-    by_work: dict[int, float] = field(default_factory=dict)  # power of two of the work -> seconds for each unit of it
+    _sizes: dict[int, tuple[float, float, int]] = field(default_factory=dict)  # power of two -> work, seconds, when
+    _works: list[float] = field(default_factory=list)  # of the sizes, rising
+    _seconds: list[float] = field(default_factory=list)  # likewise
+    _count: int = 0
 
     def seen(self, work: int, seconds: float) -> None:
+        self._count += 1
         key = work.bit_length()
-        per_unit = seconds / max(work, 1)
-        before = self.by_work.get(key)
-        self.by_work[key] = per_unit if before is None else 0.75 * before + 0.25 * per_unit
+        before = self._sizes.get(key, (work, seconds, 0))
+        mixed = (0.75 * before[0] + 0.25 * work, 0.75 * before[1] + 0.25 * seconds, self._count)
+        self._sizes[key] = mixed
+        self._sizes = {key: one for key, one in self._sizes.items() if self._count - one[2] < MEMORY}
+        rising = sorted(self._sizes.values())
+        self._works, self._seconds = [one[0] for one in rising], [one[1] for one in rising]
 
     def foretell(self, work: int) -> float:
         """0.0 before anything has been seen: then nothing waits."""
-        if not self.by_work:
+        works, seconds = self._works, self._seconds
+        if not works:
             return 0.0
-        key = work.bit_length()
-        nearest = min(self.by_work, key=lambda known: abs(known - key))
-        return self.by_work[nearest] * work
+        after = bisect_left(works, work)
+        if 0 < after < len(works):
+            share = (work - works[after - 1]) / (works[after] - works[after - 1])
+            return seconds[after - 1] + share * (seconds[after] - seconds[after - 1])
+        nearest = min(after, len(works) - 1)
+        return seconds[nearest] / max(works[nearest], 1.0) * work
 
 
 @dataclass
@@ -126,7 +144,25 @@ class Batcher:
                 break
         for one in chosen:
             self.drop(one.id)
-        return Batch(tuple(one.id for one in chosen), rows, padded(longest), tokens if longest else rows)
+        return self._in_time(chosen, now)
+
+    def _in_time(self, chosen: list[Waiting], now: float) -> Batch:
+        """Without those that would be late, the most urgent first. The last one goes if it is not late yet: a model
+        that was slow once could not show otherwise that it is fast again."""
+        going = sorted(chosen, key=lambda one: one.deadline, reverse=True)
+        late: list[int] = []
+        rows, width = sum(one.rows for one in going), padded(max(one.length for one in going)) or 1
+        while going:
+            ends = now + (self.time.foretell(rows * width) if len(going) > 1 else 0.0)
+            if ends <= going[-1].deadline:
+                break
+            rows -= going[-1].rows
+            late.append(going.pop().id)
+        left_out = set(late)
+        kept = [one for one in chosen if one.id not in left_out]
+        longest = max((one.length for one in kept), default=0)
+        tokens = sum(one.rows * (one.length or 1) for one in kept)
+        return Batch(tuple(one.id for one in kept), rows, padded(longest), tokens, tuple(late))
 
 
 def padded(length: int) -> int:

@@ -43,9 +43,13 @@ class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True):
 
 class Begun(msgspec.Struct, tag="begun", array_like=True, frozen=True):
     """The requests that are being worked on from now on, instead of those before. Told before the work, so that the
-    HTTP side knows whom to suspect if the process dies, and since when it has been busy with one thing."""
+    HTTP side knows whom to suspect if the process dies, and since when it has been busy with one thing.
+
+    An engine that works in batches tells at the end of each, too, and ``at`` which times: the HTTP side may hear of
+    both late, and foretells from them how long the next ones will take."""
 
     ids: tuple[int, ...]
+    at: float = 0.0
 
 
 class Item(msgspec.Struct, tag="item", array_like=True, frozen=True):

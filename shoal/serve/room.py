@@ -7,12 +7,27 @@ door opens, and the larger the next one may be: of ``load`` times as many reques
 1 / (1 + load) of the time are enough to fill the rest of it.
 """
 
+import math
 from dataclasses import dataclass
 
 MARGIN = 0.85  # of the time that work may fill: the rest is for the way to it and back, and for slower batches
+PROMISED = 0.95  # of the time, after which whoever has been taken is refused after all: the rest is for the way back
 RESERVED = 0.125  # of that, for clients with less than their share while others have more
 MOST_LOAD = 6.0  # beyond, the door would open for too short a time
 CLOSING = 0.03  # of the time: who comes so shortly before a batch ends may miss the next one
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What one who comes finds at a model process, in seconds as far as they can be foretold."""
+
+    works: bool  # on something
+    left_s: float  # of that
+    waiting_s: float  # what waits behind it takes
+    with_it_s: float  # and together with the one who comes
+    own_s: float  # he alone
+    full_s: float  # the largest batch
 
 
 @dataclass
@@ -28,20 +43,24 @@ class Room:
 
     def answered(self, requests: int) -> None:
         """A batch of so many."""
-        if requests:
-            self.load += 0.25 * (max(1.0, min(MOST_LOAD, self._came / requests)) - self.load)
-            self._came = 0
+        self.load += 0.25 * (max(1.0, min(MOST_LOAD, self._came / requests)) - self.load)
+        self._came = 0
 
-    def takes(self, left_s: float, waiting_s: float, full_s: float, several: bool, has_its_share: bool) -> bool:
-        """One more, where ``left_s`` of the running batch is left (0.0: none runs) and ``waiting_s`` of work waits.
+    def most_s(self, several: bool, has_its_share: bool) -> float:
+        """Until the answer of one who is taken. ``several``: clients; then some room is open at any time to those that
+        have less than their share."""
+        return MARGIN * self.within_s * (1 - RESERVED if several and has_its_share else 1.0)
 
-        ``full_s``: what the largest batch takes; 0.0 before one has been timed, and then nobody is refused.
-        ``several``: clients; then some room is open at any time to those that have less than their share."""
-        most_s = MARGIN * self.within_s * (1 - RESERVED if several and has_its_share else 1.0)
+    def ends_s(self, ahead: Ahead, most_s: float, several: bool) -> float:
+        """Until the answer of one who comes now, if the batch that he goes with becomes as large as it may.
+
+        0.0 where nothing is ahead of him: he is taken in any case, for a process that was slow once could not show
+        otherwise that it is fast again."""
+        if not ahead.works and not ahead.waiting_s:
+            return 0.0
         load = 1.0 if several else self.load
-        turn_s = min(full_s, most_s * load / (1 + load))  # of the batch that it goes with, when that leaves
-        if not turn_s:
-            return True
-        misses_next = 0.0 < left_s < CLOSING * self.within_s
-        ahead_s = waiting_s if misses_next else waiting_s // turn_s * turn_s
-        return left_s + ahead_s + turn_s <= most_s
+        turn_s = min(ahead.full_s, most_s * load / (1 + load))  # of the batch that it goes with, when that leaves
+        misses_next = ahead.works and ahead.left_s < CLOSING * self.within_s
+        turns = max(0, math.ceil(ahead.with_it_s / turn_s - ROUNDING) - 1)  # before the one that it goes with
+        before_s = ahead.waiting_s if misses_next else turns * turn_s
+        return ahead.left_s + before_s + max(turn_s, ahead.own_s)

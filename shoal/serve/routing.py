@@ -7,14 +7,16 @@ is bounded: who comes when it is full, or could not be answered in time, is refu
 turns, whatever number of requests each has in line.
 
 With ``within_s`` the line is bounded by time: who comes is refused when its answer would take longer, by the times of
-the last batches (`Room`).
+the last batches (`Room`), and goes to the process that would answer it first. Times are those that processes tell
+(`Begun`), not when they were heard of. Who was taken and is not answered in time all the same is refused then: a bound
+that is promised holds for every answer.
 
 A process that is lost hands its requests back. Those that it was not working on go first in line, as if nothing had
 been. Those that it was working on may be what killed it: after ``ATTEMPTS_TOGETHER`` such deaths a request runs with no
 other one beside it, so that the next death names the guilty one, and no other.
 """
 
-from collections import OrderedDict, deque
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,11 +24,13 @@ import msgspec
 
 from shoal.serve.batching import ForwardTime
 from shoal.serve.engine import Request
-from shoal.serve.room import Room
+from shoal.serve.line import Line
+from shoal.serve.room import PROMISED, Ahead, Room
 
 ATTEMPTS_TOGETHER = 2  # deaths that a request may have been near to before it has to run alone
 RATE_MEMORY_S = 5.0  # over which answers a second are averaged
 ACTIVE_S = 1.0  # since a client's last request: it has a share
+UNREAD = 0.1  # the share of a new one in the mean cost of late, which one that has not been read is taken to have
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -65,88 +69,31 @@ class Limits:
 
 
 @dataclass
-class Line:
-    """Who waits: higher priorities first, of one priority the clients in turn, of one client who came first."""
-
-    _by_priority: dict[int, "OrderedDict[str, deque[Request]]"] = field(default_factory=dict)
-    _ids: set[int] = field(default_factory=set)
-    work: int = 0  # cost of those that wait
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __contains__(self, id: int) -> bool:
-        return id in self._ids
-
-    def push(self, request: Request, first: bool = False) -> None:
-        clients = self._by_priority.setdefault(request.priority, OrderedDict())
-        queue = clients.setdefault(request.client, deque())
-        if first:
-            queue.appendleft(request)
-            clients.move_to_end(request.client, last=False)
-        else:
-            queue.append(request)
-        self._ids.add(request.id)
-        self.work += request.cost
-
-    def peek(self) -> Request | None:
-        """The next one; those that were dropped are passed over."""
-        for priority in sorted(self._by_priority, reverse=True):
-            clients = self._by_priority[priority]
-            while clients:
-                client, queue = next(iter(clients.items()))
-                while queue and queue[0].id not in self._ids:
-                    queue.popleft()
-                if queue:
-                    return queue[0]
-                del clients[client]
-            del self._by_priority[priority]
-        return None
-
-    def pop(self) -> Request:
-        """Takes the one that ``peek`` shows, and puts its client behind the others."""
-        request = self.peek()
-        if request is None:
-            raise IndexError("nobody waits")
-        clients = self._by_priority[request.priority]
-        clients[request.client].popleft()
-        clients.move_to_end(request.client)
-        self.drop(request)
-        return request
-
-    def drop(self, request: Request) -> None:
-        """It waits no more, if it did."""
-        if request.id in self._ids:
-            self._ids.discard(request.id)
-            self.work -= request.cost
-
-
-@dataclass
 class Replica:
     open: dict[int, Request] = field(default_factory=dict)  # sent and not answered, in the order of sending
-    working: frozenset[int] = frozenset()  # those of its last Begun
+    working: dict[int, int] = field(default_factory=dict)  # those of its last Begun, and what they cost
     heard: float = 0.0  # when it last said something, or got something to do after it had nothing
     work: int = 0  # cost of the open ones
-    begun: int = 0  # cost of the working ones
+    begun: int = 0  # cost of the working ones that are open
     largest: int = 0  # cost of what was begun together
-    since: float = 0.0  # when they were begun, or the last answers came while others were under way
+    since: float = 0.0  # when they were begun, or others ended while these were under way, by its own word
     time: ForwardTime = field(default_factory=ForwardTime)  # of work, of late
     alone: bool = False  # has a request that must run with no other
     leaving: bool = False  # gets no more requests
     version: int = 0  # of the weights
 
-    def left_s(self, now: float) -> float:
-        """Of what it works on; 0.0: nothing, or no batch has been timed yet."""
-        return max(0.0, self.time.foretell(self.begun) - (now - self.since))
-
-    @property
-    def full_s(self) -> float:
-        """Of the largest batch."""
-        return self.time.foretell(self.largest)
-
-    def waiting_s(self, more: int) -> float:
-        """What its other work, and so much ``more``, will take."""
-        return self.time.foretell(self.work - self.begun + more)
+    def ahead(self, now: float, share: int, cost: int, full: int) -> Ahead:
+        """Of a request of this cost, with the replica's ``share`` of the line; ``full``: cost of a batch that has no
+        room left. What is late is taken to be late by as much again."""
+        waiting, foretell = self.work - self.begun + share, self.time.foretell
+        return Ahead(
+            works=bool(self.working),
+            left_s=abs(foretell(sum(self.working.values())) - (now - self.since)) if self.working else 0.0,
+            waiting_s=foretell(waiting),
+            with_it_s=foretell(waiting + cost),
+            own_s=foretell(cost),
+            full_s=foretell(max(self.largest, full)),
+        )
 
     @property
     def takes_more(self) -> bool:
@@ -164,6 +111,7 @@ class Router:
         self._clients: dict[str, float] = {}  # when each came last, in that order; with ``within_s`` only
         self._work: dict[str, int] = {}  # cost of each client's open requests, likewise
         self._rooms: dict[int, Room] = {}  # by version, likewise
+        self._cost = 0.0  # of a request, of late, likewise
         self._rate = 0.0  # answers a second while there was work
         self._rate_at = 0.0
         self._answered = 0
@@ -184,42 +132,58 @@ class Router:
     def arrive(self, request: Request, now: float, version: int = 0) -> list[Instruction]:
         """A request for this version of the weights: no other ever answers it."""
         line = self._line(version)
-        number = None if line else self._least(version, request)
-        if (number is None or self.limits.within_s) and self.is_full(version, request.client, now):
+        number = None if line else self._least(version, request, now)
+        if (number is None or self.limits.within_s) and self._is_full(version, request.client, request.cost, now):
+            self._came(version, request.client, now)
             wait = self.wait_s()
             return [Refuse(request.id, 429, full(wait), max(1.0, wait))]
-        if number is None and self._rate and now + self.wait_s() > request.deadline:
+        if number is None and not self.limits.within_s and self._rate and now + self.wait_s() > request.deadline:
             wait = self.wait_s()
             return [Refuse(request.id, 429, f"would wait {wait:.1f} s, longer than its time limit", max(1.0, wait))]
         if not self._requests:
             self._answered, self._rate_at = 0, now  # the time without work says nothing about the rate
         self._requests[request.id] = request
         self._versions[request.id] = version
+        self._came(version, request.client, now)
         if self.limits.within_s:
-            self._room(version).came()
             self._work[request.client] = self._work.get(request.client, 0) + request.cost
+            self._cost += (UNREAD if self._cost else 1.0) * (request.cost - self._cost)
         if number is not None:
             return [self._sent(number, request, now)]
         line.push(request)
         return self._send_of(version, now)
 
-    def is_full(self, version: int, client: str, now: float) -> bool:
-        """Whether a request of this client, which has just come, is refused whatever it asks."""
+    def turned_away(self, version: int, client: str, now: float) -> bool:
+        """A request of this client has come, and has not been read: whether it is refused whatever it asks. If not, it
+        will `arrive`."""
+        if not self._is_full(version, client, round(self._cost), now):
+            return False
+        self._came(version, client, now)
+        return True
+
+    def _is_full(self, version: int, client: str, cost: int, now: float) -> bool:
         replicas = [one for one in self._replicas_of(version) if one.takes_more]
-        if self.limits.within_s:
-            self._come(client, now)
-            if replicas and not self._is_in_time(version, client, replicas, now):
-                self._room(version).came()
+        if self.limits.within_s and replicas:
+            share = self._share(version)
+            several = len(self._clients) > (client in self._clients)
+            most_s = self._room(version).most_s(several, self._has_its_share(client))
+            if not any(self._ends_s(one, share, cost, most_s, several, now) <= most_s for one in replicas):
                 return True
         return self.waiting >= self.limits.waiting and not any(map(self._has_room, replicas))
 
-    def _is_in_time(self, version: int, client: str, replicas: Sequence[Replica], now: float) -> bool:
-        """Whether one of these processes would answer this client's request in time."""
-        share = self._line(version).work // len(replicas)
-        room, several, has_its_share = self._room(version), len(self._clients) > 1, self._has_its_share(client)
-        return any(
-            room.takes(one.left_s(now), one.waiting_s(share), one.full_s, several, has_its_share) for one in replicas
-        )
+    def _ends_s(self, replica: Replica, share: int, cost: int, most_s: float, several: bool, now: float) -> float:
+        """Until this process would have answered one who comes now. Before a batch has been timed, one batch of them is
+        taken."""
+        batch = max(1, self.limits.window // 2)
+        if not replica.largest:
+            return 0.0 if len(replica.open) < batch and not share else math.inf
+        full = batch * round(self._cost)
+        return self._room(replica.version).ends_s(replica.ahead(now, share, cost, full), most_s, several)
+
+    def _share(self, version: int) -> int:
+        """A process's, of the line's work."""
+        replicas = sum(one.takes_more for one in self._replicas_of(version))
+        return -(-self._line(version).work // max(1, replicas))
 
     def _room(self, version: int) -> Room:
         return self._rooms.setdefault(version, Room(self.limits.within_s))
@@ -227,7 +191,11 @@ class Router:
     def _replicas_of(self, version: int) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.version == version]
 
-    def _come(self, client: str, now: float) -> None:
+    def _came(self, version: int, client: str, now: float) -> None:
+        """Whether it was taken or not."""
+        if not self.limits.within_s:
+            return
+        self._room(version).came()
         self._clients.pop(client, None)
         self._clients[client] = now
         while now - next(iter(self._clients.values())) > ACTIVE_S:
@@ -258,14 +226,25 @@ class Router:
         """It has said something: it is not stuck."""
         self.replicas[replica].heard = now
 
-    def begun(self, replica: int, ids: Sequence[int], now: float) -> None:
-        """It works on these from now on."""
+    def begun(self, replica: int, ids: Sequence[int], at: float) -> None:
+        """It works on these since then, and has done with the others."""
         told = self.replicas[replica]
-        if not any(id in told.open for id in told.working):
-            told.since = now
-        told.working = frozenset(ids)
-        told.begun = sum(told.open[id].cost for id in ids if id in told.open)
-        told.largest = max(told.largest, told.begun)
+        here = set(ids)
+        done = [cost for id, cost in told.working.items() if id not in here]
+        if done and at > told.since:
+            told.time.seen(sum(done), at - told.since)
+            told.largest = max(told.largest, sum(told.working.values()))
+            if self.limits.within_s:
+                self._room(told.version).answered(len(done))
+        if done or not told.working:
+            told.since = at
+        told.working = {id: self._cost_of(id, told) for id in ids}
+        told.begun = sum(cost for id, cost in told.working.items() if id in told.open)
+
+    def _cost_of(self, id: int, replica: Replica) -> int:
+        """Of one that it works on, and that may have been withdrawn when it had begun."""
+        request = replica.open.get(id)
+        return replica.working.get(id, round(self._cost)) if request is None else request.cost
 
     def reached(self, id: int, payload: msgspec.Raw) -> None:
         """An item of its stream has been handed to its client: a later process goes on after it."""
@@ -275,7 +254,6 @@ class Router:
 
     def answered(self, replica: int, ids: Sequence[int], now: float) -> list[Instruction]:
         known = [id for id in ids if self._where.get(id) == replica]
-        self._time(self.replicas.get(replica), known, now)
         for id in known:
             self._close(id)
         self._measure(len(known), now)
@@ -333,14 +311,32 @@ class Router:
         """Ends the requests whose time is over."""
         told: list[Instruction] = []
         for id in [request.id for request in self._requests.values() if request.deadline <= now]:
-            told += [Refuse(id, 504, "was not answered within its time limit"), *self.cancel(id, now)]
+            told += [self.too_late(id), *self.cancel(id, now)]
         return told
+
+    def too_late(self, id: int) -> Refuse:
+        """What who has been taken, and cannot be answered in time, is told."""
+        if not self.limits.within_s:
+            return Refuse(id, 504, "was not answered within its time limit")
+        return Refuse(id, 429, "could not be answered within the time that this server keeps", max(1.0, self.wait_s()))
+
+    def deadline(self, since: float, timeout_s: float) -> float:
+        """Of a request that came then, and may take so long otherwise."""
+        return since + min(timeout_s, PROMISED * self.limits.within_s or timeout_s)
+
+    def next_deadline(self) -> float:
+        """When the first of those that are open has to be answered; infinite: none is."""
+        return min((request.deadline for request in self._requests.values()), default=math.inf)
 
     def stuck(self, now: float, after_s: float) -> Iterator[int]:
         """Processes that have had work and said nothing for longer than this: busy ones tell of every batch."""
         for number, replica in self.replicas.items():
-            if replica.open and now - replica.heard > after_s:
+            if self._has_work(replica) and now - replica.heard > after_s:
                 yield number
+
+    def _has_work(self, replica: Replica) -> bool:
+        """Requests that were refused late are not open any more, but may keep a process at work."""
+        return bool(replica.open or (self.limits.within_s and replica.working))
 
     def _has_room(self, replica: Replica) -> bool:
         return replica.takes_more and len(replica.open) < self.limits.window
@@ -352,27 +348,34 @@ class Router:
         line = self._lines[version]
         sends: list[Instruction] = []
         while (request := line.peek()) is not None:
-            number = self._least(version, request)
+            number = self._least(version, request, now)
             if number is None:
                 break
             line.pop()
             sends.append(self._sent(number, request, now))
         return sends
 
-    def _least(self, version: int, request: Request) -> int | None:
-        """The process with the least work that may have this request; None when none has room for it."""
+    def _least(self, version: int, request: Request, now: float) -> int | None:
+        """The process with the least work that may have this request, or that would answer it first, where answers
+        have to come within a time; None when none has room for it."""
         must_be_alone = request.attempt >= ATTEMPTS_TOGETHER
-        best: tuple[int, int, int] | None = None
+        best: tuple[float, int, int, int] | None = None
         for number, replica in self.replicas.items():
             if replica.version == version and self._has_room(replica) and not (must_be_alone and replica.open):
-                load = replica.work, len(replica.open), number
+                first = self._answers_after_s(replica, request, now) if self.limits.within_s else 0.0
+                load = first, replica.work, len(replica.open), number
                 if best is None or load < best:
                     best = load
-        return None if best is None else best[2]
+        return None if best is None else best[3]
+
+    def _answers_after_s(self, replica: Replica, request: Request, now: float) -> float:
+        several = len(self._clients) > (request.client in self._clients)
+        most_s = self._room(replica.version).most_s(several, has_its_share=False)
+        return self._ends_s(replica, 0, request.cost, most_s, several, now)
 
     def _sent(self, number: int, request: Request, now: float) -> Send:
         replica = self.replicas[number]
-        if not replica.open:
+        if not self._has_work(replica):
             replica.heard = now
         replica.open[request.id] = request
         replica.work += request.cost
@@ -400,15 +403,6 @@ class Router:
             self._work[request.client] = left
         else:
             self._work.pop(request.client, None)
-
-    def _time(self, replica: Replica | None, ids: Sequence[int], now: float) -> None:
-        """What was begun has taken so long."""
-        done = sum(replica.open[id].cost for id in ids if id in replica.working) if replica is not None else 0
-        if replica is not None and done and now > replica.since:
-            replica.time.seen(done, now - replica.since)
-            replica.since = now
-            if self.limits.within_s:
-                self._room(replica.version).answered(len(ids))
 
     def _measure(self, answers: int, now: float) -> None:
         """A running rate: answers of the last stretch, weighed by how much of the memory it fills."""

@@ -22,7 +22,7 @@ from shoal.serve.waiting import Asker, Held, Waiter, now_held, unless
 
 _encode = msgspec.msgpack.Encoder().encode
 STREAMS = 64  # generations that one model process may have, at least
-TICK_S = 0.5  # how often deadlines and stuck processes are looked at while requests are open
+TICK_S = 0.5  # how often deadlines and stuck processes are looked at while requests are open, at least
 
 
 @lru_cache(64)
@@ -109,7 +109,7 @@ class Service:
         if not self._inside:
             self._none_held.clear()
         self._inside += 1
-        return Held(self.draining)
+        return Held(self.draining, time.monotonic())
 
     def leave(self, held: Held) -> None:
         if held.version is not None:
@@ -189,16 +189,15 @@ class Service:
 
         The number is for `withdraw`."""
         if held is None:
-            held = Held(self.draining, self._versions.current)
+            held = Held(self.draining, time.monotonic(), self._versions.current)
         if held.late:
             raise HttpError(503, "the server is shutting down", retry_after_s=1)
         if held.version is None:
             held.version = self._versions.begin()
         now = time.monotonic()
         id, self._next = self._next, self._next + 1
-        request = Request(
-            id, kind, msgspec.Raw(_encode(payload)), cost, now, now + self.options.timeout_s, priority, client
-        )
+        deadline = self._router.deadline(held.since, self.options.timeout_s)
+        request = Request(id, kind, msgspec.Raw(_encode(payload)), cost, held.since, deadline, priority, client)
         if self._scaler is not None:
             self._scale(coming=1)
         instructions = self._router.arrive(request, now, held.version)
@@ -208,13 +207,13 @@ class Service:
         self._askers[id] = asker
         self._carry_out(instructions)
         if self._tick is None:
-            self._tick = self._loop.call_later(TICK_S, self._look)
+            self._look_later(now)
         return id
 
     def refusal(self, client: str) -> HttpResponse | None:
         """The answer to a request that would be refused whatever it asks: it need not be read then."""
-        router = self._router
-        if self._versions.canary is not None or not router.is_full(self._versions.current, client, time.monotonic()):
+        router, versions = self._router, self._versions
+        if versions.canary is not None or not router.turned_away(versions.current, client, time.monotonic()):
             return None
         return _refusal(max(1, round(router.wait_s())))
 
@@ -236,7 +235,10 @@ class Service:
             elif isinstance(one, Withdraw):
                 self._fleet_of(one.replica).send(one.replica, Cancel(one.id))
             else:
-                self._fail(one.id, HttpError(one.status, one.why, retry_after_s=one.retry_after_s))
+                self._refuse(one)
+
+    def _refuse(self, one: Refuse) -> None:
+        self._fail(one.id, HttpError(one.status, one.why, retry_after_s=one.retry_after_s))
 
     def _fleet_of(self, number: int) -> Replicas:
         return self._fleets.of(self._router.replicas[number].version)
@@ -270,9 +272,12 @@ class Service:
                 if streams is not None and streams.item(message.payload):
                     self._router.reached(message.id, message.payload)
             elif isinstance(message, Failed):
-                self._fail(message.id, HttpError(message.status, message.why))
+                if message.status == 504 and self.options.within_ms:
+                    self._refuse(self._router.too_late(message.id))
+                else:
+                    self._fail(message.id, HttpError(message.status, message.why))
             elif isinstance(message, Begun):
-                self._router.begun(number, message.ids, now)
+                self._router.begun(number, message.ids, message.at)
             elif isinstance(message, Figures):
                 self.metrics.engines[number] = message.values
         if answered:
@@ -320,7 +325,12 @@ class Service:
         self._carry_out(self._router.expire(now))
         for number in list(self._router.stuck(now, self.options.hang_s)):
             self._fleet_of(number).kill(number)
-        self._tick = self._loop.call_later(TICK_S, self._look) if len(self._router) else None
+        self._tick = None
+        if len(self._router):
+            self._look_later(now)
+
+    def _look_later(self, now: float) -> None:
+        self._tick = self._loop.call_later(max(0.0, min(TICK_S, self._router.next_deadline() - now)), self._look)
 
     def gauges(self) -> dict[str, float]:
         """What /metrics shows of this moment."""

@@ -69,7 +69,11 @@ class BatchEngine:
         if not self._open:
             self._began_busy = time.monotonic()
         self._open[request.id] = request, inputs
-        self._batcher.add(Waiting(request.id, inputs.rows, inputs.length, group, request.arrived, request.priority))
+        self._batcher.add(
+            Waiting(
+                *(request.id, inputs.rows, inputs.length, group, request.arrived, request.priority), request.deadline
+            )
+        )
 
     def cancel(self, id: int) -> None:
         if self._batcher.drop(id):
@@ -88,19 +92,11 @@ class BatchEngine:
     def _taken(self, now: float) -> Batch | None:
         """The batch that leaves now, without those that come too late; None when none has to leave."""
         batch = self._batcher.take(now)
-        late = [id for id in batch.ids if self._open[id][0].deadline < now] if batch else []
-        if batch is None or not late:
-            return batch
-        self._tell([Failed(id, 504, "not begun before its time was over") for id in late])
-        for id in late:
-            del self._open[id]
-        return self._without(batch, late)
-
-    def _without(self, batch: Batch, late: list[int]) -> Batch:
-        ids = tuple(id for id in batch.ids if id not in late)
-        inputs = [self._open[id][1] for id in ids]
-        rows = sum(one.rows for one in inputs)
-        return Batch(ids, rows, batch.length, sum(one.rows * (one.length or 1) for one in inputs))
+        if batch is not None and batch.late:
+            self._tell([Failed(id, 504, "could not be answered before its time was over") for id in batch.late])
+            for id in batch.late:
+                del self._open[id]
+        return batch
 
     def _tensors(self, inputs: list[Inputs], batch: Batch) -> dict[str, Tensor]:
         in_company = self._invariant and self._in_company(inputs[0])
@@ -192,9 +188,10 @@ class SinglePass(BatchEngine):
             self._tell_figures()
             return
         if batch.ids:
-            self._tell([Begun(batch.ids)])
+            self._tell([Begun(batch.ids, time.monotonic())])
             self._untold = True
-            self._tell(self._answers(batch))
+            answers = self._answers(batch)
+            self._tell([*answers, Begun((), time.monotonic())])
         self._rest()
         self._tell_figures()
 

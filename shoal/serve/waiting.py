@@ -18,6 +18,7 @@ class Held:
     """A request of a client, from its first byte to the last one of its answer."""
 
     late: bool  # it came when the server was about to leave
+    since: float  # when it came
     version: int | None = None  # of the weights, once a model process has been asked
 
 

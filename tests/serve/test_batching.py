@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.serve.batching import GRAIN, Batch, Batcher, ForwardTime, Waiting, padded
+from shoal.serve.batching import GRAIN, MEMORY, Batch, Batcher, ForwardTime, Waiting, padded
 
 ARRIVALS = st.lists(
     st.tuples(
@@ -147,3 +147,43 @@ def test_the_time_of_a_pass_is_foretold_from_the_nearest_size_seen():
     for _ in range(20):
         time.seen(100, 0.03)
     assert time.foretell(100) == pytest.approx(0.03, rel=0.01)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.0, 0.2), st.integers(1, 3)), min_size=1, max_size=12),
+    st.sampled_from([0.0, 1e-3, 1e-2]),
+)
+def test_who_would_be_answered_too_late_does_not_go_and_no_one_else_stays(urgent, cost_s):
+    batcher = Batcher(64)
+    if cost_s:
+        batcher.time.seen(1, cost_s)
+    for id, (deadline, rows) in enumerate(urgent):
+        batcher.add(Waiting(id, rows, 0, 0, 0.0, 0, deadline))
+    batch = batcher.take(0.05)
+    assert batch is not None
+    assert sorted(batch.ids + batch.late) == list(range(len(urgent)))
+    rows = {id: urgent[id][1] for id in batch.ids}
+    assert batch.rows == batch.tokens == sum(rows.values())
+    if len(rows) > 1:
+        assert min(urgent[id][0] for id in rows) >= 0.05 + cost_s * batch.rows
+    together = batch.rows
+    for id in reversed(batch.late):
+        together += urgent[id][1]
+        assert urgent[id][0] < 0.05 + cost_s * together, "it would have been late in their company"
+    if not batch.ids:
+        assert all(deadline < 0.05 for deadline, _ in urgent), "the last one goes, or is late already"
+
+
+def test_times_between_two_sizes_lie_on_a_line_and_beyond_them_in_proportion():
+    time = ForwardTime()
+    time.seen(4, 0.3)
+    time.seen(16, 0.9)
+    assert [time.foretell(work) for work in (2, 4, 10, 16, 32)] == pytest.approx([0.15, 0.3, 0.6, 0.9, 1.8])
+
+
+def test_a_size_that_was_slow_once_and_did_not_come_again_is_forgotten():
+    time = ForwardTime()
+    time.seen(16, 10.0)
+    for _ in range(MEMORY):
+        time.seen(4, 0.1)
+    assert time.foretell(16) == pytest.approx(0.4)

@@ -90,13 +90,36 @@ def test_who_could_not_be_answered_in_time_is_refused(
     async def play() -> None:
         world = World(batch=8, queue=100, within_ms=200.0)
         first = Client(world.server).ask(TAKEN)
-        world.hear(Begun((0,)))
+        world.hear(Begun((0,), clock[0]))
         clock[0] += took_s
-        world.hear(world.result(0))
+        world.hear(world.result(0), Begun((), clock[0]))
         assert first.status() == 200
         asked = [Client(world.server).ask(TAKEN) for _ in range(40)]
         assert [one.status() for one in asked[:room]] == [0] * room
         assert [one.status() for one in asked[room:]] == [429] * (40 - room)
+
+    asyncio.run(play())
+
+
+def test_who_was_taken_and_cannot_be_answered_in_time_is_refused_and_told_when_to_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("shoal.serve.service.time.monotonic", lambda: clock[0])
+
+    async def play() -> None:
+        world = World(batch=1, queue=0, within_ms=200.0)
+        waits = Client(world.server).ask(TAKEN)
+        clock[0] += 0.189
+        world.service._look()
+        assert waits.status() == 0
+        clock[0] += 0.002
+        world.service._look()
+        assert waits.status() == 429
+        dropped = Client(world.server).ask(TAKEN)
+        world.hear(Failed(1, 504, "could not be answered before its time was over"))
+        assert dropped.status() == 429
+        assert all(b"Retry-After: 1\r\n" in one.written for one in (waits, dropped))
 
     asyncio.run(play())
 

@@ -83,7 +83,7 @@ class StagedSinglePass(BatchEngine):
     def _begun(self, entering: Batch | None = None) -> Begun:
         """Of all that is under way: any of them may be what kills a process of the group."""
         batches = [*(one.batch for one in self._under_way), *([entering] if entering else [])]
-        return Begun(tuple(id for batch in batches for id in batch.ids))
+        return Begun(tuple(id for batch in batches for id in batch.ids), time.monotonic())
 
     def _ended(self, one: _UnderWay, made: Made) -> list[FromEngine]:
         if "error" in made:

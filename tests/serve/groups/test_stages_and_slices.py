@@ -178,7 +178,8 @@ def test_a_batch_enters_the_first_stage_while_the_one_before_is_in_the_second() 
     with forked(model, facts, {"pipe": 3}, split, batch=1) as group:
         ids = [group.send(asking(float(n), 0.0)) for n in range(4)]
         begun = [group.hear() for _ in range(4)]  # none has been answered: nothing has gone through the gate
-        assert begun == [Begun(tuple(ids[:count])) for count in (1, 2, 3, 4)], "one at each stage, and one ahead"
+        together = [tuple(ids[:count]) for count in (1, 2, 3, 4)]
+        assert [one.ids for one in begun] == together, "one at each stage, and one ahead"
         os.write(opened, b"****")
         assert all(not isinstance(answer, Failed) for answer in group.answers(ids).values())
     os.close(opens)
