@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_programs import Program, run
 from torch import nn
 
 from shoal.errors import RunFailed, UserError
@@ -201,7 +202,7 @@ def test_a_place_that_takes_no_more_costs_memory_and_one_line(number):
     away.close()
 
 
-def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path):
+def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path, warm):
     program = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -213,7 +214,7 @@ blocks[0].store._most_leaving = 0
 assert t.equal(t.gradients(model), plain)
 print("moved", blocks[0].store.moved > 0)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = run([sys.executable, "-c", program], warm)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("takes no more (File too large)") == 1
     assert "moved True" in done.stdout
@@ -234,7 +235,7 @@ def test_a_disk_that_cannot_be_read_back_fails_the_run_in_one_line():
     away.close()
 
 
-def test_no_file_is_left_whatever_is_killed(tmp_path):
+def test_no_file_is_left_whatever_is_killed(tmp_path, warm):
     program = f"""
 import sys, torch
 from shoal.memory.extents import ExtentFile
@@ -243,13 +244,14 @@ file.write(file.reserve(100_000), memoryview(bytes(100_000)))
 print("written", flush=True)
 sys.stdin.read()
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    process = Program(
+        [sys.executable, "-c", program], source=warm, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "written\n"
-    assert list(tmp_path.iterdir()) == []
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=20)
+    with process.stdin:
+        assert process.stdout.readline() == "written\n"
+        assert list(tmp_path.iterdir()) == []
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,13 +5,13 @@ import inspect
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked_programs import run
 from torch import Tensor, nn
 
 from shoal.errors import UserError
@@ -268,15 +268,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_process_leaves_no_file(tmp_path):
-    tests = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_a_killed_process_leaves_no_file(tmp_path, warm):
+    done = run([sys.executable, "-c", KILLED, str(tmp_path)], warm)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert done.stdout == "[]\n"  # it had no name while it lived
     assert not list(tmp_path.iterdir())

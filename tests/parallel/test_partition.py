@@ -1,7 +1,6 @@
 """A model in chunks computes what the whole model computes."""
 
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_programs import Source, run
 from parallel.cut_passes import Pass, in_chunks, whole
 from parallel.models import AWKWARD, Branching, Ranges, UNet
 from tiny_models import TINY, Tiny
@@ -334,9 +334,7 @@ def test_a_plain_attribute_that_holds_a_tensor_stays_the_model_s() -> None:
     assert any(vars(chunk.module).get("_constant0") is model.table for chunk in chunks.chunks)
 
 
-def test_the_page_about_cutting_shows_what_its_program_prints(tmp_path: Path) -> None:
+def test_the_page_about_cutting_shows_what_its_program_prints(warm: Source) -> None:
     page = (Path(__file__).parents[2] / "docs/cutting.md").read_text(encoding="utf-8")
     program, shown = re.findall(r"^```(?:python|text)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    (tmp_path / "program.py").write_text(program)
-    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, check=True)
-    assert done.stdout == shown
+    assert run([sys.executable, "-c", program], warm).stdout == shown

@@ -157,7 +157,7 @@ def recipe_file(tmp_path):
     return write
 
 
-def test_the_command_proves_a_recipe_file_and_leaves_nothing_behind(recipe_file, capfd, tmp_path):
+def test_the_command_proves_a_recipe_file_and_leaves_nothing_behind(recipe_file, launches_here, capfd, tmp_path):
     file = recipe_file('kind = "mlp"\nhidden = [4]')
     assert main(["prove", file, "--workers", "1,2", "--steps", "3", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
@@ -170,7 +170,7 @@ def test_the_command_proves_a_recipe_file_and_leaves_nothing_behind(recipe_file,
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_the_command_takes_plan_files(recipe_file, capfd, tmp_path):
+def test_the_command_takes_plan_files(recipe_file, launches_here, capfd, tmp_path):
     file = recipe_file('kind = "mlp"\nhidden = [4]')
     (tmp_path / "mine.toml").write_text("[mesh]\ntensor = 2\n")
     assert main(["prove", file, "--plans", str(tmp_path / "mine.toml"), "--steps", "2", "--json"]) == 0
@@ -178,7 +178,7 @@ def test_the_command_takes_plan_files(recipe_file, capfd, tmp_path):
     assert [(p["plan"], p["ok"], p["tolerance"]) for p in result["plans"]] == [("tensor=2", True, 1e-5)]
 
 
-def test_the_command_exits_1_and_names_what_a_planted_fault_changed(recipe_file, capfd):
+def test_the_command_exits_1_and_names_what_a_planted_fault_changed(recipe_file, launches_here, capfd):
     file = recipe_file('kind = "custom"\ntask = "classification"\nfactory = "planted_faults:doubled_mlp"\nhidden = 4')
     assert main(["prove", file, "--workers", "1,2", "--steps", "4"]) == 1
     rows = capfd.readouterr().out.splitlines()

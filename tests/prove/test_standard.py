@@ -123,7 +123,7 @@ def test_the_command_says_what_it_does_not_know(arguments, says, capfd):
     assert said.count("\n") == 1
 
 
-def test_the_command_lists_every_plan_with_its_largest_error(capfd):
+def test_the_command_lists_every_plan_with_its_largest_error(launches_here, capfd):
     assert main(["prove", "--plans", "fast", "--models", "mlp", "--steps", "2", "--json"]) == 0
     out, err = capfd.readouterr()
     found = json.loads(out)

@@ -6,9 +6,11 @@ from typing import Any
 
 import cloudpickle
 import pytest
+from forked_programs import Source, with_forks
 from train import tiny_runs
 from worker_fixtures import on_workers
 
+from shoal.comm import launch
 from shoal.comm.launch import Agent
 from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
@@ -34,3 +36,9 @@ def run(agent: Agent, tmp_path: Path, request: pytest.FixtureRequest) -> Callabl
         return train(recipe, plan, agent=agent, **options)
 
     return train_it
+
+
+@pytest.fixture
+def agents_here(warm: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents that a test starts are its own, with its stderr, and forks of a process that has imported everything."""
+    monkeypatch.setattr(launch, "subprocess", with_forks(launch, warm))

@@ -50,10 +50,10 @@ def alone(agent, tmp_path_factory):
 def agrees(run, wanted: Recipe, data, plans, clips: bool = False):
     """Run under every plan; all must leave the same weights and the same trail."""
     first = run(wanted, 1, data=data)
-    assert first["steps"] == wanted.steps >= 20
+    assert first["steps"] == wanted.steps >= 9
     if clips:
         norms = [step[4] for step in trail(first)]
-        assert sum(norm > wanted.clip for norm in norms) >= 10, "the recipe must clip, or this proves nothing"
+        assert sum(norm > wanted.clip for norm in norms) >= 5, "the recipe must clip, or this proves nothing"
     for other in plans:
         result = run(wanted, plan=other, data=data)
         assert result["weights_sha256"] == first["weights_sha256"], other
@@ -120,10 +120,10 @@ def test_the_size_of_buckets_and_the_loading_do_not_matter(run):
 def test_a_run_resumed_in_mid_epoch_on_other_workers_ends_with_the_bits_of_an_uninterrupted_one(
     run, alone, kind, before, after
 ):
-    data = splits(kind, 101)
-    wanted = recipe(kind, clip=0.05, steps=22)
-    whole = alone(wanted, 101)
-    part = run(replace(wanted, steps=9), before, data=data)
+    data = splits(kind, 53)  # four steps an epoch
+    wanted = recipe(kind, clip=0.05)
+    whole = alone(wanted, 53)
+    part = run(replace(wanted, steps=6), before, data=data)
     assert trail(part)[-1][1:3] == (1, 1), "the cut must lie inside of an epoch"
     rest = run(wanted, after, data=data, resume=part["run_dir"])
     assert rest["weights_sha256"] == whole["weights_sha256"]
@@ -161,7 +161,7 @@ def test_a_plain_loop_written_from_the_contract_gives_the_same_bits(run, kind, p
     told = trail(result)
     assert [step[3] for step in told] == losses
     assert [step[4] for step in told] == norms
-    assert sum(norm > wanted.clip for norm in norms) >= 10
+    assert sum(norm > wanted.clip for norm in norms) >= 5
     assert result["weights_sha256"] == weights_sha256(state)
 
 
@@ -174,7 +174,7 @@ def test_the_fast_mode_stays_within_rounding_of_the_exact_one(run, alone, kind, 
     wanted = recipe(kind, clip=0.05, optimizer=tiny_runs.OptimizerSpec(name="sgd", lr=0.05))
     exact = alone(wanted, 101)
     fast = run(wanted, plan=plan(*placement, sync="fast"), data=splits(kind, 101))
-    # 16 summands of float32 in another order: a few units in the last place, grown by 20 steps
+    # 16 summands of float32 in another order: a few units in the last place, grown by the steps
     for one, other in zip(trail(exact), trail(fast), strict=True):
         assert one[3] == pytest.approx(other[3], rel=1e-4)
         assert one[4] == pytest.approx(other[4], rel=1e-3)
@@ -190,7 +190,8 @@ def test_the_fast_mode_is_named_in_the_plan_of_the_run(run):
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"shards": 4}, {"micro_batches": 2}, {"clip": 0.01}])
 def test_another_recipe_gives_other_bits(alone, change):
-    assert alone(recipe("gpt"), 101)["weights_sha256"] != alone(recipe("gpt", **change), 101)["weights_sha256"]
+    short = recipe("gpt", steps=2)
+    assert alone(short, 101)["weights_sha256"] != alone(replace(short, **change), 101)["weights_sha256"]
 
 
 def test_more_workers_than_shards_are_refused(run, tmp_path):

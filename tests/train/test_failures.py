@@ -173,7 +173,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 # --- a full disk --------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_fills_up_costs_the_last_checkpoint_but_no_older_one(run, capfd):
+def test_a_disk_that_fills_up_costs_the_last_checkpoint_but_no_older_one(run, agents_here, capfd):
     """A limit on the size of files stands for a full disk: the log may not grow, nor a checkpoint be written."""
     first = run(replace(SHORT, steps=3), 2, data=splits("mlp", 48))
     folder = Path(first["run_dir"])

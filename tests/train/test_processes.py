@@ -8,36 +8,45 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_programs import Program, Source
 from train.tiny_runs import Images, recipe
 
 from shoal.recipe.recipe import DataSpec, ModelSpec, Reporting
 from shoal.run.run import Run
 
-DEADLINE_S = 60.0
-MARK = "SHOAL_TEST_MARK"
+DEADLINE_S = 240.0  # on a busy host; nobody waits for it
+Process = subprocess.Popen[str] | Program
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What every process of a test has: the test's own folder to work in. ``warm`` is what programs are forked from."""
+
+    folder: Path
+    warm: Source
 
 
 @pytest.fixture
-def mark() -> Iterator[str]:
-    """An environment variable's value that every process of the test inherits; none may be left at the end."""
-    value = uuid.uuid4().hex
+def mark(warm: Source, tmp_path: Path) -> Iterator[Mark]:
+    """No process of the test may be left at the end."""
+    value = Mark(tmp_path, warm)
     yield value
     for pid in marked(value):
         os.kill(pid, signal.SIGKILL)
 
 
-def marked(value: str) -> list[int]:
+def marked(mark: Mark) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                if f"{MARK}={value}".encode() in (entry / "environ").read_bytes():
+                if (entry / "cwd").readlink() == mark.folder:
                     found.append(int(entry.name))
             except OSError:
                 continue
@@ -72,11 +81,12 @@ def write_recipe(folder: Path, **changes: object) -> Path:
     return folder / "recipe.toml"
 
 
-def start(mark: str, folder: Path, *command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def start(mark: Mark, folder: Path, *command: str) -> Program:
+    """``python -m MODULE ...``, or ``-c CODE``, in a fork of a process that has imported what they use."""
+    return Program(
         [sys.executable, *command],
+        source=mark.warm,
         cwd=folder,
-        env={**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -84,7 +94,20 @@ def start(mark: str, folder: Path, *command: str) -> subprocess.Popen[str]:
     )
 
 
-def shoal(mark: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start_afresh(folder: Path, *command: str) -> subprocess.Popen[str]:
+    """In an interpreter of its own, which imports what it needs."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def shoal(mark: Mark, folder: Path, *arguments: str) -> Program:
     return start(mark, folder, "-m", "shoal", *arguments)
 
 
@@ -99,16 +122,23 @@ def shared_memory() -> set[str]:
 LONG = {"steps": 100_000}
 
 
-def long_run(mark: str, folder: Path, **changes: object) -> subprocess.Popen[str]:
-    write_recipe(folder, **{**LONG, **changes})
-    process = shoal(mark, folder, "train", "recipe.toml", "--workers", "3", "--run-dir", "run")
+LONG_RUN = ("-m", "shoal", "train", "recipe.toml", "--workers", "3", "--run-dir", "run")
+
+
+def long_run(mark: Mark, folder: Path) -> Program:
+    write_recipe(folder, **LONG)
+    return begun(start(mark, folder, *LONG_RUN), folder)
+
+
+def begun(process: Process, folder: Path) -> Process:
     until(lambda: process.poll() is not None or steps_done(folder / "run") >= 3, "the first steps")
     assert process.poll() is None, process.communicate()
     return process
 
 
 def test_ctrl_c_saves_and_exits_130_and_the_resumed_run_has_the_bits_of_an_uninterrupted_one(mark, folder):
-    process = long_run(mark, folder)
+    write_recipe(folder, **LONG)
+    process = begun(start_afresh(folder, *LONG_RUN), folder)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, err
@@ -208,13 +238,33 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def torchrun(mark: str, folder: Path, workers: int, *program: str) -> subprocess.Popen[str]:
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--master-port", free_port())
-    logs = ("--log-dir", str(folder / "torchrun"))  # else among the temporary files, where they stay
-    return start(mark, folder, *launcher, *logs, *program)
+# torchrun whose workers are forks of it: it starts PYTHON -u -m MODULE, once for each of them
+FORKING = """
+import sys
+from forked_programs import Program
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from torch.distributed.run import main
+subprocess_handler.Popen = lambda args, **how: Program([args[0], *args[2:]], **how)
+main(sys.argv[1:])
+"""
 
 
-def trained(process: subprocess.Popen[str], folder: Path) -> dict:
+def torchrun(mark: Mark, folder: Path, workers: int, *module: str) -> Program:
+    """``python -m MODULE ...`` on so many workers."""
+    return start(mark, folder, "-c", FORKING, *torchruns(folder, workers), *module)
+
+
+def torchrun_afresh(folder: Path, workers: int, *module: str) -> subprocess.Popen[str]:
+    """Its workers are interpreters of their own."""
+    return start_afresh(folder, "-m", "torch.distributed.run", *torchruns(folder, workers), *module)
+
+
+def torchruns(folder: Path, workers: int) -> list[str]:
+    logs = str(folder / "torchrun")  # else among the temporary files, where they stay
+    return ["--nproc-per-node", str(workers), "--master-port", free_port(), "--log-dir", logs]
+
+
+def trained(process: Process, folder: Path) -> dict:
     out, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, err
     assert "Warning" not in err
@@ -225,12 +275,11 @@ def test_torchrun_gives_the_same_bits_as_the_local_launcher(mark, folder):
     write_recipe(folder, micro_batches=2, report=Reporting(evaluate_every=4, checkpoint_every=5))
     local = trained(shoal(mark, folder, "train", "recipe.toml", "--workers", "2", "--json"), folder)
     small = ("--set", "bucket_bytes=1", "--json")  # many collectives in flight at once
-    joined = [
-        trained(torchrun(mark, folder, n, "-m", "shoal", "train", "recipe.toml", "--run-dir", f"on{n}", *small), folder)
-        for n in (2, 3)
-    ]
-    assert [one["weights_sha256"] for one in joined] == [local["weights_sha256"]] * 2
-    assert [one["figures"] for one in joined] == [local["figures"]] * 2
+    joined = trained(
+        torchrun_afresh(folder, 3, "-m", "shoal", "train", "recipe.toml", "--run-dir", "on3", *small), folder
+    )
+    assert joined["weights_sha256"] == local["weights_sha256"]
+    assert joined["figures"] == local["figures"]
     fast = torchrun(mark, folder, 2, "-m", "shoal", "train", "recipe.toml", "--run-dir", "fast", "--fast", *small)
     assert trained(fast, folder)["loss"] == pytest.approx(local["loss"], rel=1e-3, abs=1e-4)
     assert not marked(mark)
@@ -272,7 +321,7 @@ def own_loop(folder: Path) -> Path:
 
 
 def test_a_loop_of_ones_own_gives_the_same_bits_as_a_script_and_under_torchrun(mark, own_loop):
-    processes = [start(mark, own_loop, "own.py", ""), torchrun(mark, own_loop, 3, "own.py", "")]
+    processes = [start(mark, own_loop, "-m", "own", ""), torchrun(mark, own_loop, 3, "-m", "own", "")]
     outputs = [process.communicate(timeout=DEADLINE_S)[0] for process in processes]
     said = [re.findall(r"[0-9a-f]{64}", output) for output in outputs]  # ranks share a pipe, and lines mix
     assert len(said[0]) == 1
@@ -281,7 +330,7 @@ def test_a_loop_of_ones_own_gives_the_same_bits_as_a_script_and_under_torchrun(m
 
 @pytest.mark.parametrize("deed", ["SIGKILL", "SIGSTOP"])
 def test_under_torchrun_a_lost_worker_ends_the_others_with_a_line_that_names_it(mark, own_loop, deed):
-    process = torchrun(mark, own_loop, 3, "own.py", deed)
+    process = torchrun(mark, own_loop, 3, "-m", "own", deed)
     said = ""
     pattern = r"rank [02] on \S+ lost its peers at step 10 in [^:]*: rank 1 on \S+ \(pid (\d+)\) is silent, last at"
     assert process.stderr is not None

@@ -21,10 +21,26 @@ from shoal.recipe.plan import Plan
 from shoal.recipe.recipe import Recipe
 from shoal.run.batches import decided, recorded
 from shoal.run.run import Run
+from shoal.train.api import train
 from shoal.train.worker import Worker
 
 cloudpickle.register_pickle_by_value(goodput_hosts)
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def decided_by(agent, tmp_path_factory):
+    """``decided_by(recipe)``: a run on two workers that decided on its batches, made once for all that look at it."""
+    known = {}
+
+    def train_it(made: Recipe) -> dict:
+        key = made.to_toml()
+        if key not in known:
+            plan, folder = Plan(mesh={"data": 2}, device="cpu"), tmp_path_factory.mktemp("decided") / "run"
+            known[key] = train(made, plan, agent=agent, data=DATA, model=OnHost(), run_dir=folder)
+        return known[key]
+
+    return train_it
 
 
 def events_of(result: dict) -> list[dict]:
@@ -40,23 +56,25 @@ def replayed(result: dict) -> Recipe:
     return replace(run.recipe, batching=recorded(run))
 
 
-@pytest.mark.parametrize("made", [MADE, SGD], ids=["adamw, sqrt", "sgd, adascale"])
-def test_a_replayed_run_has_the_bits_of_the_run_that_decided_on_any_number_of_workers(run, made):
-    first = run(made, 2, data=DATA, model=OnHost())
+@pytest.mark.parametrize(("made", "workers"), [(MADE, 1), (SGD, 3)], ids=["adamw, sqrt", "sgd, adascale"])
+def test_a_replayed_run_has_the_bits_of_the_run_that_decided_on_any_number_of_workers(run, decided_by, made, workers):
+    first = decided_by(made)
     told = events_of(first)
     assert rebatched(told)[0][1:] == (16, 32)
     assert rebatched(told)[-1][2] == 64, "a step costs the same with any batch there"
-    again = [run(replayed(first), workers, data=DATA) for workers in (1, 3)]
-    assert {result["weights_sha256"] for result in again} == {first["weights_sha256"]}
-    for result in again:
-        keys = ("step", "before", "batch", "lr", "lr_before", "noise_scale", "efficiency")
-        same = [[e[key] for key in keys] for e in events_of(result) if e["event"] == "rebatched"]
-        assert same == [[e[key] for key in keys] for e in told if e["event"] == "rebatched"], "noise, too"
-    assert run(fixed(made), 2, data=DATA)["weights_sha256"] != first["weights_sha256"]
+    again = run(replayed(first), workers, data=DATA)
+    assert again["weights_sha256"] == first["weights_sha256"]
+    keys = ("step", "before", "batch", "lr", "lr_before", "noise_scale", "efficiency")
+    same = [[e[key] for key in keys] for e in events_of(again) if e["event"] == "rebatched"]
+    assert same == [[e[key] for key in keys] for e in told if e["event"] == "rebatched"], "noise, too"
 
 
-def test_every_step_has_the_batch_and_the_learning_rate_that_was_told_and_each_sample_comes_once(run):
-    told = events_of(run(MADE, 2, data=DATA, model=OnHost()))
+def test_a_run_whose_batch_changes_has_other_bits_than_one_whose_batch_does_not(run, decided_by):
+    assert run(fixed(MADE), 2, data=DATA)["weights_sha256"] != decided_by(MADE)["weights_sha256"]
+
+
+def test_every_step_has_the_batch_and_the_learning_rate_that_was_told_and_each_sample_comes_once(decided_by):
+    told = events_of(decided_by(MADE))
     account = ledger_of(MADE).verify(told)
     assert account.wrong == ()
     assert account.ledger.changes == tuple((step, batch) for step, _, batch in rebatched(told))
@@ -81,8 +99,8 @@ def test_so_many_epochs_stay_so_many_and_the_log_says_how_many_steps_that_are(ru
     assert account.epochs == 4
 
 
-def test_adascale_multiplies_the_rate_by_at_most_the_batch_and_at_least_one(run):
-    told = events_of(run(SGD, 1, data=DATA, model=OnHost()))
+def test_adascale_multiplies_the_rate_by_at_most_the_batch_and_at_least_one(decided_by):
+    told = events_of(decided_by(SGD))
     rates = [(e["lr"] / 0.05, e["samples"] / 16) for e in told if e["event"] == "committed" and e["step"] > 25]
     assert any(gain > 1 for gain, _ in rates)
     assert all(1 - 1e-9 <= gain <= 4 for gain, _ in rates)
@@ -91,9 +109,9 @@ def test_adascale_multiplies_the_rate_by_at_most_the_batch_and_at_least_one(run)
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
-def cut_back(result: dict, step: int) -> Path:
-    """The run as it would be had it been killed at its end, with its newest checkpoints not yet written."""
-    folder = Path(result["run_dir"])
+def cut_back(result: dict, step: int, to: Path) -> Path:
+    """A copy of the run as it would be had it been killed at its end, with its newest checkpoints not yet written."""
+    folder = shutil.copytree(result["run_dir"], to)
     for checkpoint in (folder / "checkpoints").glob("step-*"):
         if int(checkpoint.name.removeprefix("step-")) > step:
             shutil.rmtree(checkpoint)
@@ -101,12 +119,12 @@ def cut_back(result: dict, step: int) -> Path:
 
 
 @pytest.mark.parametrize("forgets", [False, True], ids=["as built", "planted: the log is not looked at"])
-def test_a_resumed_run_decides_as_its_log_says_though_the_clock_says_otherwise(run, forgets):
-    first = run(MADE, 2, data=DATA, model=OnHost())
+def test_a_resumed_run_decides_as_its_log_says_though_the_clock_says_otherwise(run, decided_by, tmp_path, forgets):
+    first = decided_by(MADE)
     before = rebatched(events_of(first))
     assert any(step > 20 for step, _, _ in before)
     elsewhere = OnHost(fixed=0.0, a=1.0, forgets=forgets)  # where no batch is better than the recipe's
-    again = run(MADE, 3, data=DATA, model=elsewhere, resume=cut_back(first, 20))
+    again = run(MADE, 3, data=DATA, model=elsewhere, resume=cut_back(first, 20, tmp_path / "cut"))
     told = events_of(again)
     if forgets:
         assert again["weights_sha256"] != first["weights_sha256"], "or the test above could not fail"
@@ -118,17 +136,18 @@ def test_a_resumed_run_decides_as_its_log_says_though_the_clock_says_otherwise(r
     assert ledger_of(MADE).verify(told).wrong == ()
 
 
-def test_steps_beyond_the_log_are_decided_anew(run):
+def test_steps_beyond_the_log_are_decided_anew(run, tmp_path):
     first = run(replace(MADE, steps=30), 2, data=DATA, model=OnHost())
     known = rebatched(events_of(first))
-    again = run(replace(MADE, steps=50), 2, data=DATA, model=OnHost(fixed=0.0, a=1.0), resume=cut_back(first, 20))
+    folder, elsewhere = cut_back(first, 20, tmp_path / "cut"), OnHost(fixed=0.0, a=1.0)
+    again = run(replace(MADE, steps=50), 2, data=DATA, model=elsewhere, resume=folder)
     after = rebatched(events_of(again))[len(known) :]
     assert [change for change in after if change[0] <= 30] == [change for change in known if change[0] > 20]
     assert [change for change in after if change[0] > 30], "the other clock has its say"
 
 
-def test_a_branch_begins_with_the_batches_of_the_run_it_comes_from_and_repeats_its_decisions(run):
-    first = run(MADE, 2, data=DATA, model=OnHost())
+def test_a_branch_begins_with_the_batches_of_the_run_it_comes_from_and_repeats_its_decisions(run, decided_by):
+    first = decided_by(MADE)
     start = f"{first['run_dir']}@30"
     branch = run(MADE, 1, data=DATA, model=OnHost(fixed=0.0, a=1.0), start=start)
     assert branch["weights_sha256"] == first["weights_sha256"]
@@ -140,8 +159,8 @@ def test_a_branch_begins_with_the_batches_of_the_run_it_comes_from_and_repeats_i
 @pytest.mark.parametrize(
     "states", ["zero3", *(pytest.param(each, marks=pytest.mark.slow) for each in ("zero1", "zero2"))]
 )
-def test_sharded_states_keep_the_bits_of_a_batch_that_changes(run, states):
-    first = run(MADE, 2, data=DATA, model=OnHost())
+def test_sharded_states_keep_the_bits_of_a_batch_that_changes(run, decided_by, states):
+    first = decided_by(MADE)
     plan = Plan(mesh={"data": 3}, states=states, device="cpu")
     assert run(replayed(first), plan=plan, data=DATA)["weights_sha256"] == first["weights_sha256"]
 

@@ -25,10 +25,10 @@ def test_servers_under_torchrun_give_the_bits_of_the_local_launcher(mark, folder
     joined = trained(torchrun(mark, folder, 2, *command, "--run-dir", "joined"), folder)
     assert joined["weights_sha256"] == local["weights_sha256"]
     assert joined["figures"] == local["figures"]
-    stale = trained(torchrun(mark, folder, 2, *command, "--run-dir", "stale", "--staleness", "2"), folder)
+    squeezed = ("--run-dir", "squeezed", "--staleness", "2", "--compression", "bf16")
+    stale = trained(torchrun(mark, folder, 2, *command, *squeezed), folder)
     assert stale["steps"] == local["steps"]
-    squeezed = ("--run-dir", "squeezed", "--compression", "bf16")
-    assert trained(torchrun(mark, folder, 2, *command, *squeezed), folder)["weights_sha256"] != local["weights_sha256"]
+    assert stale["weights_sha256"] != local["weights_sha256"]
     assert not marked(mark)
 
 
@@ -45,14 +45,14 @@ def test_the_command_takes_the_flags_and_bad_ones_are_told_with_exit_code_2(mark
         assert len(err.splitlines()) == 1
         assert text in err
     fine = ("2", "--staleness", "3", "--workers", "2", "--json")
-    assert trained(shoal(mark, folder, "train", "recipe.toml", *ON_SERVERS, *fine), folder)["steps"] == 20
+    assert trained(shoal(mark, folder, "train", "recipe.toml", *ON_SERVERS, *fine), folder)["steps"] == 9
 
 
 def test_a_lost_worker_ends_the_others_and_leaves_no_process(mark, own_loop):  # noqa: F811
     program = (own_loop / "own.py").read_text()
     plan = 'device="cpu", sync="parameter-server", servers=2, hang_after_s=2.0'
     (own_loop / "own.py").write_text(program.replace('device="cpu", hang_after_s=2.0', plan))
-    process = torchrun(mark, own_loop, 3, "own.py", "SIGKILL")
+    process = torchrun(mark, own_loop, 3, "-m", "own", "SIGKILL")
     _, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
     assert "has gone" in err or "lost its peers" in err

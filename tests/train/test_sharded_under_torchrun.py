@@ -18,20 +18,10 @@ pytestmark = pytest.mark.slow
 def test_sharded_states_under_torchrun_give_the_bits_of_the_local_launcher(mark, folder):  # noqa: F811
     write_recipe(folder, micro_batches=2)
     local = trained(shoal(mark, folder, "train", "recipe.toml", "--workers", "1", "--json"), folder)
-    for states in ("zero1", "zero3"):
-        command = (
-            "-m",
-            "shoal",
-            "train",
-            "recipe.toml",
-            "--set",
-            f"states={states}",
-            "--set",
-            "bucket_bytes=1",
-        )
-        joined = trained(torchrun(mark, folder, 2, *command, "--json", "--run-dir", states), folder)
-        assert joined["weights_sha256"] == local["weights_sha256"]
-        assert joined["figures"] == local["figures"]
+    command = ("-m", "shoal", "train", "recipe.toml", "--set", "states=zero3", "--set", "bucket_bytes=1")
+    joined = trained(torchrun(mark, folder, 2, *command, "--json", "--run-dir", "joined"), folder)
+    assert joined["weights_sha256"] == local["weights_sha256"]
+    assert joined["figures"] == local["figures"]
     assert not marked(mark)
 
 

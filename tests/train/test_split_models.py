@@ -38,10 +38,10 @@ PIPELINES = {
 
 @pytest.mark.parametrize("kind", list(PIPELINES))
 def test_a_pipeline_gives_the_bits_of_one_process(run, kind):
-    wanted, data = recipe(kind, clip=0.05, micro_batches=2), splits(kind, 101)
+    wanted, data = recipe(kind, clip=0.05, micro_batches=2, steps=5), splits(kind, 53)  # the fourth is a tail
     alone = run(wanted, 1, data=data)
     norms = [step[4] for step in trail(alone)]
-    assert sum(norm > wanted.clip for norm in norms) >= 10, "the recipe must clip, or this proves nothing"
+    assert sum(norm > wanted.clip for norm in norms) >= 3, "the recipe must clip, or this proves nothing"
     for plan in PIPELINES[kind]:
         found = run(wanted, plan=plan, data=data)
         assert trail(found) == trail(alone), plan
@@ -51,7 +51,7 @@ def test_a_pipeline_gives_the_bits_of_one_process(run, kind):
 
 SPLITS = {
     "gpt": [
-        *(over(tensor=2), over(data=2, tensor=2), over(context=2), over(data=2, context=2), over(pipe=2, tensor=2)),
+        *(over(tensor=2), over(context=2), over(data=2, context=2), over(pipe=2, tensor=2)),
         over("zb-v", 2, pipe=2, context=2),
     ],
     "cnn": [over(tensor=2), over(tensor=2, data=2), over(pipe=2, tensor=2)],
@@ -59,22 +59,32 @@ SPLITS = {
     "lstm": [over(tensor=2)],
     "moe": [
         *(over(expert=2), over(data=2, expert=2), over(expert=2, tensor=2), over(tensor=2)),
-        *(over("zb-h1", pipe=2, expert=2), over(data=2, expert=2, context=2), over(pipe=2, expert=2, context=2)),
+        over(pipe=2, expert=2, context=2),
     ],
+}
+MIXED = {  # pairs of axes that are among the above, too, or in a test of their own
+    "gpt": [over(data=2, tensor=2)],
+    "moe": [over("zb-h1", pipe=2, expert=2), over(data=2, expert=2, context=2)],
 }
 
 
-@pytest.mark.parametrize("kind", list(SPLITS))
-def test_split_tensors_train_within_the_tolerance_and_to_their_own_bits(run, kind):
+@pytest.mark.parametrize(
+    ("kind", "plans"),
+    [
+        *(pytest.param(kind, plans, id=kind) for kind, plans in SPLITS.items()),
+        *(pytest.param(kind, plans, id=f"{kind}, more", marks=pytest.mark.soak) for kind, plans in MIXED.items()),
+    ],
+)
+def test_split_tensors_train_within_the_tolerance_and_to_their_own_bits(run, kind, plans):
     """In float64, where what is left is the order of sums alone."""
-    wanted, data = recipe(kind, clip=0.05, micro_batches=2, steps=7), wide(splits(kind, 101))  # the seventh is a tail
+    wanted, data = recipe(kind, clip=0.05, micro_batches=2, steps=3), wide(splits(kind, 37))  # the third is a tail
 
     def make():
         return build(wanted.model, data.train.facts).double()
 
     alone = run(wanted, 1, data=data, model=make)
     weights = loaded(alone)
-    for plan in SPLITS[kind]:
+    for plan in plans:
         found = run(wanted, plan=plan, data=data, model=make)
         assert loaded(found).keys() == weights.keys()
         assert max(error(t, weights[name]) for name, t in loaded(found).items()) < 1e-10, plan
@@ -82,7 +92,7 @@ def test_split_tensors_train_within_the_tolerance_and_to_their_own_bits(run, kin
 
 
 def test_replicas_of_split_tensors_give_the_bits_of_one(run):
-    wanted, data = recipe("gpt", clip=0.05, micro_batches=2), splits("gpt", 101)
+    wanted, data = recipe("gpt", clip=0.05, micro_batches=2, steps=4), splits("gpt", 37)
     alone = run(wanted, plan=over(tensor=2), data=data)
     assert run(wanted, plan=over(data=2, tensor=2), data=data)["weights_sha256"] == alone["weights_sha256"]
 
@@ -115,46 +125,48 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def test_a_checkpoint_loads_into_any_other_layout_and_the_bits_go_on(run):
-    """Twelve steps in one layout, then up to twenty in another: as twenty in one process."""
-    wanted, data = recipe("gpt", clip=0.05, micro_batches=2), splits("gpt", 101)
+    """Two steps in one layout, then up to four in another: as four in one process."""
+    wanted, data = recipe("gpt", clip=0.05, micro_batches=2, steps=4), splits("gpt", 37)  # the third is a tail
     alone = run(wanted, 1, data=data)
     layouts = [over(pipe=2), over(data=3), over("zb-v", 2, data=2, pipe=2), over(data=1)]
     for before, after in zip(layouts, (*layouts[1:], layouts[0]), strict=True):
-        begun = run(replace(wanted, steps=12), plan=before, data=data)
+        begun = run(replace(wanted, steps=2), plan=before, data=data)
         ended = run(wanted, plan=after, data=data, resume=begun["run_dir"])
         assert ended["weights_sha256"] == alone["weights_sha256"], (before, after)
 
 
-@pytest.mark.parametrize("states", ["zero1", "zero2", "zero3"])
-def test_sharded_states_go_with_pipelines_and_split_tensors(run, states):
-    wanted, data = recipe("gpt", clip=0.05, micro_batches=2, steps=7), splits("gpt", 101)
-    for mesh in ({"data": 2, "pipe": 2}, {"data": 2, "tensor": 2}):
-        whole = run(wanted, plan=over(**mesh), data=data)
+@pytest.mark.parametrize("mesh", [{"data": 2, "pipe": 2}, {"data": 2, "tensor": 2}], ids=str)
+def test_sharded_states_go_with_pipelines_and_split_tensors(run, mesh):
+    wanted, data = recipe("gpt", clip=0.05, micro_batches=2, steps=4), splits("gpt", 37)
+    whole = run(wanted, plan=over(**mesh), data=data)
+    for states in ("zero1", "zero2", "zero3"):
         found = run(wanted, plan=replace(over(**mesh), states=states), data=data)
-        assert found["weights_sha256"] == whole["weights_sha256"], mesh
+        assert found["weights_sha256"] == whole["weights_sha256"], states
         ours, theirs = loaded(found), loaded(whole)
         assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.parametrize("mesh", [{"pipe": 2}, {"tensor": 2}, {"context": 2}, {"expert": 2}], ids=str)
-@pytest.mark.parametrize("memory", [MemoryPlan(recompute="full"), MemoryPlan(offload_activations="disk")], ids=str)
-def test_activations_of_split_models_are_computed_again_or_fetched_from_disk_to_the_same_bits(run, mesh, memory):
+def test_activations_of_split_models_are_computed_again_or_fetched_from_disk_to_the_same_bits(run, mesh):
     kind = "moe" if "expert" in mesh else "gpt"
-    wanted, data = recipe(kind, micro_batches=2, steps=4), splits(kind, 64)
+    wanted, data = recipe(kind, micro_batches=2, steps=2), splits(kind, 64)
     whole = run(wanted, plan=over(**mesh), data=data)
-    found = run(wanted, plan=replace(over(**mesh), memory=memory), data=data)
-    assert found["weights_sha256"] == whole["weights_sha256"]
+    for memory in (MemoryPlan(recompute="full"), MemoryPlan(offload_activations="disk")):
+        found = run(wanted, plan=replace(over(**mesh), memory=memory), data=data)
+        assert found["weights_sha256"] == whole["weights_sha256"], memory
 
 
-@pytest.mark.parametrize("kind", ["gpt", "resnet"])
-def test_chunks_are_computed_again_for_backward_passes_in_two_halves_to_the_same_bits(run, kind):
-    wanted, data = recipe(kind, micro_batches=2, steps=3), splits(kind, 64)
+AGAIN = (MemoryPlan(recompute="full"), MemoryPlan(recompute="full", offload_activations="disk"))
+
+
+@pytest.mark.parametrize(("kind", "memories"), [("gpt", AGAIN), ("resnet", AGAIN[::-1])], ids=["gpt", "resnet"])
+def test_chunks_are_computed_again_for_backward_passes_in_two_halves_to_the_same_bits(run, kind, memories):
+    wanted, data = recipe(kind, micro_batches=2, steps=2), splits(kind, 64)
     alone = run(wanted, 1, data=data)
-    for plan in (over("zb-h1", pipe=2), over("zb-v", 2, pipe=2)):
-        for memory in (MemoryPlan(recompute="full"), MemoryPlan(recompute="full", offload_activations="disk")):
-            found = run(wanted, plan=replace(plan, memory=memory), data=data)
-            assert found["weights_sha256"] == alone["weights_sha256"], (plan, memory)
+    for plan, memory in zip((over("zb-h1", pipe=2), over("zb-v", 2, pipe=2)), memories, strict=True):
+        found = run(wanted, plan=replace(plan, memory=memory), data=data)
+        assert found["weights_sha256"] == alone["weights_sha256"], (plan, memory)
 
 
 def test_the_log_says_what_each_step_was_for_every_stage(run):
@@ -170,8 +182,8 @@ def test_the_log_says_what_each_step_was_for_every_stage(run):
 
 
 def test_a_checkpoint_of_any_mix_of_axes_goes_on_in_any_other(run, tmp_path):
-    """Three steps under one mesh, then up to six under another: as six in one process, in float64."""
-    wanted, data = recipe("moe", micro_batches=2, steps=6), wide(splits("moe", 64))
+    """Two steps under one mesh, then up to three under another: as three in one process, in float64."""
+    wanted, data = recipe("moe", micro_batches=2, steps=3), wide(splits("moe", 64))
 
     def make():
         return build(wanted.model, data.train.facts).double()
@@ -184,7 +196,7 @@ def test_a_checkpoint_of_any_mix_of_axes_goes_on_in_any_other(run, tmp_path):
         over(data=2),
     ]
     for before, after in zip(meshes, (*meshes[1:], meshes[0]), strict=True):
-        begun = run(replace(wanted, steps=3), plan=before, data=data, model=make)
+        begun = run(replace(wanted, steps=2), plan=before, data=data, model=make)
         ended = loaded(run(wanted, plan=after, data=data, model=make, resume=begun["run_dir"]))
         assert ended.keys() == weights.keys()
         assert max(error(t, weights[name]) for name, t in ended.items()) < 1e-10, (before, after)

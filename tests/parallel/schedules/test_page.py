@@ -1,9 +1,10 @@
 """What docs/schedules.md shows is what the code does."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+from forked_programs import run
 
 from shoal.parallel.schedules import make_schedule, verify
 from shoal.parallel.schedules.csv_file import parse_csv
@@ -33,9 +34,10 @@ def test_the_csv_on_the_page_is_a_schedule():
     assert (schedule.workers, schedule.micro_batches) == (2, 3)
 
 
-def test_the_program_on_the_page_runs_and_names_the_deadlock():
+def test_the_program_on_the_page_runs_and_names_the_deadlock(warm):
     (program,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    done = run([sys.executable, "-c", program], warm)
+    assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0].startswith("RF1.0<0 F1.0 I1.0 RF1.1<0 SB1.0>0")
     assert "worker 1 at F1.1 waits for worker 0" in said[-1]
