@@ -42,7 +42,10 @@ WAYS = {
 
 def wanted_of(**changes):
     often = replace(recipe("gpt").report, checkpoint_every=2)
-    return recipe("gpt", **{"model": GPT, "clip": 0.05, "report": often, "steps": 5, **changes})
+    return recipe("gpt", **{"model": GPT, "clip": 0.05, "report": often, "steps": 3, **changes})
+
+
+WORDS = splits("gpt", 35)  # three steps an epoch, the last one of 3 samples
 
 
 def same(found: dict, whole: dict) -> bool:
@@ -51,30 +54,35 @@ def same(found: dict, whole: dict) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", list(WAYS))
-def test_the_bits_and_the_checkpoint_are_those_of_replicated_states(run, joined, way):  # noqa: F811
-    """On one worker, two and three, of one host and between hosts, with checkpoints on the way."""
-    wanted, data, kept = wanted_of(), splits("gpt", 67), {"memory": WAYS[way], "bucket_bytes": 1}
-    whole = run(wanted, plan=plan(8, states="replicated", **kept), data=data)
-    found = [
-        run(wanted, plan=plan(8, states="zero3", **kept), data=data),
-        run(wanted, plan=plan(3, 5, states="zero1", **kept), data=data),
-        run(wanted, plan=plan(3, 3, 2, states="zero2", **kept), data=data),
-        joined(wanted, plan(3, 5, states="zero2", **kept), data)[0],
-        joined(wanted, plan(3, 3, 2, states="zero3", **kept), data)[0],
-    ]
-    for number, each in enumerate(found):
-        assert trail(each) == trail(whole), number
-        assert same(each, whole), number
+PLACED = [("zero3", (8,)), ("zero1", (3, 5)), ("zero2", (3, 3, 2))]
+PLACED_APART = [("zero2", (3, 5)), ("zero3", (3, 3, 2))]
+
+
+@pytest.mark.parametrize(
+    ("way", "here", "apart"),
+    [
+        pytest.param(way, here, apart, marks=pytest.mark.slow if here == number % 3 and apart == number % 2 else
+                     pytest.mark.soak)  # in all runs of the tests each way and each place, not each of the one in each
+        for number, way in enumerate(WAYS) for here in range(3) for apart in range(2)
+    ],
+)  # fmt: skip
+def test_the_bits_and_the_checkpoint_are_those_of_replicated_states(run, joined, way, here, apart):  # noqa: F811
+    """On one worker, two or three of one host, and on two or three between hosts, with checkpoints on the way."""
+    wanted, kept = wanted_of(), {"memory": WAYS[way], "bucket_bytes": 1}
+    whole = run(wanted, plan=plan(8, states="replicated", **kept), data=WORDS)
+    states, owned = PLACED[here]
+    found = run(wanted, plan=plan(*owned, states=states, **kept), data=WORDS)
+    states, owned = PLACED_APART[apart]
+    for each in (found, joined(wanted, plan(*owned, states=states, **kept), WORDS)[0]):
+        assert trail(each) == trail(whole)
+        assert same(each, whole)
 
 
 def test_slices_of_8_bits_and_bfloat16_on_disk_leave_the_bits_of_the_whole(run):
     """The quick one of the above."""
-    wanted, data = wanted_of(steps=3), splits("gpt", 67)
-    kept = {"memory": WAYS["8 bits, compensated, on disk"], "bucket_bytes": 1}
-    whole = run(wanted, plan=plan(8, states="replicated", **kept), data=data)
-    found = run(wanted, plan=plan(3, 5, states="zero2", **kept), data=data)
+    wanted, kept = wanted_of(steps=2), {"memory": WAYS["8 bits, compensated, on disk"], "bucket_bytes": 1}
+    whole = run(wanted, plan=plan(8, states="replicated", **kept), data=WORDS)
+    found = run(wanted, plan=plan(3, 5, states="zero2", **kept), data=WORDS)
     assert {"exp_avg" + CODES, "exp_avg_sq" + SCALES, REST} <= keys_of(found)
     assert trail(found) == trail(whole)
     assert same(found, whole)
@@ -88,33 +96,42 @@ def test_slices_of_8_bits_and_bfloat16_on_disk_leave_the_bits_of_the_whole(run):
     ],
 )
 def test_a_checkpoint_goes_on_with_other_states_on_another_number_of_workers(run, before, after):
-    data, wanted = splits("gpt", 67), wanted_of(steps=6)
-    way, states, owned = before
-    whole = run(wanted, plan=plan(8, memory=WAYS[way]), data=data)
-    part = run(replace(wanted, steps=3), plan=plan(*owned, states=states, memory=WAYS[way], bucket_bytes=1), data=data)
+    wanted, (way, states, owned) = wanted_of(steps=4), before
+    whole = run(wanted, plan=plan(8, memory=WAYS[way]), data=WORDS)
+    part = run(replace(wanted, steps=2), plan=plan(*owned, states=states, memory=WAYS[way], bucket_bytes=1), data=WORDS)
     way, states, owned = after
-    rest = run(wanted, plan=plan(*owned, states=states, memory=WAYS[way]), data=data, resume=part["run_dir"])
+    rest = run(wanted, plan=plan(*owned, states=states, memory=WAYS[way]), data=WORDS, resume=part["run_dir"])
     assert trail(rest) == trail(whole)
     assert same(rest, whole)
 
 
-def test_moments_of_slices_in_8_bits_go_on_in_32_bits(run, tmp_path, capfd):
-    data, wanted = splits("gpt", 67), wanted_of(steps=2)
-    first = run(wanted, plan=plan(3, 5, states="zero2", memory=LOSSY["8 bits"]), data=data)
+def test_moments_of_slices_in_8_bits_go_on_in_32_bits(run, agents_here, capfd):
+    wanted = wanted_of(steps=1)
+    first = run(wanted, plan=plan(3, 5, states="zero2", memory=LOSSY["8 bits"]), data=WORDS)
     capfd.readouterr()
-    second = train(replace(wanted, steps=4), plan(4, 4, states="zero1"), data=data, resume=first["run_dir"])
+    second = train(replace(wanted, steps=2), plan(4, 4, states="zero1"), data=WORDS, resume=first["run_dir"])
     assert capfd.readouterr().err.splitlines() == ["shoal: the checkpoint's 8-bit optimiser states go on in 32 bits."]
     assert keys_of(second) == {"exp_avg", "exp_avg_sq", "step"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 2, "pipe": 2}, {"data": 2, "tensor": 2}, {"data": 2, "expert": 2}], ids=str)
-@pytest.mark.parametrize("way", ["8 bits", "8 bits, compensated, on disk", "activations on disk"])
+MESHES = [{"data": 2, "pipe": 2}, {"data": 2, "tensor": 2}, {"data": 2, "expert": 2}]
+WITH_AXES = ["8 bits, compensated, on disk", "8 bits", "activations on disk"]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "way"),
+    [
+        pytest.param(mesh, way, marks=pytest.mark.slow if a == b else pytest.mark.soak)  # each once, not each in each
+        for a, mesh in enumerate(MESHES)
+        for b, way in enumerate(WITH_AXES)
+    ],
+    ids=str,
+)
 def test_with_other_axes_the_bits_are_those_of_the_same_mesh_with_replicated_states(run, mesh, way):
     kind = "moe" if "expert" in mesh else "gpt"
     options = {"layers": 2, "heads": 2, "width": 64, "experts": 4, "dropout": 0.1}
     model = ModelSpec(kind="moe", options=options) if kind == "moe" else GPT
-    wanted, data = wanted_of(model=model, micro_batches=2, steps=3), splits("gpt", 67)
+    wanted, data = wanted_of(model=model, micro_batches=2, steps=2), WORDS
     kept = replace(over(**mesh), memory=WAYS[way], bucket_bytes=1)
     whole = run(wanted, plan=kept, data=data)
     found = run(wanted, plan=replace(kept, states="zero2"), data=data)
@@ -131,7 +148,7 @@ def wide(**changes):
     """Activations of more than all that is not counted."""
     spec = ModelSpec(kind="gpt", options={"layers": 4, "heads": 2, "width": 96, "dropout": 0.1})
     often = replace(recipe("gpt").report, checkpoint_every=2)
-    return recipe("gpt", model=spec, batch=512, steps=3, report=often, **changes)
+    return recipe("gpt", model=spec, batch=512, steps=2, report=often, **changes)
 
 
 def predicted_and_observed(result: dict) -> tuple[list[dict], list[int]]:
@@ -141,9 +158,18 @@ def predicted_and_observed(result: dict) -> tuple[list[dict], list[int]]:
     return predicted, [max(each) for each in zip(*peaks, strict=True)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("between_hosts", [False, True], ids=["one host", "between hosts"])
-@pytest.mark.parametrize("states", ["zero1", "zero2", "zero3"])
+BUDGETED = [(states, apart) for states in ("zero1", "zero2", "zero3") for apart in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("states", "between_hosts"),
+    [
+        # In all runs of the tests zero1 of one host below, and these: each of the states, each kind of host
+        pytest.param(*each, marks=pytest.mark.slow if each in (("zero3", False), ("zero2", True)) else pytest.mark.soak)
+        for each in BUDGETED
+    ],
+    ids=lambda each: each if isinstance(each, str) else ("one host", "between hosts")[each],
+)
 def test_a_budget_is_kept_and_its_parts_are_those_of_slices(run, joined, states, between_hosts):  # noqa: F811
     """Twice: with room for everything, and with half of what activations took."""
     data, wanted = splits("gpt", 1024), wide()
@@ -278,9 +304,7 @@ def test_parameters_on_disk_with_slices_are_refused_in_one_line_with_the_repair(
     with pytest.raises(
         UserError, match=r"does not go with states = 'zero1' so far: use .*states = 'replicated'"
     ) as told:
-        run(
-            wanted_of(), plan=plan(4, 4, states="zero1", memory=memory), data=splits("gpt", 67), run_dir=tmp_path / "no"
-        )
+        run(wanted_of(), plan=plan(4, 4, states="zero1", memory=memory), data=WORDS, run_dir=tmp_path / "no")
     assert "\n" not in str(told.value)
     assert not Path(tmp_path / "no").exists()
 
