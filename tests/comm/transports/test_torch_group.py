@@ -215,7 +215,11 @@ def on_gloo(group, folder):
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), 4], ids="{} ranks".format)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(2, marks=pytest.mark.soak), pytest.param(3, marks=pytest.mark.slow), 4],
+    ids="{} ranks".format,
+)
 def seen(request, agent):
     import cloudpickle
 
