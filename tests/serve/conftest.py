@@ -67,7 +67,7 @@ class Asking:
         self.host, self.port = url.rpartition("/")[2].split(":")
 
     def connection(self) -> HTTPConnection:
-        return HTTPConnection(self.host, int(self.port), timeout=30)
+        return HTTPConnection(self.host, int(self.port), timeout=120)
 
     def raw(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[HTTPResponse, bytes]:
         connection = self.connection()

@@ -14,7 +14,7 @@ from serve.conftest import Served, gone
 from serve.generation.tiny_gpt import save_gpt
 from serve.saved_runs import gpt_run
 from serve.served_models import FAULT, HANG, POISON, SLOW
-from serve.test_faults import Load
+from serve.test_faults import PATIENT, Load
 
 from shoal.cli.main import main
 from shoal.data.tokenizer import from_description
@@ -27,7 +27,7 @@ MESH = ("--mesh", "pipe=2")
 
 
 def test_members_leaders_and_parents_are_killed_under_load_and_no_client_sees_an_error(served: Start) -> None:
-    server = served("serve.served_models:staged", *MESH, "--replicas", "2", "--batch", "4", "--hang-s", "2")
+    server = served("serve.served_models:staged", *MESH, *PATIENT, "--replicas", "2", "--batch", "4", "--hang-s", "2")
     assert server.told["mesh"] == {"pipe": 2}
     assert server.metric("shoal_mesh_pipe") == 2
     assert server.processes_become(1 + 4)
