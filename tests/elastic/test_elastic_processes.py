@@ -53,13 +53,13 @@ def test_a_run_outlives_its_launcher_and_after_its_agent_goes_on_from_a_checkpoi
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(("--fault", "kill:rank=1,step=290"), marks=pytest.mark.soak, id="one host"),
-        pytest.param(("--emulate-hosts", "3", "--fault", "kill-host:host=1,step=290"), id="hosts"),
+        pytest.param(("--fault", "kill:rank=1,step=110"), marks=pytest.mark.soak, id="one host"),
+        pytest.param(("--emulate-hosts", "3", "--fault", "kill-host:host=1,step=110"), id="hosts"),
     ],
 )
 def test_a_rehearsal_ends_with_its_launcher(mark, folder, how):  # noqa: F811
     """Its agents could only wait for each other for ever: the network between them was the launcher's."""
-    command = ("-m", "shoal", "chaos", str(write_recipe(folder)), "--workers", "3", "--steps", "300", *how)
+    command = ("-m", "shoal", "chaos", str(write_recipe(folder)), "--workers", "3", "--steps", "120", *how)
     rehearsal = start(mark, folder, *command, "--run-dir", "rehearsal")
     disturbed = folder / "rehearsal" / "disturbed" / "events.jsonl"
     until(lambda: ("committed", 5) in told_lately(disturbed), "a step")
