@@ -133,7 +133,7 @@ class Router:
         """A request for this version of the weights: no other ever answers it."""
         line = self._line(version)
         number = None if line else self._least(version, request, now)
-        if (number is None or self.limits.within_s) and self._is_full(version, request.client, request.cost, now):
+        if (number is None or self.limits.within_s) and self._is_full(version, request, now):
             self._came(version, request.client, now)
             wait = self.wait_s()
             return [Refuse(request.id, 429, full(wait), max(1.0, wait))]
@@ -153,21 +153,23 @@ class Router:
         line.push(request)
         return self._send_of(version, now)
 
-    def turned_away(self, version: int, client: str, now: float) -> bool:
+    def turned_away(self, version: int, client: str, since: float, now: float) -> bool:
         """A request of this client has come, and has not been read: whether it is refused whatever it asks. If not, it
         will `arrive`."""
-        if not self._is_full(version, client, round(self._cost), now):
+        unread = Request(-1, "predict", msgspec.Raw(), round(self._cost), since, math.inf, client=client)
+        if not self._is_full(version, unread, now):
             return False
         self._came(version, client, now)
         return True
 
-    def _is_full(self, version: int, client: str, cost: int, now: float) -> bool:
+    def _is_full(self, version: int, request: Request, now: float) -> bool:
         replicas = [one for one in self._replicas_of(version) if one.takes_more]
         if self.limits.within_s and replicas:
             share = self._share(version)
-            several = len(self._clients) > (client in self._clients)
-            most_s = self._room(version).most_s(several, self._has_its_share(client))
-            if not any(self._ends_s(one, share, cost, most_s, several, now) <= most_s for one in replicas):
+            several = len(self._clients) > (request.client in self._clients)
+            most_s = self._room(version).most_s(several, self._has_its_share(request.client))
+            left_s = most_s - (now - request.arrived)
+            if not any(self._ends_s(one, share, request.cost, most_s, several, now) <= left_s for one in replicas):
                 return True
         return self.waiting >= self.limits.waiting and not any(map(self._has_room, replicas))
 

@@ -48,6 +48,7 @@ class Service:
         self._next = 0
         self._tick: asyncio.TimerHandle | None = None
         self._first_up: asyncio.Future[None] = self._loop.create_future()
+        self._turn = 0.0
         self._inside = 0  # requests of clients that have begun and not ended
         self._none_held = asyncio.Event()
         self._none_held.set()
@@ -109,7 +110,18 @@ class Service:
         if not self._inside:
             self._none_held.clear()
         self._inside += 1
-        return Held(self.draining, time.monotonic())
+        return Held(self.draining, self._turned())
+
+    def _turned(self) -> float:
+        """Since when the event loop has been at what it found in its sockets: a request that it reads now has lain
+        there for so long, at least."""
+        if not self._turn:
+            self._turn = time.monotonic()
+            self._loop.call_soon(self._end_turn)
+        return self._turn
+
+    def _end_turn(self) -> None:
+        self._turn = 0.0
 
     def leave(self, held: Held) -> None:
         if held.version is not None:
@@ -210,10 +222,12 @@ class Service:
             self._look_later(now)
         return id
 
-    def refusal(self, client: str) -> HttpResponse | None:
+    def refusal(self, client: str, held: Held) -> HttpResponse | None:
         """The answer to a request that would be refused whatever it asks: it need not be read then."""
         router, versions = self._router, self._versions
-        if versions.canary is not None or not router.turned_away(versions.current, client, time.monotonic()):
+        if versions.canary is not None:
+            return None
+        if not router.turned_away(versions.current, client, held.since, time.monotonic()):
             return None
         return _refusal(max(1, round(router.wait_s())))
 

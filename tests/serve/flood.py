@@ -140,7 +140,7 @@ class Flood:
         self.hand_in(lambda: self._asked(client, asked))
 
     def _asked(self, client: int, asked: float) -> float:
-        if self.router.turned_away(0, "", self.now):
+        if self.router.turned_away(0, "", self.now, self.now):
             self._told(client, asked, self.refuse_s, ok=False)
             return self.refuse_s
         self._next += 1

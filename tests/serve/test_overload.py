@@ -77,7 +77,7 @@ def test_without_a_bound_who_is_answered_has_waited_for_the_whole_line():
 
 def test_who_takes_all_comers_until_the_time_is_full_has_small_batches(monkeypatch: pytest.MonkeyPatch):
     """The planted fault: a door that is always open."""
-    model = 0.01, FLOAT32[1]
+    model = 0.02, FLOAT32[1]
     late = Flood(512, WITHIN_S, passes(model)).run()
     monkeypatch.setattr("shoal.serve.room.MOST_LOAD", 1.0)
     assert Flood(512, WITHIN_S, passes(model)).run().goodput < 0.95 * late.goodput

@@ -94,6 +94,7 @@ def test_who_could_not_be_answered_in_time_is_refused(
         clock[0] += took_s
         world.hear(world.result(0), Begun((), clock[0]))
         assert first.status() == 200
+        await asyncio.sleep(0)  # the server looks at its sockets again
         asked = [Client(world.server).ask(TAKEN) for _ in range(40)]
         assert [one.status() for one in asked[:room]] == [0] * room
         assert [one.status() for one in asked[room:]] == [429] * (40 - room)
@@ -120,6 +121,22 @@ def test_who_was_taken_and_cannot_be_answered_in_time_is_refused_and_told_when_t
         world.hear(Failed(1, 504, "could not be answered before its time was over"))
         assert dropped.status() == 429
         assert all(b"Retry-After: 1\r\n" in one.written for one in (waits, dropped))
+
+    asyncio.run(play())
+
+
+def test_the_time_that_a_request_lies_in_its_socket_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("shoal.serve.service.time.monotonic", lambda: clock[0])
+
+    async def play() -> None:
+        world = World(batch=8, queue=100, within_ms=200.0)
+        first = Client(world.server).ask(TAKEN)
+        clock[0] += 0.18  # that the server was busy with others
+        second = Client(world.server).ask(TAKEN)
+        assert [first.status(), second.status()] == [0, 429]
+        await asyncio.sleep(0)  # it looks at its sockets again
+        assert second.ask(TAKEN).status() == 0
 
     asyncio.run(play())
 

@@ -67,7 +67,7 @@ class World:
         self.carry_out(self.router.lost(replica, self.now))
 
     def arrive(self, one: Request) -> None:
-        self.carry_out(self.router.arrive(one, self.now))
+        self.carry_out(self.router.arrive(msgspec.structs.replace(one, arrived=self.now), self.now))
 
     def finish(self) -> None:
         for _ in range(1000):

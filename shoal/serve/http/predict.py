@@ -79,7 +79,7 @@ class _Route:
 
     def begin(self, request: HttpRequest, held: Held, to: Answered) -> int | HttpResponse | Awaitable[HttpResponse]:
         """The number to withdraw it by, when ``to`` will be told; else the answer. Raises HttpError."""
-        refusal = self._service.refusal(request.client)
+        refusal = self._service.refusal(request.client, held)
         if refusal is not None:  # before the body is read: to refuse must cost next to nothing
             return refusal
         read = self._read(request)
