@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from forked_programs import Source
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from shoal.comm.launch import Agent
 
 # The gate gives the same verdict on the same change; the search for new examples goes on wherever people run the tests.
-settings.register_profile("gate", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("gate")
+# How long an example takes says nothing of what it shows.
+settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("gate", settings.get_profile("anywhere"), derandomize=True)
+settings.load_profile("gate" if os.environ.get("CI") else "anywhere")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "SHOAL_CACHE" not in os.environ:  # tests leave nothing in the home folder; processes that they start inherit it

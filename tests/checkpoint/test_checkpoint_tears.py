@@ -75,7 +75,7 @@ def test_a_flipped_bit_in_any_byte_of_any_file_is_refused(two, same):
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_span_overwritten_with_other_bytes_is_refused_and_walked_back_from(two, same, data):
     torn = two / "step-00000002"
     file = data.draw(st.sampled_from(files_of(torn)))

@@ -40,7 +40,7 @@ def by_torch(operands, adds, by):
 
 
 @needs_compiler
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     sizes=SIZES,
     workers=st.integers(1, 4),
@@ -98,7 +98,7 @@ def test_a_single_changed_element_changes_the_squares_of_its_block_only():
     assert (block_squares(values) - before).tolist() == [0.0, 3.0, 0.0]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(sizes=SIZES, workers=st.integers(1, 5))
 def test_the_slices_of_all_workers_hold_every_element_once(sizes, workers):
     layout = flat_layout(sizes, [7], workers, BLOCK)

@@ -47,7 +47,7 @@ def loaders() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("shoal-loader")]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(items=st.integers(0, 30), ahead=st.integers(0, 5), threads=st.integers(0, 4))
 def test_batches_come_in_the_order_of_the_work_whatever_the_threads(items, ahead, threads):
     with Prefetcher(Numbers(), work(items), ahead, threads) as batches:

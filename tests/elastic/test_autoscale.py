@@ -46,7 +46,6 @@ def changes(decisions: Sequence[tuple[int, Decision]]) -> list[tuple[int, int, i
 
 
 @given(bounds, st.data())
-@settings(deadline=None)
 def test_where_work_splits_well_and_cores_are_free_the_run_ends_at_the_fastest_size_and_stays(bound, data):
     least, most, shards = bound
     policy = policy_of(*bound)
@@ -58,7 +57,7 @@ def test_where_work_splits_well_and_cores_are_free_the_run_ends_at_the_fastest_s
 
 
 @given(bounds, st.data(), st.floats(0.001, 10.0))
-@settings(deadline=None, max_examples=30)  # of a thousand windows each
+@settings(max_examples=30)  # of a thousand windows each
 def test_where_more_workers_bring_nothing_the_run_stays_small_and_tries_ever_less_often(bound, data, seconds):
     most = bound[1]
     start = data.draw(st.sampled_from(policy_of(*bound).useful()))
@@ -74,7 +73,6 @@ def test_where_more_workers_bring_nothing_the_run_stays_small_and_tries_ever_les
 
 
 @given(bounds, st.data(), st.integers(0, 2**32))
-@settings(deadline=None)
 def test_whatever_is_seen_sizes_stay_within_bounds_and_a_change_is_not_taken_back_and_made_again_at_once(
     bound, data, seed
 ):
@@ -92,7 +90,6 @@ def test_whatever_is_seen_sizes_stay_within_bounds_and_a_change_is_not_taken_bac
 
 
 @given(bounds, st.data(), st.floats(SHORT, ROOM, exclude_max=True))
-@settings(deadline=None)
 def test_without_an_idle_core_no_worker_is_added(bound, data, free):
     start = data.draw(st.integers(*bound[:2]))
     _, decisions = drive(policy_of(*bound), start, ideal(bound[2]), lambda _: free, windows=20)
@@ -100,7 +97,6 @@ def test_without_an_idle_core_no_worker_is_added(bound, data, free):
 
 
 @given(bounds, st.data(), st.integers(0, 2**32))
-@settings(deadline=None)
 def test_every_verdict_is_what_the_two_measured_times_say(bound, data, seed):
     drawn = Random(seed)
     times = {n: drawn.uniform(0.01, 1.0) for n in range(bound[0], bound[1] + 1)}

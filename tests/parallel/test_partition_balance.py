@@ -33,7 +33,7 @@ def all_cuts(size: int, count: int) -> list[tuple[int, ...]]:
     return list(combinations(range(1, size), count - 1))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(table=PIECES, data=st.data())
 def test_no_cut_has_a_faster_slowest_chunk_and_none_as_fast_sends_less(table: list[Piece], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(table)))
@@ -45,7 +45,7 @@ def test_no_cut_has_a_faster_slowest_chunk_and_none_as_fast_sends_less(table: li
     assert sent[cuts] == min(sent.values())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(table=PIECES, data=st.data())
 def test_no_chunk_is_larger_than_its_device_and_a_cut_is_found_if_there_is_one(
     table: list[Piece], data: st.DataObject
@@ -77,7 +77,7 @@ def loads(table: list[Piece], cuts: tuple[int, ...], workers: list[int]) -> list
     return [sum(c for c, w in zip(chunks, workers, strict=True) if w == worker) for worker in sorted(set(workers))]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(table=st.lists(st.builds(piece, st.integers(1, 9).map(float)), min_size=6, max_size=12), v_shape=st.booleans())
 def test_chunks_of_one_worker_count_together(table: list[Piece], v_shape: bool) -> None:
     """The local search is never worse than equal chunks, and no single cut that is moved makes it better."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.serve.http import heads
@@ -89,7 +89,6 @@ REQUESTS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(REQUESTS, st.lists(st.integers(0, 400), max_size=6))
 def test_however_the_bytes_come_the_same_requests_are_answered(
     requests: list[tuple[str, bytes, bool]], cuts: list[int]

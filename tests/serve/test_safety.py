@@ -129,7 +129,7 @@ def test_odd_texts_are_texts(classifier: Asking) -> None:
         assert classifier.post("/predict", {"text": text})[0] == 200, repr(text[:9])
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=400))
 def test_no_bytes_at_all_bring_down_a_connection_but_their_own(scripted: Asking, data: bytes) -> None:
     with socket.create_connection((scripted.host, int(scripted.port)), timeout=10) as raw:
@@ -140,7 +140,7 @@ def test_no_bytes_at_all_bring_down_a_connection_but_their_own(scripted: Asking,
     assert scripted.get("/health/ready")[0] == 200
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

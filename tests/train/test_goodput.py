@@ -55,7 +55,7 @@ hosts = st.builds(Host, st.floats(1e-4, 0.1), st.floats(1e-5, 0.01), st.floats(0
 
 
 @given(hosts, st.floats(1, 1e5), st.integers(1, 8))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_batch_that_it_settles_at_has_nearly_the_goodput_of_the_formulas_optimum(host, scale, workers):
     policy = Goodput(BASE, 2048, UNIT, window=3)
     chosen = settled(policy, host, scale, workers=workers, steps=300)

@@ -98,7 +98,7 @@ def test_cuts_cover_the_vector_in_proportion(size, shares, alignment):
         assert abs((end - begin) - size * share / sum(shares)) <= 2 * alignment
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(any_program(most_ranks=7), st.integers(0, 100))
 def test_spans_lie_side_by_side_in_every_block(program, elements):
     sizes = block_sizes(program.collective, program.ranks, elements)
@@ -114,7 +114,7 @@ def test_spans_lie_side_by_side_in_every_block(program, elements):
 # ---- putting together
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(any_program(most_ranks=9), st.randoms(use_true_random=False))
 def test_other_numbers_for_the_ranks_leave_a_program_right(program, random):
     order_of_ranks = list(range(program.ranks))
@@ -124,7 +124,7 @@ def test_other_numbers_for_the_ranks_leave_a_program_right(program, random):
     assert sorted(traffic(again, 5040 * 60).sent) == sorted(traffic(program, 5040 * 60).sent)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), delay=st.integers(0, 3))
 def test_programs_side_by_side_are_right_and_carry_their_weights(data, delay):
     first = data.draw(any_program(most_ranks=6))

@@ -33,7 +33,7 @@ def test_every_algorithm_is_right_for_many_ranks(ranks):
         check(build(collective, name, ranks, hosts=hosts, segments=segments))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(any_program())
 def test_any_program_is_right(program):
     check(program)
@@ -48,7 +48,7 @@ def test_every_collective_has_the_direct_algorithm(collective):
 
 
 @given(ranks=st.integers(1, 40), share=st.integers(1, 5))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_a_ring_moves_the_least_that_any_algorithm_can(ranks, share):
     size = ranks * share * 16
     part = size // ranks
@@ -68,7 +68,7 @@ def test_direct_exchanges_of_slices_move_what_a_ring_moves(name):
 
 
 @given(st.integers(1, 6), st.integers(1, 8))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_halving_and_doubling_moves_what_a_ring_moves_in_logarithmic_rounds(bits, share):
     ranks = 2**bits
     program = build("all_reduce", "halving_doubling", ranks)
@@ -168,7 +168,7 @@ def canonical(ranks):
 
 
 @given(ranks=st.integers(1, 24), root=st.integers(0, 23))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_canonical_algorithm_adds_as_the_training_tree_whatever_the_chunk(ranks, root):
     for collective in REDUCING:
         program = build(collective, "canonical", ranks, root=root % ranks if collective == "reduce" else 0)

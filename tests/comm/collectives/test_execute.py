@@ -58,7 +58,7 @@ def test_every_algorithm_gives_exact_sums_in_every_type(dtype):
             holds(program, [37] * program.blocks, dtype)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(any_program(most_ranks=9), st.data())
 def test_any_program_gives_exact_sums_for_blocks_of_any_sizes(program, data):
     if program.collective != "barrier":
@@ -143,7 +143,7 @@ def test_where_one_rank_adds_all_operands_half_precision_moves_half_the_bytes(na
 # ---- bits
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(ranks=st.integers(1, 12), size=st.integers(1, 60), seed=st.integers(0, 999))
 def test_the_canonical_algorithm_has_the_bits_of_tree_sum(ranks, size, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +156,7 @@ def test_the_canonical_algorithm_has_the_bits_of_tree_sum(ranks, size, seed):
         assert collective == "reduce" or all(torch.equal(t, want) for t in tensors)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from([name for collective, name in PAIRS if collective == "all_reduce"]), st.integers(2, 9))
 def test_all_ranks_get_the_same_bits(name, ranks):
     generator = torch.Generator().manual_seed(ranks)

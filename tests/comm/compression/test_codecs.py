@@ -64,7 +64,7 @@ def on_both(monkeypatch: pytest.MonkeyPatch, run):
 @pytest.mark.parametrize("codec", ALL, ids=IDS)
 @pytest.mark.parametrize("feedback", [True, False])
 def test_a_kernel_and_its_twin_give_the_same_bits(codec: Codec, feedback: bool) -> None:
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(
         size=SIZES,
         seed=st.integers(0, 2**31),

@@ -24,7 +24,7 @@ def units(layout, gradients):
     return end // ALIGNMENT
 
 
-@settings(max_examples=30, deadline=None)  # each looks at every unit of up to two million elements
+@settings(max_examples=30)  # each looks at every unit of up to two million elements
 @given(layouts(), st.integers(1, 5), st.booleans())
 def test_every_element_lies_on_one_server_in_one_piece_of_one_bucket(made, servers, whole):
     gradients, layout = made

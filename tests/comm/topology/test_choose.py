@@ -22,7 +22,7 @@ MiB = 1 << 20
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "reduce_scatter", "all_gather", "gather", "scatter", "all_to_all")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.sampled_from(COLLECTIVES), st.integers(2, 6), st.integers(1, 3), st.integers(0, 1 << 22), st.data())
 def test_the_choice_is_right_and_ends_before_its_alternatives(collective, ranks, hosts, nbytes, data):
     rates = data.draw(st.lists(st.floats(1e8, 1e10), min_size=1, max_size=2))

@@ -35,7 +35,7 @@ def machines(draw, ranks):
     return replace(made, cores=cores, message_s=message_s, reduce_s_per_byte=adding)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_predicted_seconds_are_those_of_the_virtual_clock(data):
     program = data.draw(any_program(most_ranks=9))
@@ -53,7 +53,7 @@ def test_predicted_seconds_are_those_of_the_virtual_clock(data):
     assert sum(predicted.busy_s.values()) == pytest.approx(sum(ran.busy_s.values()), rel=tolerance, abs=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(any_program(most_ranks=9), st.integers(0, 50_000))
 def test_bytes_by_line_are_those_of_the_account(program, elements):
     found = cost(program, 4 * elements, Topology.synthetic(program.ranks), itemsize=4)

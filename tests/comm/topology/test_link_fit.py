@@ -32,7 +32,7 @@ def one_host(rate: float, latency_s: float, message_s: float, adding: float, sha
 factors = st.floats(0.2, 5.0)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(factors, factors, factors, factors, st.floats(1.0, 4.0))
 def test_predictions_are_right_for_programs_that_were_not_observed(rate, latency, message, adding, shared):
     truth = one_host(2e9 * rate, 3e-5 * latency, 2e-5 * message, 2e-10 * adding, shared)

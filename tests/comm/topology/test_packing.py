@@ -100,7 +100,7 @@ def holds(packing: Packing) -> None:
     check(program(packing, 2))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(graphs(both_ways=False), st.data())
 def test_broadcast_trees_reach_the_smallest_cut(topology, data):
     root = data.draw(st.integers(0, topology.size - 1))
@@ -109,7 +109,7 @@ def test_broadcast_trees_reach_the_smallest_cut(topology, data):
     holds(packing)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(graphs(both_ways=True))
 def test_all_reduce_trees_reach_the_bound_over_all_partitions(topology):
     packing = pack(topology)
@@ -117,7 +117,7 @@ def test_all_reduce_trees_reach_the_bound_over_all_partitions(topology):
     holds(packing)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(graphs(both_ways=False))
 def test_one_way_links_carry_sums_up_and_results_down_other_trees(topology):
     if any(least_cut(topology, root) == 0 for root in range(topology.size)):

@@ -138,7 +138,7 @@ def test_a_run_is_deterministic():
     assert 0.0 < first.seconds < 1.0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from(algorithms("all_reduce")), st.integers(2, 8), st.integers(1, 4000))
 def test_no_run_is_faster_than_its_busiest_link_or_slower_than_all_messages_in_a_row(name, ranks, elements):
     topology = joined(ranks, latency_s=0.5)
@@ -153,7 +153,6 @@ def test_no_run_is_faster_than_its_busiest_link_or_slower_than_all_messages_in_a
         assert 0.0 <= done.utilisation(line) <= 1.0
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(1, 100), st.sets(st.sampled_from("abc"))), min_size=1, max_size=8),
     st.fixed_dictionaries({name: st.floats(1, 100) for name in "abc"}),

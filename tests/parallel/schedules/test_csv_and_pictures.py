@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import UserError
@@ -16,7 +16,6 @@ from shoal.parallel.schedules.simulation import simulate
 
 
 @given(name=st.sampled_from(sorted(MAKERS)), p=st.integers(1, 6), m=st.integers(1, 9))
-@settings(deadline=None)
 def test_what_goes_out_as_csv_comes_back_as_it_was(name, p, m):
     schedule = make_schedule(name, p, m)
     assert replace(parse_csv(to_csv(schedule), name), name=name) == schedule
@@ -88,7 +87,6 @@ def test_the_shortest_text_has_one_letter_a_pass_small_for_later_chunks_and_says
 
 
 @given(name=st.sampled_from(sorted(MAKERS)), p=st.integers(1, 8), m=st.integers(1, 40), width=st.integers(40, 200))
-@settings(deadline=None)
 def test_the_text_timeline_never_is_wider_than_the_terminal(name, p, m, width):
     text = timeline_text(simulate(make_schedule(name, p, m)), width)
     assert max(map(len, text.splitlines())) <= width

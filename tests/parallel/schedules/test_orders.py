@@ -53,7 +53,7 @@ def test_the_formulas_are_those_of_the_papers():
 
 
 @given(data=st.data(), p=st.integers(1, 9), m=st.integers(1, 20), v=st.integers(1, 4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_schedule_that_is_made_passes_its_verification(data, p, m, v):
     name = data.draw(st.sampled_from(sorted(MAKERS)))
     schedule = make_schedule(name, p, m, 1 if MAKERS[name].chunks else v)

@@ -15,7 +15,7 @@ from shoal.parallel.schedules.rendezvous import run_unbuffered
 from shoal.parallel.schedules.simulation import Times, simulate
 from shoal.parallel.schedules.verification import verify_program
 
-SETTINGS = settings(max_examples=150, deadline=None)
+SETTINGS = settings(max_examples=150)
 schedules = st.builds(
     lambda name, p, m, v: make_schedule(name, p, m, v if MAKERS[name].chunks is None else 1),
     st.sampled_from(sorted(MAKERS)),
@@ -103,7 +103,7 @@ def legal(schedule: Schedule) -> bool:
 
 
 @given(schedule=schedules, data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_two_passes_that_change_places_are_refused_exactly_when_that_is_illegal(schedule, data):
     worker = data.draw(st.integers(0, schedule.workers - 1))
     row = list(schedule.actions[worker])

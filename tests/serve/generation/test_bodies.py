@@ -38,7 +38,7 @@ def asks(plain, kind):
     return [ask_of(body, prompt, [0], VOCAB, CONTEXT) for prompt in prompts]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     plain=fields_of(CompletionBody), prompt=st.text(max_size=20) | st.lists(st.integers(-5, 400), max_size=5) | anything
 )
@@ -46,7 +46,7 @@ def test_a_completions_body_is_a_request_or_refused(plain, prompt):
     check({"prompt": prompt, **plain}, CompletionBody)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(plain=fields_of(ChatBody), messages=st.lists(message, max_size=3) | anything)
 def test_a_chat_body_is_a_request_or_refused(plain, messages):
     check({"messages": messages, **plain}, ChatBody)

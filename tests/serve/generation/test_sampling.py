@@ -52,7 +52,7 @@ def test_tokens_come_as_often_as_transformers_warpers_say(options, temperature):
     np.testing.assert_allclose(chances(row, ask), left_by_transformers(row, ask), atol=6e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     vocab=st.integers(2, 900),
     seed=st.integers(0, 99),

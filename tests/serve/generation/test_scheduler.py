@@ -24,7 +24,7 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(events=st.lists(events, max_size=30), blocks=st.integers(7, 24), running=st.integers(1, 5))
 def test_everything_that_is_not_cancelled_comes_to_its_end_and_every_block_comes_back(events, blocks, running):
     simulation = Simulation(blocks, Limits(running=running, priority_s=2.0))

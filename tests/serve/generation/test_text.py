@@ -26,7 +26,7 @@ def told(tokenizer, tokens, stops=()):
     return pieces, stream.stopped
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=st.text(max_size=40))
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
 def test_the_pieces_make_the_text_and_no_character_is_torn(tokenizer, text):
@@ -37,7 +37,7 @@ def test_the_pieces_make_the_text_and_no_character_is_torn(tokenizer, text):
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces) or "\N{REPLACEMENT CHARACTER}" in text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text("ab\u00e9", max_size=30), stops=st.lists(st.text("ab\u00e9", min_size=1, max_size=4), max_size=3))
 def test_the_text_ends_before_the_first_stop_string_and_nothing_of_it_was_given_out(text, stops):
     pieces, stopped = told(ByteTokenizer(), text.encode(), stops)
