@@ -49,6 +49,7 @@ class DistributedGroup:
         self.pg: dist.ProcessGroup | None = None  # None: the default one
         self._whole = self
         self._parts: list[DistributedGroup] = []  # all that were made by `split`, of this one and of those
+        self._lent: list[list[dist.ProcessGroup | None]] = []
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.names = tuple(range(self.world))  # what its ranks are called among all workers of the run
         self.host = socket.gethostname()
@@ -150,9 +151,15 @@ class DistributedGroup:
             lines.append(f"rank {rank} on {new[1]} (pid {new[2]}) {'is silent, last' if silent else 'is'} at {new[3]}")
         return sorted(lines, key=lambda line: "silent" not in line)
 
+    def lend(self, groups: "list[dist.ProcessGroup | None]") -> None:
+        """Whoever keeps process groups in this list has them until the run's group closes, which empties it."""
+        self._lent.append(groups)
+
     def close(self) -> None:
         self._leave.set()
         self._thread.join()
+        for groups in self._lent:
+            groups.clear()
         for part in self._parts:  # a process group ends its threads when nobody holds it; one that lives on while
             part.pg = None  # the interpreter ends may free a tensor then, and ends the process by SIGABRT
         if dist.is_initialized():

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import cloudpickle
 import pytest
+import torchrun_workers
+from torchrun_workers import as_torchrun
 from train.test_split_models import over
 from train.tiny_runs import recipe, splits
 
@@ -55,6 +57,19 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_never_stopped(run, case):
     assert "lossy" not in resumed
     [started] = [event for event in events if event["event"] == "started"]
     assert plan.compression in started["lossy"]
+
+
+@pytest.mark.parametrize(
+    "case", [each if each in QUICK else pytest.param(each, marks=pytest.mark.soak) for each in CASES]
+)
+def test_over_torch_distributed_it_is_the_same_every_time_and_no_thread_of_it_is_left(agent, tmp_path, case):
+    cloudpickle.register_pickle_by_value(torchrun_workers)
+    kind, plan = CASES[case]
+    found = set()
+    for attempt in ("first", "second"):
+        order = Order(wanted(kind, 2), plan, data=splits(kind, 100), run_dir=tmp_path / attempt)
+        found |= {told["weights_sha256"] for told in agent.run(as_torchrun, (run_recipe, order), workers=plan.workers)}
+    assert len(found) == 1
 
 
 def test_what_was_left_of_other_slices_is_lost_and_that_is_said(run):

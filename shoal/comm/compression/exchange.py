@@ -61,6 +61,7 @@ def compressed_exchange(
     if not isinstance(group, DistributedGroup):
         raise UserError(f"no compressed exchange works over a {type(group).__name__}.")
     links = TorchLinks(group.pg, device, MOST_STAGES, group.patience)
+    group.lend(links.groups)
     _insist(agreed(compressor, links, device))
     links.sent_bytes = 0  # measuring does not count
     return TorchExchange(group, terms, compressor, links, shapes)

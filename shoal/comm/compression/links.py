@@ -63,10 +63,10 @@ class TorchLinks:
         self.independent = stages > 1 and device.type == "cpu"  # on GPUs the order must be equal over all groups too
         self.sent_bytes = 0
         self._device = device
-        self._groups = [whole]
+        self.groups: list[dist.ProcessGroup | None] = [whole]
         if self.independent and self.world > 1:
             ranks = dist.get_process_group_ranks(whole)
-            self._groups += [
+            self.groups += [
                 dist.new_group(ranks, timeout=timeout, use_local_synchronization=True) for _ in range(stages - 1)
             ]
 
@@ -98,7 +98,7 @@ class TorchLinks:
         return work
 
     def _group(self, stage: int) -> "dist.ProcessGroup | None":
-        return self._groups[min(stage, len(self._groups) - 1)]
+        return self.groups[min(stage, len(self.groups) - 1)]
 
 
 class HostLinks:
