@@ -3,8 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -82,11 +82,10 @@ class Run:
         try:
             if path is None:
                 chosen = _of_its_own(chosen)
-            else:
-                Run.check_new(chosen)
-            (chosen / "checkpoints").mkdir(parents=True, exist_ok=True)
             run = Run(chosen.absolute())
-            run.write_inputs(recipe, plan, origins)
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            with _claimed(chosen):
+                run.write_inputs(recipe, plan, origins)
             if path is None:
                 fresh = chosen.parent / f".latest-{chosen.name}"  # of this run alone: others may be made at this moment
                 fresh.symlink_to(chosen.name)
@@ -135,7 +134,7 @@ class Run:
     def check_new(path: Path) -> None:
         """Raises UserError when the path holds a run already."""
         if (path / "recipe.toml").exists():
-            raise UserError(f"{str(path)!r} holds a run already: continue it with --resume, or name another folder.")
+            raise _not_new(path)
 
     @staticmethod
     def check_place(path: Path | None) -> None:
@@ -151,6 +150,27 @@ class Run:
             pass
         except OSError as error:  # too long a name
             raise UserError(f"cannot write the run directory {str(path)!r}: {error.strerror}.") from None
+
+
+def _not_new(path: Path) -> UserError:
+    return UserError(f"{str(path)!r} holds a run already: continue it with --resume, or name another folder.")
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Of all that make a run in this folder at this moment, one comes in here: what it writes is the run's.
+
+    Raises UserError for the others, OSError."""
+    recipe = path / "recipe.toml"
+    try:
+        recipe.touch(exist_ok=False)
+    except FileExistsError:
+        raise _not_new(path) from None
+    try:
+        yield
+    except BaseException:
+        recipe.unlink(missing_ok=True)  # a full disk, say: the folder may be tried again
+        raise
 
 
 def _of_its_own(wished: Path) -> Path:

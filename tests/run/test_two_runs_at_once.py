@@ -1,5 +1,7 @@
 """Runs that are made or gone on with at the same moment, in one working directory."""
 
+import errno
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,31 @@ def test_runs_that_are_made_in_the_same_second_have_folders_of_their_own(tmp_pat
     assert sorted(run.recipe.seed for run in runs) == list(range(24))
     assert Run.find("latest").path in {run.path for run in runs}
     assert {path.name for path in Path("runs").iterdir()} == {"latest", *(run.path.name for run in runs)}
+
+
+def test_of_runs_that_are_made_in_one_named_folder_at_once_one_is_made(tmp_path):
+    def made(seed: int) -> int | str:
+        try:
+            return Run.create(Recipe(steps=1, seed=seed), Plan(), {}, tmp_path / "run").recipe.seed
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(made, range(24)))
+    [seed] = [one for one in told if isinstance(one, int)]
+    assert all("holds a run already" in one for one in told if isinstance(one, str))
+    assert Run.find(tmp_path / "run").recipe.seed == seed
+
+
+def test_a_folder_in_which_no_run_could_be_made_may_be_tried_again(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as planted:
+        planted.setattr("shoal.run.run.os.replace", full)
+        with pytest.raises(UserError, match="No space left"):
+            Run.create(Recipe(steps=1), Plan(), {}, tmp_path / "run")
+    assert Run.create(Recipe(steps=1), Plan(), {}, tmp_path / "run").recipe.steps == 1
 
 
 def test_a_run_that_another_process_trains_is_not_gone_on_with_until_that_one_has_ended(tmp_path):
