@@ -262,6 +262,7 @@ class Loop:
     def _go_on_from(self, found: Checkpoint, run: Path) -> None:
         self.batching.take(self.worker, found.facts)
         self.batching.repeat(self.worker, Run(run))
+        self.worker.open_ledger(self.splits.train, self.recipe.batch)  # before anything is told or written
         if found.step >= self.steps:
             raise UserError(
                 f"the run in {str(run)!r} has done all of its {self.steps} steps: raise --steps or --epochs."

@@ -65,8 +65,7 @@ class Worker:
         self.group, self.plan, self._measures = group, plan, measures
         self.rank, self.world = group.rank, group.world
         self.micro_batches, self.seed, self.clip = micro_batches, seed, clip
-        self._ownership = plan.owned(shards)
-        self._shard_count = shards
+        self._shard_count, self._ownership = shards, plan.owned(shards)
         self.device = device_for(plan.device, group.rank)
         self.step = 0  # committed so far
         self.stopping = False  # the run was asked to stop; no further step is yielded
@@ -83,8 +82,7 @@ class Worker:
         self._kept: dict[str, Any] = {}
         self._reduction: Reduction | None = None
         self._update: Update | None = None
-        self.unsent = Unsent()
-        self.retry = Retry()
+        self.unsent, self.retry = Unsent(), Retry()
         self._writers: dict[Path, BackgroundWriter] = {}
         self._prepared: set[Path] = set()
         self._resumed: checkpoint.Checkpoint | None = None
@@ -227,6 +225,15 @@ class Worker:
 
     # --- steps ------------------------------------------------------------------------------------------------
 
+    def open_ledger(self, source: Source, batch: int) -> Ledger:
+        """Which samples each step has. Raises UserError when the checkpoint that was loaded has other arithmetic."""
+        ledger = Ledger(len(source), batch, self._shard_count, self.micro_batches, self.seed, self.batches)
+        if self._resumed is not None:
+            check_same(self._resumed.facts["arithmetic"], arithmetic_of(ledger, self.clip, source.fingerprint))
+            self._resumed = None
+        self._fingerprint = source.fingerprint
+        return ledger
+
     def steps(self, data: Any, *, batch: int = 0, epochs: int = 0, steps: int = 0) -> Iterator["Step"]:
         """Every step that is still to be done, as this worker sees it: epochs or steps in all, from where it stands.
 
@@ -239,12 +246,7 @@ class Worker:
         reduction = self._reduction
         if reduction is None or self._optimizer is None:
             raise UserError("call worker.model(module) and worker.optimizer(...) before the first step.")
-        shape = (batch, self._shard_count, self.micro_batches)
-        self.ledger = ledger = Ledger(len(source), *shape, self.seed, self.batches)
-        self._fingerprint = source.fingerprint
-        if self._resumed is not None:
-            check_same(self._resumed.facts["arithmetic"], arithmetic_of(ledger, self.clip, self._fingerprint))
-            self._resumed = None
+        self.ledger = ledger = self.open_ledger(source, batch)
         if self._update is None:
             self._update = update_of(self.held, reduction.sets, self._optimizer)
             self._update.publishes_later = self.publishes_later
@@ -422,11 +424,9 @@ class Worker:
         """Go on from the newest whole checkpoint in ``folder``, if there is one; damaged ones are passed over.
 
         Called by every worker, after `model` and `optimizer`; raises RunFailed when workers see different ones."""
-        found, path, self.skipped = agreed_newest(Path(folder), self.group)
-        if found is None:
-            return None
-        self.restore(found)
-        self.resumed_from = path
+        found, self.resumed_from, self.skipped = agreed_newest(Path(folder), self.group)
+        if found is not None:
+            self.restore(found)
         return found
 
     def restore(self, state: checkpoint.Checkpoint) -> None:

@@ -141,9 +141,7 @@ def test_resuming_with_another_recipe_is_refused_and_loses_nothing(run, change, 
     before = tree(Path(first["run_dir"]))
     with pytest.raises(UserError, match=f"the checkpoint was made with {text}"):
         run(replace(SHORT, steps=12, **change), 2, data=splits("mlp", 48), resume=first["run_dir"])
-    after = tree(Path(first["run_dir"]))
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed == {"events.jsonl"}, "it says that somebody tried, and nothing else has changed"
+    assert tree(Path(first["run_dir"])) == before
 
 
 def test_resuming_with_other_samples_is_refused(run):
