@@ -3,7 +3,6 @@
 A line for each change: a checksum and [term, voted, before, entries]. A line that a kill has torn was never acted on.
 """
 
-import fcntl
 import json
 import os
 import zlib
@@ -14,6 +13,7 @@ from typing import Any
 from shoal.elastic import frames
 from shoal.elastic.consensus import Entry, Keep
 from shoal.errors import UserError
+from shoal.run.hold import locked
 
 
 class Promises:
@@ -45,15 +45,11 @@ class Promises:
 
     def _lock(self) -> None:
         """For as long as this process lives: two agents of one number would break each other's promises."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(self._file):
             raise UserError(
                 f"agent {self.path.stem} of the run in {str(self.path.parents[1])!r} is at work already: wait for its "
                 f"end, or give this one another --run-dir."
-            ) from None
-        except OSError:
-            pass  # NFS without a lock service, say
+            )
 
     def _read(self, agents: int) -> int:
         """How many bytes of the file are whole lines."""

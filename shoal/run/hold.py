@@ -9,11 +9,22 @@ from pathlib import Path
 from shoal.errors import UserError
 
 
+def locked(file: int, how: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file or folder; False where another process has. A file system without locks is taken as it is."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # NFS without a lock service, say
+    return True
+
+
 class Hold:
     """A process's hold on a run directory, until it is closed or the process ends, however it ends.
 
     ``shared``: with others that say so too, the agents of one run. The lock is the directory's own: no file is left
-    behind. A file system without locks is taken as it is."""
+    behind."""
 
     def __init__(self, *, shared: bool = False) -> None:
         self._how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -32,16 +43,12 @@ class Hold:
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise UserError(f"cannot write the run directory {str(path)!r}: {error.strerror}.") from None
-        try:
-            fcntl.flock(folder, self._how | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(folder, self._how):
             os.close(folder)
             raise UserError(
                 f"{str(path)!r} is being trained by another process: wait for its end (`shoal drain` ends an elastic "
                 f"run), or start a new run from one of its checkpoints with --from."
-            ) from None
-        except OSError:
-            pass  # NFS without a lock service, say
+            )
         self._folder = folder
 
     def forget(self) -> None:

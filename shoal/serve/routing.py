@@ -166,7 +166,7 @@ class Router:
         replicas = [one for one in self._replicas_of(version) if one.takes_more]
         if self.limits.within_s and replicas:
             share = self._share(version)
-            several = len(self._clients) > (request.client in self._clients)
+            several = self._has_company(request.client)
             most_s = self._room(version).most_s(several, self._has_its_share(request.client))
             left_s = most_s - (now - request.arrived)
             if not any(self._ends_s(one, share, request.cost, most_s, several, now) <= left_s for one in replicas):
@@ -202,6 +202,10 @@ class Router:
         self._clients[client] = now
         while now - next(iter(self._clients.values())) > ACTIVE_S:
             del self._clients[next(iter(self._clients))]
+
+    def _has_company(self, client: str) -> bool:
+        """Whether other clients have come of late."""
+        return len(self._clients) > (client in self._clients)
 
     def _has_its_share(self, client: str) -> bool:
         """Of what is open."""
@@ -371,7 +375,7 @@ class Router:
         return None if best is None else best[3]
 
     def _answers_after_s(self, replica: Replica, request: Request, now: float) -> float:
-        several = len(self._clients) > (request.client in self._clients)
+        several = self._has_company(request.client)
         most_s = self._room(replica.version).most_s(several, has_its_share=False)
         return self._ends_s(replica, 0, request.cost, most_s, several, now)
 

@@ -71,7 +71,13 @@ class BatchEngine:
         self._open[request.id] = request, inputs
         self._batcher.add(
             Waiting(
-                *(request.id, inputs.rows, inputs.length, group, request.arrived, request.priority), request.deadline
+                request.id,
+                inputs.rows,
+                inputs.length,
+                group,
+                request.arrived,
+                request.priority,
+                request.deadline,
             )
         )
 
